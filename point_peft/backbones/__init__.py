@@ -1,0 +1,15 @@
+"""Point cloud backbones with the tensor names of public checkpoints."""
+
+from __future__ import annotations
+
+from point_peft.backbones.checkpoint import CheckpointReport, default_backbone, load_checkpoint
+from point_peft.backbones.part_segmentation import PointTransformerPartSeg
+from point_peft.backbones.point_transformer import PointTransformer
+
+__all__ = [
+    "CheckpointReport",
+    "PointTransformer",
+    "PointTransformerPartSeg",
+    "default_backbone",
+    "load_checkpoint",
+]

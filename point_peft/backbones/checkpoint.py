@@ -1,0 +1,181 @@
+"""Read public checkpoints of point transformers into a model: containers and prefixes off, all or nothing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from point_peft.backbones.point_transformer import PointTransformer
+from point_peft.errors import PointPeftError
+
+# Where training scripts put the weights inside of what they save; the first that is there counts.
+CONTAINERS = ("model", "base_model", "state_dict")
+# What wraps a whole model: distributed training, and a container that was flattened into the names.
+WRAPPERS = ("module.", "base_model.")
+# Pre-training models keep the backbone under a name of their own, beside decoders and teachers. If one of these is
+# found, only the names under it are the backbone's, except those that start with the second prefix.
+ENCODERS = (
+    ("MAE_encoder.", None),
+    ("ACT_encoder.", None),
+    ("transformer_q.", "transformer_q.cls_head"),
+)
+# The layers whose shape depends on the number of classes: from another data set they are left out, not refused.
+HEADS = ("cls_head_finetune.", "convs3.")
+
+EMBEDDED = Path(__file__).parent / "point_mae_small"
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a checkpoint did to a model, in sorted names.
+
+    `loaded` and `missing` are names of the model: filled from the file, and left as they were (noise, if the model is
+    fresh). `unexpected` are names of the file that went nowhere.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} tensors"]
+        if self.missing:
+            lines.append(f"not in the file: {', '.join(self.missing)}")
+        if self.unexpected:
+            lines.append(f"in the file but not in the model: {_summary(self.unexpected)}")
+        return "\n".join(lines)
+
+
+class _Ignored:
+    """Stands in for numpy scalars among saved metrics, so that files with them pass the weights-only reader."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_METRICS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> CheckpointReport:
+    """Fill `model` from a `.safetensors` file or a pickled checkpoint, and report what was and was not filled.
+
+    Names lose the prefixes of the public pre-training code. A head for another number of classes is left out and
+    reported as missing; any other difference in shape is an error, and then the model is as it was.
+    """
+    path = Path(path)
+    source, unexpected = _strip(path, _read(path))
+    own = model.state_dict()
+    fitting = {}
+    for name, (original, tensor) in source.items():
+        if name not in own or (tensor.shape != own[name].shape and name.startswith(HEADS)):
+            unexpected.append(original)
+        elif tensor.shape != own[name].shape:
+            ours, theirs = tuple(own[name].shape), tuple(tensor.shape)
+            raise PointPeftError(f"{path}: {original} has shape {theirs} in the file and {ours} in the model")
+        else:
+            fitting[name] = tensor
+    if not fitting:
+        raise PointPeftError(f"{path}: no tensor fits the model. {_nearest(source, own)}")
+    with torch.no_grad():
+        for name, tensor in fitting.items():
+            own[name].copy_(tensor)
+    return CheckpointReport(
+        loaded=tuple(sorted(fitting)),
+        missing=tuple(sorted(own.keys() - fitting.keys())),
+        unexpected=tuple(sorted(unexpected)),
+    )
+
+
+def default_backbone(cls_dim: int) -> PointTransformer:
+    """The small pre-trained backbone that comes with the package, with a fresh head for `cls_dim` classes.
+
+    As in any Point-MAE pre-training, the class token, its position and the head are not pre-trained: train them.
+    """
+    weights, config = EMBEDDED.with_suffix(".safetensors"), EMBEDDED.with_suffix(".json")
+    for file in (weights, config):
+        if not file.is_file():
+            raise PointPeftError(f"the embedded backbone is not part of this installation: {file} does not exist")
+    model = PointTransformer(**{**json.loads(config.read_text(encoding="utf-8")), "cls_dim": cls_dim})
+    report = load_checkpoint(model, weights)
+    noise = [name for name in report.missing if not name.startswith(("cls_token", "cls_pos", *HEADS))]
+    if noise or report.unexpected:
+        raise PointPeftError(f"{weights} and {config.name} do not belong together: {report}")
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name."""
+    if not path.is_file():
+        raise PointPeftError(f"there is no checkpoint file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise PointPeftError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        with torch.serialization.safe_globals([(_Ignored, name) for name in _METRICS]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise PointPeftError(f"{path} cannot be read as tensors only: {error}") from error
+    for container in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+            break
+    if not isinstance(content, Mapping):
+        raise PointPeftError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _strip(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
+    """The tensors of the backbone by their bare name, each with its name in the file; and the names of all others."""
+    bare: dict[str, tuple[str, Tensor]] = {}
+    for original, tensor in tensors.items():
+        name = original
+        while name.startswith(WRAPPERS):
+            name = name.split(".", 1)[1]
+        if name in bare:
+            raise PointPeftError(f"{path}: {bare[name][0]} and {original} are both called {name} without their wrapper")
+        bare[name] = (original, tensor)
+    for prefix, excluded in ENCODERS:
+        if any(name.startswith(prefix) for name in bare):
+            inside = {n for n in bare if n.startswith(prefix) and not (excluded and n.startswith(excluded))}
+            outside = [original for name, (original, _) in bare.items() if name not in inside]
+            return {name.removeprefix(prefix): bare[name] for name in inside}, outside
+    return bare, []
+
+
+def _nearest(found: Iterable[str], wanted: Iterable[str]) -> str:
+    """For the error: what the file calls its tensors and what the model calls the most similar ones."""
+    names, targets = sorted(found), sorted(wanted)
+    if not names:
+        return "It holds no tensors at all."
+    pairs = []
+    for name in names:
+        for near in difflib.get_close_matches(name, targets, n=1, cutoff=0.5):
+            pairs.append(f"{name} (model: {near})")
+        if len(pairs) == 3:
+            break
+    if pairs:
+        return f"Nearest names: {', '.join(pairs)}."
+    return f"It holds {_summary(names)}; the model has {', '.join(targets[:3])}, ..."
+
+
+def _summary(names: Iterable[str]) -> str:
+    """Names counted by their first part, such as `MAE_decoder (46), mask_token (1)`."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name.split(".", 1)[0]] = counts.get(name.split(".", 1)[0], 0) + 1
+    return ", ".join(f"{first} ({count})" for first, count in sorted(counts.items()))

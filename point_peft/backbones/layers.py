@@ -1,0 +1,153 @@
+"""The pieces of a point transformer: grouping, patch encoder, attention, block.
+
+The names of their tensors are those of public checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from point_peft import geometry
+
+
+class Group(nn.Module):
+    """Split clouds (b, n, 3) into groups around farthest points; no parameters.
+
+    Returns the neighbourhoods (b, g, k, 3), each centred on its centre, and the centres (b, g, 3).
+    """
+
+    def __init__(self, num_group: int, group_size: int) -> None:
+        super().__init__()
+        self.num_group = num_group
+        self.group_size = group_size
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        center = geometry.gather(points, geometry.farthest_point_sample(points, self.num_group))
+        neighborhood = geometry.gather(points, geometry.knn(center, points, self.group_size))
+        return neighborhood - center[:, :, None], center
+
+
+class Encoder(nn.Module):
+    """A small PointNet that turns each neighbourhood (b, g, k, 3) into one token (b, g, c)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(3, 128, 1), nn.BatchNorm1d(128), nn.ReLU(inplace=True), nn.Conv1d(128, 256, 1)
+        )
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Conv1d(512, channels, 1)
+        )
+
+    def forward(self, neighborhood: Tensor) -> Tensor:
+        b, _, k, _ = neighborhood.shape
+        local = self.first_conv(rearrange(neighborhood, "b g k xyz -> (b g) xyz k"))
+        whole = repeat(reduce(local, "bg c k -> bg c", "max"), "bg c -> bg c k", k=k)
+        tokens = self.second_conv(torch.cat([whole, local], dim=1))
+        pooled: Tensor = reduce(tokens, "(b g) c k -> b g c", "max", b=b)
+        return pooled
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch (b, ...) for whole samples while training, and scale up the others to keep the mean."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        mask = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * mask / keep
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (b, l, c); the fused projection has no bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(tokens), "b l (qkv h c) -> qkv b h l c", qkv=3, h=self.num_heads).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(mixed, "b h l c -> b l (h c)"))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, applied to each token of (b, l, c)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(tokens)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on tokens (b, l, c)."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.drop_path = DropPath(drop_path_rate)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        return tokens
+
+
+class TransformerEncoder(nn.Module):
+    """A chain of blocks; the positions (b, l, c) are added to the tokens (b, l, c) again before every block."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, drop_path_rate: float) -> None:
+        super().__init__()
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+
+    def forward(self, tokens: Tensor, pos: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """The tokens as they are after each of the blocks numbered in `taps`, in the order of the blocks."""
+        tapped = []
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens + pos)
+            if i in taps:
+                tapped.append(tokens)
+        return tapped
+
+
+def sine_features(center: Tensor, channels: int) -> Tensor:
+    """Sines and cosines (b, g, channels) of coordinates (b, g, 3): sin x, cos x, sin y, cos y, sin z, cos z.
+
+    A sixth of the channels each; the frequencies fall geometrically from 1 towards 1/10000.
+    """
+    count = channels // 6
+    frequency = 10000.0 ** -(torch.arange(count, device=center.device, dtype=torch.float32) / count)
+    angle = center.float()[..., None] * frequency
+    features = rearrange([angle.sin(), angle.cos()], "wave b g xyz f -> b g (xyz wave f)")
+    return features.to(center.dtype)
+
+
+def init_weights(module: nn.Module) -> None:
+    """The usual start of a vision transformer, for `model.apply`: narrow normal linear weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,211 @@
+"""Configurations: frozen, keyword-only, self-validating dataclasses that travel as JSON.
+
+A method's configuration registers itself under its method name and builds the method's parts; nothing else lists
+the methods.
+"""
+
+from __future__ import annotations
+
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from point_peft.errors import PointPeftError
+from point_peft.tuners.base import Backbone, Blueprint
+
+METHODS: dict[str, type[TunerConfig]] = {}
+"""Every method by name; a class enters by being defined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunerConfig(ABC):
+    """Configuration of one method.
+
+    `target_modules` and `exclude_modules` are a list of names (exact or a dotted suffix) or one regular expression
+    (full match); every entry must match. `layers_to_transform` keeps only these blocks, counted from 0.
+    `modules_to_save` names modules that are trained and saved whole, by the same rule: None means the heads that the
+    anatomy finds, an empty list none.
+    """
+
+    method: ClassVar[str]
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: Sequence[int] | None = None
+    modules_to_save: str | Sequence[str] | None = None
+
+    def __init_subclass__(cls) -> None:
+        name = cls.__dict__.get("method")
+        if name is None:
+            raise TypeError(f"{cls.__name__} must state its method name: method: ClassVar[str] = ...")
+        known = METHODS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"method {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        METHODS[name] = cls
+
+    def __post_init__(self) -> None:
+        freeze_sequences(self)
+        check_types(self)
+        for layer in self.layers_to_transform or ():
+            require(layer >= 0, self, "layers_to_transform", "block numbers from 0")
+
+    @abstractmethod
+    def build(self, backbone: Backbone) -> Blueprint:
+        """The parts and shared state that this method adds to a backbone, which is not changed."""
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the backbone's output as it is."""
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, with the method's name."""
+        return {"method": self.method, **{item.name: _to_json(getattr(self, item.name)) for item in fields(self)}}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TunerConfig:
+        """The configuration that `to_json` describes; unknown methods and fields are refused."""
+        name = data.get("method")
+        if not isinstance(name, str) or name not in METHODS:
+            raise PointPeftError(f"method {name!r} is unknown; known methods: {', '.join(sorted(METHODS))}")
+        values = {key: value for key, value in data.items() if key != "method"}
+        return METHODS[name](**_known_fields(METHODS[name], values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """Configuration of one adapter: one or more methods, and what they are applied to.
+
+    `base_model_name_or_path` and `revision` say which backbone the adapter belongs to; they are kept as given.
+    `modules_to_save` overrides what the methods' own fields say.
+    """
+
+    tuners: Sequence[TunerConfig]
+    modules_to_save: str | Sequence[str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        freeze_sequences(self)
+        require(
+            isinstance(self.tuners, tuple) and len(self.tuners) > 0 and all(isinstance(t, TunerConfig) for t in self.tuners),
+            self,
+            "tuners",
+            "a sequence of at least one method's configuration",
+        )
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, str), self, name, "a string or None")
+
+    @staticmethod
+    def of(config: PeftConfig | TunerConfig) -> PeftConfig:
+        """A configuration of one method as that of an adapter."""
+        if isinstance(config, PeftConfig):
+            return config
+        if isinstance(config, TunerConfig):
+            return PeftConfig(tuners=(config,))
+        raise PointPeftError(f"config must be a method's configuration or a PeftConfig, not {type(config).__name__}")
+
+    @property
+    def saved_modules(self) -> str | tuple[str, ...] | None:
+        """What is trained and saved whole: this field, else those of the methods together; None: the found heads."""
+        if self.modules_to_save is not None:
+            return self.modules_to_save if isinstance(self.modules_to_save, str) else tuple(self.modules_to_save)
+        stated = [tuner.modules_to_save for tuner in self.tuners if tuner.modules_to_save is not None]
+        if not stated:
+            return None
+        if len(stated) == 1 and isinstance(stated[0], str):
+            return stated[0]
+        if any(isinstance(value, str) for value in stated):
+            raise PointPeftError("modules_to_save: state a regular expression in PeftConfig, not in one of several methods")
+        return tuple(dict.fromkeys(name for value in stated for name in value))
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the backbone's output as it is."""
+        return all(tuner.identity_at_init for tuner in self.tuners)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> PeftConfig:
+        """The configuration that `to_json` describes; unknown methods and fields are refused."""
+        values = _known_fields(PeftConfig, data)
+        tuners = values.get("tuners")
+        if not isinstance(tuners, list) or not all(isinstance(tuner, dict) for tuner in tuners):
+            raise PointPeftError("tuners must be a list of objects, one a method")
+        return PeftConfig(**{**values, "tuners": [TunerConfig.from_json(tuner) for tuner in tuners]})
+
+    def with_base(self, name_or_path: str, revision: str | None = None) -> PeftConfig:
+        """The same configuration for a named base model."""
+        return replace(self, base_model_name_or_path=name_or_path, revision=revision)
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def require(holds: bool, config: object, name: str, allowed: str) -> None:
+    """Raise an error that names a field, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise PointPeftError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; allowed: {allowed}")
+
+
+def freeze_sequences(config: Any) -> None:
+    """Turn lists given for fields into tuples, so that a configuration can be hashed and nobody changes it."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, (list, set, frozenset)):
+            object.__setattr__(config, item.name, tuple(value if isinstance(value, list) else sorted(value)))
+
+
+def check_types(config: Any) -> None:
+    """Check every field against its annotation; bool is not an int here, an int is a float."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        hint = hints[item.name]
+        require(_fits(getattr(config, item.name), hint), config, item.name, _spell(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in get_args(hint))
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if hint is float:
+        return type(value) in (int, float) and value == value and abs(value) != float("inf")
+    return type(value) is hint if hint in (int, bool, str, types.NoneType) else isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spell(option) for option in get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    if origin is not None:
+        return f"a list of {_spell(get_args(hint)[0])}"
+    words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", types.NoneType: "None"}
+    return words.get(hint, hint.__name__)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, TunerConfig):
+        return value.to_json()
+    return [_to_json(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    known = {item.name for item in fields(kind)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise PointPeftError(
+            f"{kind.__name__} has no field {unknown[0]!r}; a newer version of point_peft may have written it"
+        )
+    return dict(data)

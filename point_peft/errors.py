@@ -1,0 +1,23 @@
+"""The errors of the package; all of them are `ValueError`s, so a caller may catch that alone."""
+
+from __future__ import annotations
+
+
+class PointPeftError(ValueError):
+    """Base of every error that point_peft raises on purpose."""
+
+
+class MatchError(PointPeftError):
+    """A name or pattern matches nothing, matches the wrong thing, or is not a pattern at all."""
+
+
+class AnatomyError(PointPeftError):
+    """What the backbone is made of cannot be established, or does not fit what was asked for."""
+
+
+class AdapterError(PointPeftError):
+    """An adapter name is unknown, duplicate or invalid, or the adapter is in the wrong state for the call."""
+
+
+class AdapterFileError(PointPeftError):
+    """A file cannot be read, or what it holds does not fit the model."""

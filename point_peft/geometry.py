@@ -1,0 +1,162 @@
+"""Pure batched functions on point clouds: distances, sampling, neighbours, interpolation.
+
+Every function treats each cloud of the batch on its own, so a sample's result does not depend on its batch mates.
+Distances are taken from coordinate differences: the expanded form `|a|^2 - 2ab + |b|^2` is wrong by 0.026 on a cloud
+that lies 100 units from the origin. Half precision inputs are widened to float32 first.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from point_peft.errors import PointPeftError
+
+# Distances that one chunk of knn holds at a time: 4 MB of float32, about a core's cache.
+CHUNK_ELEMENTS = 2**20
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances between the points of `a` (b, m, 3) and of `b` (b, n, 3), as (b, m, n).
+
+    Differentiable in both; the gradient at distance zero is zero.
+    """
+    _check_points(a, "a")
+    _check_points(b, "b")
+    _check_same_batch(a, b, "a", "b")
+    a, b = _wide(a), _wide(b)
+    dx, dy, dz = (a[:, :, None, axis] - b[:, None, :, axis] for axis in range(3))
+    return dx * dx + dy * dy + dz * dz
+
+
+def farthest_point_sample(points: Tensor, count: int) -> Tensor:
+    """Indices (b, count) of `count` points of each cloud (b, n, 3), each the farthest from those chosen before it.
+
+    The first is always point 0; of equally far points the one with the lowest index is taken. No gradient.
+    """
+    _check_points(points, "points")
+    b, n, _ = points.shape
+    if not 1 <= count <= n:
+        raise PointPeftError(f"farthest_point_sample: cannot choose {count} of {n} points")
+    with torch.no_grad():
+        # One contiguous plane (b, n) per axis and no allocation in the loop: four times as fast as (b, n, 3).
+        planes = rearrange(_wide(points.detach()), "b n xyz -> xyz b n").contiguous()
+        x, y, z = planes.unbind(0)
+        nearest = torch.full_like(x, torch.inf)
+        distance, square = torch.empty_like(x), torch.empty_like(x)
+        index = torch.zeros(b, count, dtype=torch.int64, device=points.device)
+        last = index[:, :1].clone()
+        for step in range(1, count):
+            px, py, pz = planes.gather(2, last.expand(3, b, 1)).unbind(0)
+            torch.sub(x, px, out=distance).mul_(distance)
+            torch.sub(y, py, out=square)
+            distance.addcmul_(square, square)
+            torch.sub(z, pz, out=square)
+            distance.addcmul_(square, square)
+            torch.minimum(nearest, distance, out=nearest)
+            last = nearest.argmax(dim=1, keepdim=True)
+            index[:, step] = last[:, 0]
+        return index
+
+
+def knn(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    """Indices (b, m, k) of the `k` points (b, n, 3) nearest to each query (b, m, 3), nearest first. No gradient.
+
+    Works through the queries in chunks, so memory grows with m * k + n and not with m * n.
+    """
+    _check_points(queries, "queries")
+    _check_points(points, "points")
+    _check_same_batch(queries, points, "queries", "points")
+    b, n, _ = points.shape
+    if not 1 <= k <= n:
+        raise PointPeftError(f"knn: cannot choose {k} of {n} points")
+    with torch.no_grad():
+        queries, points = _wide(queries.detach()), _wide(points.detach())
+        chunk = max(1, CHUNK_ELEMENTS // max(1, b * n))
+        parts = (queries[:, start : start + chunk] for start in range(0, queries.shape[1], chunk))
+        distances = (torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist") for part in parts)
+        nearest = [distance.topk(k, largest=False).indices for distance in distances]
+        return torch.cat(nearest, dim=1)
+
+
+def gather(features: Tensor, index: Tensor) -> Tensor:
+    """Rows of `features` (b, n, c) chosen per sample by `index` (b, ...), as (b, ..., c). Differentiable in features.
+
+    Every index must lie in 0 .. n-1; this is not checked, because a check would stop a GPU at every call.
+    """
+    if features.ndim != 3 or index.ndim < 1 or features.shape[0] != index.shape[0]:
+        raise PointPeftError(
+            "gather: features must be (b, n, c) and index (b, ...), "
+            f"got {tuple(features.shape)} and {tuple(index.shape)}"
+        )
+    rows = rearrange(features, "b n c -> (b n) c").index_select(0, _flat_index(index, features.shape[1]).flatten())
+    return rows.reshape(*index.shape, features.shape[2])
+
+
+def inverse_distance_weights(queries: Tensor, sources: Tensor, eps: float = 1e-8) -> Tensor:
+    """Weights (b, m, s) of the sources (b, s, 3) at each query (b, m, 3): `1 / (d^2 + eps)`, scaled to sum to one.
+
+    Differentiable in both.
+    """
+    weights = (squared_distance(queries, sources) + eps).reciprocal()
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def interpolate(features: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums (b, m, c) of source features (b, s, c) under weights (b, m, s)."""
+    fitting = features.ndim == weights.ndim == 3 and features.shape[:2] == weights.shape[::2]
+    if not fitting:
+        raise PointPeftError(
+            "interpolate: features must be (b, s, c) and weights (b, m, s), "
+            f"got {tuple(features.shape)} and {tuple(weights.shape)}"
+        )
+    return torch.bmm(weights.to(features.dtype), features)
+
+
+def nearest_interpolate(features: Tensor, sources: Tensor, queries: Tensor, k: int = 3, eps: float = 1e-8) -> Tensor:
+    """Features (b, m, c) at queries (b, m, 3) from the `k` nearest of the sources (b, s, 3) with features (b, s, c).
+
+    The neighbours are weighted by `1 / (d^2 + eps)`, scaled to sum to one, as in PointNet++. Differentiable in all.
+    """
+    if features.ndim != 3 or features.shape[:2] != sources.shape[:2]:
+        raise PointPeftError(
+            "nearest_interpolate: features must be (b, s, c) and sources (b, s, 3), "
+            f"got {tuple(features.shape)} and {tuple(sources.shape)}"
+        )
+    index = knn(queries, sources, k)
+    offset = _wide(gather(sources, index)) - _wide(queries)[:, :, None]
+    weights = (offset.square().sum(dim=3) + eps).reciprocal()
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    # The weighted sum over rows in one fused step: no copy of c channels per neighbour.
+    summed = nn.functional.embedding_bag(
+        rearrange(_flat_index(index, sources.shape[1]), "b m k -> (b m) k"),
+        rearrange(features, "b s c -> (b s) c"),
+        mode="sum",
+        per_sample_weights=rearrange(weights, "b m k -> (b m) k").to(features.dtype),
+    )
+    return rearrange(summed, "(b m) c -> b m c", b=len(features))
+
+
+def _flat_index(index: Tensor, n: int) -> Tensor:
+    """Indices (b, ...) into the n rows of each sample, as indices into the (b n) rows of all samples."""
+    first = torch.arange(len(index), device=index.device) * n
+    return index + first.reshape(-1, *[1] * (index.ndim - 1))
+
+
+def _wide(points: Tensor) -> Tensor:
+    return points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
+
+
+def _check_points(points: Tensor, name: str) -> None:
+    if points.ndim != 3 or points.shape[2] != 3:
+        raise PointPeftError(f"{name} must be (b, n, 3), got {tuple(points.shape)}")
+    if not points.is_floating_point():
+        raise PointPeftError(f"{name} must be floating point, got {points.dtype}")
+    if points.shape[1] == 0:
+        raise PointPeftError(f"{name} holds no points: {tuple(points.shape)}")
+
+
+def _check_same_batch(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    if a.shape[0] != b.shape[0]:
+        raise PointPeftError(f"{name_a} and {name_b} differ in batch size: {a.shape[0]} and {b.shape[0]}")

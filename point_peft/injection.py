@@ -1,0 +1,568 @@
+"""Plan, freeze, attach and detach: the only file that touches the modules of a backbone.
+
+An adapted module keeps its class, its children and its tensors. It gets hooks, which are functions of this file without
+state, and in its `__dict__` a `Site` that says who it is. Everything else is found through the current `Forward`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from point_peft import context
+from point_peft import tokens as token_ops
+from point_peft.anatomy import Anatomy, Stage, Tap
+from point_peft.config import PeftConfig
+from point_peft.context import Forward, Root
+from point_peft.errors import AdapterError, AnatomyError
+from point_peft.heads import HeadSource, OwnModule, make_head
+from point_peft.matching import match_names
+from point_peft.tuners.base import Args, Backbone, Call, Kwargs, Part, SharedState
+
+SITE = "_point_peft_site"
+CHILD = "point_peft"
+"""The name under which a model that keeps its own class holds its adapters."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an adapted module knows of itself: its path in the backbone and who holds the adapters."""
+
+    path: str
+    root: Root
+
+
+class Adapter(nn.Module):
+    """Everything that belongs to one task: parts by site, state that they share, heads of its own."""
+
+    def __init__(self, config: PeftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.parts = nn.ModuleDict()
+        """Site path with "/" for "." -> its parts."""
+        self.shared = nn.ModuleList()
+        """One ModuleDict of shared state for each of the configuration's tuners."""
+        self.saved: tuple[str, ...] = ()
+        """Paths of the modules that the adapter has to itself."""
+        self.merged: dict[str, Tensor] | None = None
+        """While merged: the base's tensors as they were, by name."""
+
+    def sites(self) -> Iterator[tuple[str, nn.ModuleList]]:
+        """(module path, parts)"""
+        for key, parts in self.parts.items():
+            assert isinstance(parts, nn.ModuleList)
+            yield key.replace("/", "."), parts
+
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(module path, module) of the modules that the adapter has to itself."""
+        for path, parts in self.sites():
+            for part in parts:
+                if isinstance(part, OwnModule):
+                    yield path, part.module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""
+        found: dict[str, Tensor] = {}
+        for path, module in self._owners():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                key = ".".join(filter(None, [path, module.file_name(name)]))
+                if key in found:
+                    raise AdapterError(f"two parts of one adapter have a tensor '{key}'")
+                found[key] = tensor
+        return found
+
+    def free_rows(self) -> frozenset[str]:
+        """Names, as in `tensors`, of those whose number of rows the configuration does not tell."""
+        return frozenset(
+            state.file_name(name)
+            for group in self.shared
+            for state in group.children()
+            if isinstance(state, SharedState)
+            for name in state.free_rows
+        )
+
+    def _owners(self) -> Iterator[tuple[str, Part | SharedState]]:
+        for path, parts in self.sites():
+            for part in parts:
+                assert isinstance(part, Part)
+                yield path, part
+        for group in self.shared:
+            for state in group.children():
+                assert isinstance(state, SharedState)
+                yield "", state
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------
+
+
+def build_adapter(
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
+) -> Adapter:
+    """An adapter for a backbone, complete but not attached; the backbone is not changed."""
+    adapter = Adapter(config)
+    modules = backbone.modules
+    first_names: dict[int, str] = {}
+    for path, module in modules.items():
+        first_names.setdefault(id(module), path)
+    planned: dict[str, list[Part]] = {}
+    for number, tuner in enumerate(config.tuners):
+        blueprint = tuner.build(backbone)
+        adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
+        for path, part in blueprint.parts:
+            part.tuner = number
+            # A module under two names is one site.
+            planned.setdefault(first_names[id(modules[path])], []).append(part)
+    adapter.saved = tuple(dict.fromkeys(first_names[id(modules[p])] for p in _saved_modules(backbone, config, heads)))
+    own = _match_heads(heads, adapter.saved)
+    for path in adapter.saved:
+        for other in planned:
+            if other == path or other.startswith(path + "."):
+                raise AdapterError(
+                    f"'{other}' is tuned by {config.tuners[planned[other][0].tuner].method} and lies in '{path}', which "
+                    "modules_to_save trains as a whole: take one of them out"
+                )
+        source = own.get(path)
+        head = clean_copy(modules[path]) if source is None else make_head(source, path)
+        head.requires_grad_(True)
+        planned.setdefault(path, []).append(OwnModule(head))
+    for path, parts in planned.items():
+        if isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
+            raise AdapterError(f"'{path}' is a {type(modules[path]).__name__}, which is never called: name what it holds")
+        adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
+    adapter.tensors()
+    _place(adapter, backbone.modules)
+    return adapter
+
+
+def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Move an adapter to the device of the backbone, and its parameters to the backbone's floating type."""
+    like = next((p for p in modules[""].parameters() if p.is_floating_point()), None)
+    if like is None:
+        return
+    adapter.to(like.device)
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.to(like.dtype)
+
+
+def backbone_modules(root: Root) -> dict[str, nn.Module]:
+    """Every module of the backbone by path, under each of its names, without the adapters that it may hold."""
+    return {
+        path: module
+        for path, module in root.base_model.named_modules(remove_duplicate=False)
+        if not (path + ".").startswith(CHILD + ".") or CHILD not in root.base_model._modules
+    }
+
+
+def _saved_modules(
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
+) -> tuple[str, ...]:
+    """Paths of the modules that the adapter gets to itself, outer ones only."""
+    names, stated = list(backbone.modules), config.saved_modules
+    if stated is None:
+        found = () if backbone.anatomy is None else backbone.anatomy.heads
+    else:
+        found = match_names(stated, names, field="modules_to_save")
+    extra = match_names(list(heads or ()), names, field="heads")
+    chosen = dict.fromkeys([*found, *extra])
+    return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
+
+
+def _match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
+    """The `heads` argument by full module path."""
+    own: dict[str, HeadSource] = {}
+    for name, source in (heads or {}).items():
+        for path in match_names([name], saved, field="heads"):
+            if path in own:
+                raise AdapterError(f"heads names '{path}' twice")
+            own[path] = source
+    return own
+
+
+def clean_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module of the backbone without the hooks of this library."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        site = child.__dict__.get(SITE)
+        if site is not None:
+            memo[id(site)] = site
+    copied = copy.deepcopy(module, memo)
+    for child in copied.modules():
+        _strip(child)
+    return copied
+
+
+# ---- attaching -------------------------------------------------------------------------------------------------------
+
+
+def attach_model(root: Root) -> None:
+    """Hook what every adapter needs: the model, where coordinates are seen, the stem, the blocks, frozen norms."""
+    base = root.base_model
+    _site(root, "")
+    base.register_load_state_dict_post_hook(_allow_base_alone)
+    base.register_forward_pre_hook(_enter_model, with_kwargs=True)
+    base.register_forward_hook(_leave_model, with_kwargs=True, always_call=True)
+    for module in frozen_norms(root).values():
+        module.register_forward_pre_hook(_hold_eval)
+    if root.anatomy is None:
+        return
+    for path in root.anatomy.stem:
+        module = _site(root, path)
+        module.register_forward_pre_hook(_reuse_stem, with_kwargs=True)
+        module.register_forward_hook(_keep_stem, with_kwargs=True)
+    taps = [tap for stage in root.anatomy.stages for tap in (stage.coordinates, stage.patch_tokens) if tap is not None]
+    for path in dict.fromkeys(tap.module for tap in taps):
+        module = _site(root, path)
+        module.register_forward_pre_hook(_tap_input, with_kwargs=True)
+        module.register_forward_hook(_tap_output)
+    for block in root.anatomy.blocks:
+        _site(root, block.path).register_forward_pre_hook(_check_tokens, with_kwargs=True)
+    _site(root, root.anatomy.blocks[-1].path).register_forward_hook(_end_second_pass)
+
+
+def attach_sites(root: Root, paths: Iterator[str] | Sequence[str]) -> None:
+    """Hook modules that have parts, unless they are hooked already."""
+    for path in paths:
+        module = _site(root, path)
+        if _before_parts not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_parts, with_kwargs=True)
+            module.register_forward_hook(_after_parts, with_kwargs=True)
+
+
+def detach_sites(root: Root, paths: Sequence[str]) -> None:
+    """Unhook modules that no longer have parts."""
+    for path in paths:
+        _remove_hooks(root.base_model.get_submodule(path), (_before_parts, _after_parts))
+
+
+def detach_model(root: Root) -> None:
+    """Take every hook and reference off the backbone."""
+    for module in backbone_modules(root).values():
+        _strip(module)
+    hooks = root.base_model._load_state_dict_post_hooks
+    for number in [number for number, hook in hooks.items() if hook is _allow_base_alone]:
+        del hooks[number]
+
+
+def frozen_norms(root: Root) -> dict[str, nn.Module]:
+    """Modules of the backbone that keep running statistics, which training must not move."""
+    return {path: module for path, module in backbone_modules(root).items() if isinstance(module, _NormBase)}
+
+
+def _site(root: Root, path: str) -> nn.Module:
+    module = root.base_model.get_submodule(path)
+    if SITE not in module.__dict__:
+        module.__dict__[SITE] = Site(path, root)
+    return module
+
+
+def _strip(module: nn.Module) -> None:
+    module.__dict__.pop(SITE, None)
+    _remove_hooks(module, _HOOKS)
+
+
+def _remove_hooks(module: nn.Module, hooks: Sequence[Any]) -> None:
+    """By function and not by handle: a handle knows one model, and models are copied."""
+    for registered, flags in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for number in [number for number, hook in registered.items() if hook in hooks]:
+            del registered[number]
+            for flag in flags:
+                flag.pop(number, None)
+
+
+def _allow_base_alone(module: nn.Module, incompatible: Any) -> None:
+    """A checkpoint of the backbone alone loads into a model that also holds adapters."""
+    if CHILD not in module._modules:
+        return
+    own = [key for key, _ in module.named_parameters() if key.startswith(CHILD + ".")]
+    missing = incompatible.missing_keys
+    if set(own) <= set(missing):
+        missing[:] = [key for key in missing if not key.startswith(CHILD + ".")]
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def _enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    site: Site = module.__dict__[SITE]
+    root = site.root
+    if module.__dict__.get("_is_replica", False) and CHILD in module._modules:
+        root = module._modules[CHILD]  # type: ignore[assignment]  # the replica's own adapters
+    forward = context.open_forward(root, args, kwargs)
+    if any(name in root.unproven for name in forward.active):
+        forward.ran = set()
+
+
+def _leave_model(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    context.close_forward(forward)
+    if output is None:  # an exception is on its way
+        return
+    if forward.ran is not None:
+        _prove(forward)
+    if torch.is_grad_enabled():
+        context.mark(forward, output)
+
+
+def _prove(forward: Forward) -> None:
+    """After the first forward of an adapter: every part must have run."""
+    for name in forward.active:
+        if name not in forward.root.unproven or forward.ran is None:
+            continue
+        adapter = get_adapter(forward.root, name)
+        silent = [(path, parts) for path, parts in adapter.sites() if (name, path) not in forward.ran]
+        if silent:
+            path, parts = silent[0]
+            kind = type(forward.root.base_model.get_submodule(path)).__name__
+            more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+            raise AdapterError(
+                f"adapter '{name}': the {type(parts[0]).__name__} at '{path}'{more} had no effect, because that module "
+                f"({kind}) was not called in the forward; its weights may be read by another module. Leave it out with "
+                "exclude_modules or modules_to_save, or adapt the module that is called"
+            )
+        forward.root.unproven.discard(name)
+
+
+def _before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if not forward.active:
+        return None
+    for part, call in _calls(forward, site.path, module):
+        args, kwargs = part.before(call, args, kwargs)
+    return args, kwargs
+
+
+def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if not forward.active:
+        return None
+    for part, call in reversed(_calls(forward, site.path, module)):
+        output = part.after(call, args, kwargs, output)
+        if forward.ran is not None:
+            forward.ran.add((call.adapter, site.path))
+    if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled():
+        context.mark(forward, output)  # a direct call, which no end of a model's forward will mark
+    return output
+
+
+def _calls(forward: Forward, path: str, module: nn.Module) -> list[tuple[Part, Call]]:
+    """The parts of the active adapters at a site, in order, each with what it is told."""
+    key = path.replace(".", "/")
+    found: list[tuple[Part, Call]] = []
+    for name in forward.active:
+        adapter: Any = forward.root.adapters._modules[name]
+        for part in adapter.parts._modules.get(key, ()):
+            shared = adapter.shared[part.tuner]
+            found.append((part, Call(path=path, module=module, forward=forward, adapter=name, shared=shared)))
+    return found
+
+
+def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Every block must see the token layout that its parts were built for."""
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if forward.parent is not None and forward.parent.stop_at == "stem":
+        raise context.Stop(forward.patches[0])
+    if not forward.active:
+        return
+    index, stage = _stage(site.root.anatomy, site.path)
+    tokens = args[0] if args else None
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != stage.width:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise AnatomyError(f"block '{site.path}' should get tokens ({', '.join(stage.layout)}), c = {stage.width}; got {got}")
+    if stage.coordinates is None:
+        return
+    if index not in forward.coordinates:
+        raise AnatomyError(
+            f"block '{site.path}' runs before the coordinates of its tokens were seen at the {stage.coordinates}: call "
+            "the model, or a method that runs its grouping too"
+        )
+    b, g, _ = forward.coordinates[index].shape
+    length = tokens.shape[token_ops.token_dim(stage.layout)]
+    batch = tokens.shape[1 - token_ops.token_dim(stage.layout)]
+    prefix = length - g
+    if batch != b or prefix < 0 or (stage.prefix_tokens is not None and prefix != stage.prefix_tokens):
+        expected = "some" if stage.prefix_tokens is None else stage.prefix_tokens
+        raise AnatomyError(
+            f"block '{site.path}' should get {expected} prefix tokens and one token for each of the coordinates "
+            f"{tuple(forward.coordinates[index].shape)}; it got tokens {tuple(tokens.shape)}"
+        )
+
+
+def _stage(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
+    return next(
+        (index, stage) for index, stage in enumerate(anatomy.stages) if any(block.path == path for block in stage.blocks)
+    )
+
+
+def _tap_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    _tap(module.__dict__[SITE], "input", args)
+
+
+def _tap_output(module: nn.Module, args: Args, output: Any) -> None:
+    _tap(module.__dict__[SITE], "output", output if isinstance(output, (tuple, list)) else (output,))
+
+
+def _tap(site: Site, side: str, values: Sequence[Any]) -> None:
+    for index, stage in enumerate(site.root.anatomy.stages):
+        for tap, coordinates in ((stage.coordinates, True), (stage.patch_tokens, False)):
+            if tap is None or tap.module != site.path or tap.side != side:
+                continue
+            value = values[tap.index] if tap.index < len(values) else None
+            if coordinates:
+                _check_coordinates(value, tap)
+                context.restart_direct(site.root, index)
+            forward = context.current_forward(site.root)
+            seen = forward.coordinates if coordinates else forward.patches
+            if isinstance(value, Tensor):
+                seen.setdefault(index, value)
+
+
+def _check_coordinates(value: Any, tap: Tap) -> None:
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[2] != 3:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise AnatomyError(f"the {tap} should be the coordinates (b, g, 3) of the tokens; it is {got}")
+
+
+def _hold_eval(module: nn.Module, args: Args) -> None:
+    """The statistics of a frozen backbone do not move, whoever has called train() on it."""
+    module.training = False
+
+
+# ---- the second pass -------------------------------------------------------------------------------------------------
+
+
+def backbone_tokens(root: Root, forward: Forward, source: str) -> Tensor:
+    """Patch tokens (b, g, c) of the frozen backbone without adapters, once per forward.
+
+    `source` is "stem" for the patch embedding, "backbone" for the tokens of the last block after the final norm; those
+    take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block.
+    """
+    if source == "stem" and 0 in forward.patches:
+        return forward.patches[0].detach()
+    if forward.inputs is None and ("tokens", source) not in forward.cache:
+        raise AdapterError(
+            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a direct "
+            'call of a part of it: call the model, or use prior="stem"'
+        )
+    return forward.once(("tokens", source), lambda: _second_pass(root, forward, source))
+
+
+def _second_pass(root: Root, forward: Forward, source: str) -> Tensor:
+    assert forward.inputs is not None
+    args, kwargs = forward.inputs
+    with _second(root, forward, source), torch.no_grad():
+        try:
+            if forward.method is None:
+                root.base_model(*args, **kwargs)
+            else:
+                context.open_forward(root, args, kwargs)
+                getattr(root.base_model, forward.method)(*args, **kwargs)
+        except context.Stop as stop:
+            return stop.tokens
+    raise AdapterError(f"the second pass for the prior never came to the blocks of {type(root.base_model).__name__}")
+
+
+@contextmanager
+def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
+    """In here, the model runs without adapters and, but for the stem, in eval mode."""
+    stem = {m for path in root.anatomy.stem for m in root.base_model.get_submodule(path).modules()}
+    training = [m for m in backbone_modules(root).values() if m.training and m not in stem]
+    forward.stop_at = source
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        forward.stop_at = None
+        context.resume_forward(forward)
+        for module in training:
+            module.training = True
+
+
+def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if forward.parent is None or forward.parent.stop_at != "backbone":
+        return
+    anatomy, stage = site.root.anatomy, site.root.anatomy.stages[-1]
+    tokens = token_ops.batch_first(output, stage.layout)
+    for path in anatomy.final_norms:
+        tokens = forward.root.base_model.get_submodule(path)(tokens)
+    g = forward.coordinates[len(anatomy.stages) - 1].shape[1]
+    raise context.Stop(tokens[:, tokens.shape[1] - g :])
+
+
+def _keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Remember what a module of the stem computed; in a second pass, give what was remembered."""
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if site.path in forward.stem and forward.parent is not None:
+        return forward.stem[site.path][2]
+    if forward.active and not kwargs:
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        versions = tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
+        forward.stem[site.path] = (args, versions, output)
+    return None
+
+
+def _reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    """In a second pass on the same inputs, let a module of the stem run on one sample only; `_keep_stem` does the rest.
+
+    A hook cannot keep a module from running, but it can give it next to nothing to do.
+    """
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    if forward.parent is None or forward.parent.stop_at is None or kwargs:
+        return None
+    kept = forward.parent.stem.get(site.path)
+    if kept is None or not _same(kept, args):
+        return None
+    forward.stem[site.path] = kept
+    return tuple(value[:1] for value in args), kwargs
+
+
+def _same(kept: tuple[Args, tuple[int, ...], Any], args: Args) -> bool:
+    """Whether a module gets the inputs it got before, all tensors of one batch, and its output is as it was then."""
+    before, versions, output = kept
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    now = tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
+    if now != versions or len(args) != len(before) or not all(isinstance(value, Tensor) for value in args):
+        return False
+    if len({value.shape[0] if value.ndim else 0 for value in args}) != 1 or args[0].shape[0] < 2:
+        return False
+    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(args, before, strict=True))
+
+
+_HOOKS = (
+    _enter_model,
+    _leave_model,
+    _hold_eval,
+    _reuse_stem,
+    _keep_stem,
+    _tap_input,
+    _tap_output,
+    _check_tokens,
+    _end_second_pass,
+    _before_parts,
+    _after_parts,
+)
+
+
+def get_adapter(root: Root, name: str) -> Adapter:
+    """The adapter of that name, which exists."""
+    adapter = root.adapters._modules[name]
+    assert isinstance(adapter, Adapter)
+    return adapter

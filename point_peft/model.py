@@ -1,0 +1,816 @@
+"""The adapted model: adding, activating, training, merging, saving and removing adapters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+import warnings
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+
+from point_peft import context, injection, state
+from point_peft.anatomy import Anatomy, known_anatomy
+from point_peft.config import PeftConfig, TunerConfig
+from point_peft.context import Forward, Key
+from point_peft.errors import AdapterError, AdapterFileError, PointPeftError
+from point_peft.heads import HeadSource, build_head, describe_head
+from point_peft.injection import CHILD, Adapter, get_adapter
+from point_peft.matching import nearest_names
+from point_peft.tracing import trace
+from point_peft.tuners.base import Backbone
+from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
+from point_peft.version import __version__
+
+M = TypeVar("M", bound=nn.Module)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatus:
+    """What is attached to one module of the backbone."""
+
+    name: str
+    module_type: str
+    parts: Mapping[str, tuple[str, ...]]
+    """Adapter -> the kinds of its parts here."""
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    requires_grad: Mapping[str, bool]
+    devices: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """The state of an adapted model as a whole."""
+
+    base_model_type: str
+    available_adapters: tuple[str, ...]
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    methods: Mapping[str, tuple[str, ...]]
+    """Adapter -> its methods."""
+    requires_grad: Mapping[str, bool]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+
+
+class AdapterSet(nn.Module):
+    """The adapters of one backbone and everything that can be done with them.
+
+    `PointPeftModel` is one that also owns its backbone. A model that keeps its own class (`inject_adapter`) holds one as
+    its child `point_peft`.
+    """
+
+    base_model: nn.Module
+    anatomy: Anatomy
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+        super().__init__()
+        self._hold(model)
+        self.adapters = nn.ModuleDict()
+        self.key = Key()
+        self.default: tuple[str, ...] = ()
+        self.traced: Forward | None = None
+        self.unproven: set[str] = set()
+        self.fingerprints = state.Fingerprints()
+        self.__dict__["anatomy"] = anatomy
+        self.frozen_from: dict[str, bool] = {}
+        self.norm_modes: dict[str, bool] = {}
+        self.training = model.training
+
+    def _hold(self, model: nn.Module) -> None:
+        self.__dict__["base_model"] = model  # not as a child: the model holds this module
+
+    def backbone_tokens(self, forward: Forward, source: str) -> Tensor:
+        """Patch tokens (b, g, c) of the frozen backbone without adapters, see `injection.backbone_tokens`."""
+        return injection.backbone_tokens(self, forward, source)
+
+    def get_base_model(self) -> nn.Module:
+        """The backbone itself."""
+        return self.base_model
+
+    def train(self: M, mode: bool = True) -> M:
+        """Set train or eval mode of adapters and backbone; the backbone's running statistics never move."""
+        super().train(mode)
+        self._hold_norms(mode)
+        return self
+
+    def _hold_norms(self, mode: bool) -> None:
+        for path, module in injection.frozen_norms(self).items():
+            self.norm_modes[path] = mode
+            module.training = False
+
+    # ---- adding and removing ----
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: TunerConfig | PeftConfig,
+        *,
+        heads: Mapping[str, HeadSource] | None = None,
+        memory_bank: Tensor | None = None,
+    ) -> None:
+        """Add an adapter beside the others; it is trainable and, unless it is the first, not active.
+
+        `heads` gives it heads of its own shape: module name -> module, or a function that makes one.
+        On any error the model is as it was.
+        """
+        self._check_new(adapter_name)
+        adapter = self._build(PeftConfig.of(config), heads)
+        if memory_bank is not None:
+            self._bank_of(adapter, adapter_name).fill(memory_bank)
+        self._attach(adapter_name, adapter)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+            raise AdapterError(
+                f"adapter name {name!r} is not valid: letters, digits, '_', '-' and '.', beginning with a letter, a digit "
+                "or '_', at most 100"
+            )
+        if name in self.adapters._modules:
+            raise AdapterError(f"there is an adapter '{name}' already: delete it first or choose another name")
+        self._check_unmerged("adapters cannot be added")
+
+    def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
+        modules = injection.backbone_modules(self)
+        backbone = Backbone(model=self.base_model, modules=modules, anatomy=self.__dict__["anatomy"])
+        return injection.build_adapter(backbone, config, heads)
+
+    def _attach(self, name: str, adapter: Adapter) -> None:
+        if not self.adapters:
+            self._attach_first()
+        adapter.train(self.training)
+        self.adapters._modules[name] = adapter
+        self.unproven.add(name)
+        injection.attach_sites(self, [path for path, _ in adapter.sites()])
+        if not self.default and len(self.adapters) == 1:
+            self.set_adapter(name)
+
+    def _attach_first(self) -> None:
+        if not self.frozen_from:
+            own = CHILD + "."
+            parameters = [(n, p) for n, p in self.base_model.named_parameters() if not n.startswith(own)]
+            self.frozen_from = {name: parameter.requires_grad for name, parameter in parameters}
+            for _, parameter in parameters:
+                parameter.requires_grad_(False)
+            self.norm_modes = {path: module.training for path, module in injection.frozen_norms(self).items()}
+            for module in injection.frozen_norms(self).values():
+                module.training = False
+            injection.attach_model(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; the others stay as they are. If it was active, it no longer is."""
+        adapter = self._adapter(adapter_name)
+        self._check_unmerged("adapters cannot be deleted")
+        del self.adapters._modules[adapter_name]
+        self.unproven.discard(adapter_name)
+        self.default = tuple(name for name in self.default if name != adapter_name)
+        chosen = context.chosen_adapters(self)
+        if chosen is not None:
+            context.choose_adapters(self, tuple(name for name in chosen if name != adapter_name))
+        still = {path for other in self.adapters for path, _ in get_adapter(self, other).sites()}
+        injection.detach_sites(self, [path for path, _ in adapter.sites() if path not in still])
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off and return the backbone as it was: hooks, requires_grad and train flags too."""
+        self._check_unmerged("the model cannot be unloaded")
+        return self._detach()
+
+    def _detach(self) -> nn.Module:
+        base = self.base_model
+        injection.detach_model(self)
+        for name, parameter in base.named_parameters():
+            if name in self.frozen_from:
+                parameter.requires_grad_(self.frozen_from[name])
+        for path, mode in self.norm_modes.items():
+            base.get_submodule(path).training = mode
+        self.adapters = nn.ModuleDict()
+        self.default, self.frozen_from, self.norm_modes = (), {}, {}
+        context.choose_adapters(self, None)
+        base._modules.pop(CHILD, None)
+        return base
+
+    def _adapter(self, name: str) -> Adapter:
+        if not isinstance(name, str) or name not in self.adapters._modules:
+            known = ", ".join(f"'{other}'" for other in self.adapters) or "none"
+            raise AdapterError(f"there is no adapter {name!r}; adapters: {known}")
+        return get_adapter(self, name)
+
+    def _names(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
+        if names is None:
+            return tuple(self.adapters)
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        for name in chosen:
+            self._adapter(name)
+        if len(set(chosen)) != len(chosen):
+            raise AdapterError(f"an adapter is named twice in {list(chosen)}")
+        return chosen
+
+    # ---- activation ----
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The adapters that a forward started here uses, in the order in which they act."""
+        active = context.active_adapters(self)
+        gone = [name for name in active if name not in self.adapters._modules]
+        return tuple(name for name in active if name not in gone)
+
+    @property
+    def active_adapter(self) -> str | tuple[str, ...]:
+        """The name of the active adapter, or all names if there are several or none."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter, or several in this order, the active ones.
+
+        It holds for this thread or task, and for every other that has not chosen for itself. What is trained does not
+        change; see `train_adapter`.
+        """
+        names = self._names(adapter_name)
+        self.default = names
+        context.choose_adapters(self, names)
+
+    @contextmanager
+    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
+        """Within the block, and only in this thread or task, these adapters are active.
+
+        Code compiled with `torch.compile` follows `set_adapter` and does not see this.
+        """
+        with self._chosen(self._names(adapter_name)):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block, and only in this thread or task, the model is the plain backbone."""
+        with self._chosen(()):
+            yield
+
+    @contextmanager
+    def _chosen(self, names: tuple[str, ...]) -> Iterator[None]:
+        self._check_unmerged("the active adapters cannot be changed")
+        before = context.chosen_adapters(self)
+        context.choose_adapters(self, names)
+        try:
+            yield
+        finally:
+            context.choose_adapters(self, before)
+
+    # ---- what is trained ----
+
+    def train_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Let the parameters of these adapters be trained."""
+        self._set_requires_grad(adapter_name, True)
+
+    def freeze_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Keep the parameters of these adapters as they are."""
+        self._set_requires_grad(adapter_name, False)
+
+    def _set_requires_grad(self, names: str | Sequence[str], value: bool) -> None:
+        for name in self._names(names):
+            for parameter in get_adapter(self, name).parameters():
+                parameter.requires_grad_(value)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the model, adapters included."""
+        parameters = {id(p): p for module in (self.base_model, self) for p in module.parameters()}.values()
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the trainable parameters of each adapter by part, and their share of the model's."""
+        print(self.trainable_parameters_report())
+
+    def trainable_parameters_report(self) -> str:
+        """The table that `print_trainable_parameters` prints."""
+        rows: list[tuple[str, str, int]] = []
+        for name in self.adapters:
+            counts: Counter[str] = Counter()
+            for label, parameter in self._labelled(get_adapter(self, name)):
+                if parameter.requires_grad:
+                    counts[label] += parameter.numel()
+            rows += [(name, label, count) for label, count in counts.items()]
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        names = max([len(name) for name, _, _ in rows], default=0)
+        labels = max([len(label) for _, label, _ in rows], default=0)
+        lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for name, label, count in rows]
+        return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
+
+    @staticmethod
+    def _labelled(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter with the kind of thing that it belongs to."""
+        own = dict(adapter.own_modules())
+        for path, parts in adapter.sites():
+            for part in parts:
+                for child, parameter in part.named_parameters():
+                    kind = child.split(".")[0] if len(list(part.children())) else child
+                    label = f"own module '{path}'" if path in own else f"{type(part).__name__}.{kind}"
+                    yield label, parameter
+        for group in adapter.shared:
+            for shared in group.children():
+                for child, parameter in shared.named_parameters():
+                    yield f"{type(shared).__name__}.{child.split('.')[0]}", parameter
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """One row for every module of the backbone that something is attached to."""
+        found: dict[str, dict[str, nn.ModuleList]] = {}
+        for name in self.adapters:
+            for path, parts in get_adapter(self, name).sites():
+                found.setdefault(path, {})[name] = parts
+        merged = self.merged_adapters
+        return [
+            LayerStatus(
+                name=path,
+                module_type=type(self.base_model.get_submodule(path)).__name__,
+                parts={name: tuple(type(part).__name__ for part in parts) for name, parts in by_name.items()},
+                active_adapters=tuple(name for name in self.active_adapters if name in by_name),
+                merged_adapters=tuple(name for name in merged if name in by_name),
+                requires_grad={name: any(p.requires_grad for p in parts.parameters()) for name, parts in by_name.items()},
+                devices={
+                    name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in by_name.items()
+                },
+            )
+            for path, by_name in found.items()
+        ]
+
+    def get_model_status(self) -> ModelStatus:
+        """The state of the model as a whole."""
+        trainable, total = self.get_nb_trainable_parameters()
+        adapters = {name: get_adapter(self, name) for name in self.adapters}
+        return ModelStatus(
+            base_model_type=type(self.base_model).__name__,
+            available_adapters=tuple(adapters),
+            active_adapters=self.active_adapters,
+            merged_adapters=self.merged_adapters,
+            methods={name: tuple(tuner.method for tuner in a.config.tuners) for name, a in adapters.items()},
+            requires_grad={name: any(p.requires_grad for p in a.parameters()) for name, a in adapters.items()},
+            trainable_params=trainable,
+            total_params=total,
+            num_adapter_layers=len({path for a in adapters.values() for path, _ in a.sites()}),
+        )
+
+    # ---- merging ----
+
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        """The adapters that are folded into the backbone's weights."""
+        return tuple(name for name in self.adapters if get_adapter(self, name).merged is not None)
+
+    def _check_unmerged(self, what: str) -> None:
+        if self.merged_adapters:
+            raise AdapterError(f"{what} while '{self.merged_adapters[0]}' is merged into the backbone: call unmerge() first")
+
+    def merge(self, adapter_name: str | None = None) -> None:
+        """Fold an adapter (default: the active one) into the backbone's weights; `unmerge` restores them exactly.
+
+        An error names what cannot be merged, and leaves everything as it was.
+        """
+        self._check_unmerged("no second adapter can be merged")
+        name = self._single(adapter_name)
+        adapter = get_adapter(self, name)
+        for path, parts in adapter.sites():
+            for part in parts:
+                if not part.mergeable:
+                    method = adapter.config.tuners[part.tuner].method
+                    raise AdapterError(
+                        f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' ({method}) is not a "
+                        "change of the backbone's weights"
+                    )
+        if any(len(group) for group in adapter.shared):
+            raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
+        merged: list[tuple[Tensor, Tensor, str]] = []
+        for path, parts in adapter.sites():
+            module = self.base_model.get_submodule(path)
+            for part in parts:
+                for own, value in part.merge(module).items():
+                    if not bool(torch.isfinite(value).all()):
+                        raise AdapterError(f"merging '{name}' would give '{path}.{own}' values that are not finite")
+                    merged.append((module.get_parameter(own), value, f"{path}.{own}"))
+        names = [key for _, _, key in merged]
+        twice = [key for key, count in Counter(names).items() if count > 1]
+        if twice:
+            raise AdapterError(f"adapter '{name}' cannot be merged: two of its parts change '{twice[0]}'")
+        adapter.merged = {key: tensor.detach().clone() for tensor, _, key in merged}
+        with torch.no_grad():
+            for tensor, value, _ in merged:
+                tensor.copy_(value)
+        self.default = ()
+        context.choose_adapters(self, ())
+
+    def unmerge(self) -> None:
+        """Take the merged adapter out of the backbone's weights, which are again what they were; it is active again."""
+        names = self.merged_adapters
+        if not names:
+            raise AdapterError("no adapter is merged")
+        adapter = get_adapter(self, names[0])
+        with torch.no_grad():
+            for key, value in (adapter.merged or {}).items():
+                self.base_model.get_parameter(key).copy_(value)
+        adapter.merged = None
+        self.set_adapter(names[0])
+
+    def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
+        """Fold an adapter into the backbone for good and return the backbone without hooks."""
+        self.merge(adapter_name)
+        return self._detach()
+
+    def _single(self, name: str | None) -> str:
+        if name is not None:
+            self._adapter(name)
+            return name
+        if len(self.active_adapters) != 1:
+            raise AdapterError(f"name one adapter: active are {list(self.active_adapters)}, present {list(self.adapters)}")
+        return self.active_adapters[0]
+
+    # ---- memory bank ----
+
+    def build_memory_bank(
+        self,
+        batches: Iterable[Any],
+        *,
+        to_inputs: Callable[[Any], Any] | None = None,
+        size: int | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Fill the memory bank of an adapter (default: the active one) with features of training clouds.
+
+        A batch is a tensor, or a tuple whose first item goes to the model and whose second, if it is a tensor of b
+        integers, holds the labels; otherwise `to_inputs(batch)` gives the model's arguments: one argument, a tuple of
+        positional or a dict of named ones. `size` reduces the bank to as many rows by k-means in each class.
+
+        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
+        Under accelerate each process goes through its own batches and all end with the same bank.
+        """
+        name = self._single(adapter_name)
+        bank = self._bank_of(get_adapter(self, name), name)
+        source = self._bank_source(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
+        process = PartialState()
+        features: list[Tensor] = []
+        labels: list[Tensor] = []
+        with self._eval():
+            for batch in tqdm(batches, desc="memory bank", unit="batch", disable=not process.is_main_process):
+                tokens = self._features(_model_inputs(batch, to_inputs), source)
+                features.append(query_of(tokens).float().cpu())
+                label = _labels(batch, len(features[-1]))
+                if label is not None:
+                    labels.append(label.cpu())
+        if process.num_processes > 1:
+            gathered = gather_object([(features, labels)])
+            features = [entry for part, _ in gathered for entry in part]
+            labels = [entry for _, part in gathered for entry in part]
+        if not features:
+            raise AdapterError("build_memory_bank got no batches")
+        rows = torch.cat(features)
+        classes = torch.cat(labels) if sum(map(len, labels)) == len(rows) else None
+        # Sorted rows do not depend on the order of batches and processes, and a cloud seen twice counts once.
+        rows, member = torch.unique(rows, dim=0, return_inverse=True)
+        if classes is not None:
+            classes = torch.zeros(len(rows), dtype=classes.dtype).scatter_(0, member, classes)
+        bank.fill(rows if size is None else prototypes(rows, classes, size))
+
+    def _bank_of(self, adapter: Adapter, name: str) -> MemoryBank:
+        for group in adapter.shared:
+            for shared in group.children():
+                if isinstance(shared, MemoryBank):
+                    return shared
+        methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
+        raise AdapterError(f"adapter '{name}' ({methods}) has no memory bank")
+
+    def _bank_source(self, name: str) -> str:
+        adapter = get_adapter(self, name)
+        return next(t.prior for t in adapter.config.tuners if hasattr(t, "prior"))
+
+    @contextmanager
+    def _eval(self) -> Iterator[None]:
+        training = [module for module in self.base_model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str) -> Tensor:
+        args, kwargs = inputs
+        with torch.no_grad(), self._chosen(()):
+            forward = context.open_forward(self, args, kwargs)
+            try:
+                return self.backbone_tokens(forward, source)
+            finally:
+                context.close_forward(forward)
+
+    # ---- files ----
+
+    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+        """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+
+        Without a name all adapters are written: a single one, or the one named "default", into the folder itself,
+        the others into a subfolder of their name. Each is replaced as a whole or not at all. No network is touched.
+        """
+        if not self.adapters:
+            raise AdapterError("there is no adapter to save")
+        self._check_unmerged("adapters cannot be saved")
+        folder = Path(save_directory)
+        names = self._names(adapter_name)
+        for name in names:
+            own = folder if len(names) == 1 or name == "default" else folder / name
+            adapter = get_adapter(self, name)
+            state.write_folder(own, self._file_config(adapter), adapter.tensors(), self._card(adapter))
+
+    def _file_config(self, adapter: Adapter) -> dict[str, Any]:
+        return {
+            "peft_type": state.PEFT_TYPE,
+            "format_version": state.FORMAT_VERSION,
+            "point_peft_version": __version__,
+            **adapter.config.to_json(),
+            "heads": {path: describe_head(module) for path, module in adapter.own_modules()},
+            "adapted_modules": sorted(path for path, _ in adapter.sites()),
+            "base_fingerprint": self._fingerprint(adapter),
+        }
+
+    def _fingerprint(self, adapter: Adapter) -> dict[str, Any]:
+        """The fingerprint of what the adapter takes from the base: all but the tensors that it has of its own."""
+        own = set(adapter.tensors())
+        inside = tuple(path + "." for path in adapter.saved) + (CHILD + ".",)
+        tensors = {
+            name: tensor
+            for name, tensor in self.base_model.state_dict().items()
+            if name not in own and not name.startswith(inside)
+        }
+        return self.fingerprints.of(tensors)
+
+    def _card(self, adapter: Adapter) -> str:
+        """The README of an adapter's folder."""
+        methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
+        base = adapter.config.base_model_name_or_path
+        count = sum(parameter.numel() for parameter in adapter.parameters())
+        front = ["---", "library_name: point-peft", *([f"base_model: {base}"] if base else []), "tags:", "- point-cloud"]
+        return "\n".join(
+            [
+                *front,
+                "- point-peft",
+                "---",
+                "",
+                f"# Adapter for {type(self.base_model).__name__}",
+                "",
+                f"Methods: {methods}. Parameters: {count:,}.",
+                "",
+                "```python",
+                "from point_peft import PointPeftModel",
+                "",
+                'model = PointPeftModel.from_pretrained(backbone, "path/to/this/folder")',
+                "```",
+                "",
+            ]
+        )
+
+    def load_adapter(
+        self,
+        folder: str | Path,
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        heads: Mapping[str, HeadSource] | None = None,
+    ) -> None:
+        """Add the adapter that a folder holds; it is not made active unless it is the only one.
+
+        Everything is checked first: names, shapes, types and values of all tensors, and that the backbone is the one that
+        the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a file
+        cannot describe.
+        """
+        self._check_new(adapter_name)
+        files = state.read_folder(Path(folder))
+        self._attach(adapter_name, self._restore(files, Path(folder), is_trainable, heads))
+
+    def _restore(
+        self, files: state.AdapterFiles, folder: Path, is_trainable: bool, heads: Mapping[str, HeadSource] | None
+    ) -> Adapter:
+        about = dict(files.config)
+        extra = {name: about.pop(name, None) for name in ("peft_type", "format_version", "point_peft_version")}
+        described, adapted = about.pop("heads", None), about.pop("adapted_modules", None)
+        fingerprint = about.pop("base_fingerprint", None)
+        del extra
+        if not isinstance(described, dict) or not isinstance(adapted, list):
+            raise AdapterFileError(f"'{folder / state.CONFIG_FILE}' lacks heads or adapted_modules")
+        try:
+            config = PeftConfig.from_json(about)
+        except PointPeftError as error:
+            raise AdapterFileError(f"'{folder / state.CONFIG_FILE}': {error}") from error
+        known = injection.backbone_modules(self)
+        own: dict[str, HeadSource] = dict(heads or {})
+        for path, description in described.items():
+            if path not in known:
+                near = nearest_names(path, list(known))
+                raise AdapterFileError(f"the adapter has its own '{path}', which this model has not; nearest: {near}")
+            if description is not None and description != describe_head(known[path]) and path not in own:
+                own[path] = build_head(description, path)
+        adapter = self._build(replace(config, modules_to_save=sorted(described)), own)
+        adapter.config = config
+        sites = sorted(path for path, _ in adapter.sites())
+        if sites != adapted:
+            differing = sorted(set(sites) ^ {str(path) for path in adapted})
+            raise AdapterFileError(
+                f"the adapter was made for modules {', '.join(map(repr, differing[:3]))} otherwise than this model has them"
+            )
+        warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), type(self.base_model).__name__)
+        expected = adapter.tensors()
+        where = f"'{folder / state.TENSOR_FILE}'"
+        state.check_tensors(files.tensors, expected, adapter.free_rows(), where)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
+        state.copy_tensors(files.tensors, adapter, expected)
+        adapter.requires_grad_(is_trainable)
+        return adapter
+
+
+class PointPeftModel(AdapterSet):
+    """A frozen backbone with adapters. Made by `get_peft_model` or `from_pretrained`.
+
+    What it does not have itself is looked up on the backbone: `model.forward_features(x)` runs the adapted backbone's.
+    """
+
+    def _hold(self, model: nn.Module) -> None:
+        self.base_model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the backbone with the active adapters; arguments and result are the backbone's."""
+        if self.__dict__.get("_is_replica", False):
+            with context.replica(self):
+                return self.base_model(*args, **kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "_modules" not in self.__dict__:
+                raise
+            found = getattr(self.base_model, name)
+        if inspect.ismethod(found) and found.__self__ is self.base_model:
+            return _Method(self, name)
+        return found
+
+    def _replicate_for_data_parallel(self) -> PointPeftModel:
+        replica: PointPeftModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.default = self.active_adapters  # replicas run on threads of their own
+        return replica
+
+    @staticmethod
+    def from_pretrained(
+        model: nn.Module,
+        folder: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        heads: Mapping[str, HeadSource] | None = None,
+        example_inputs: Any = None,
+    ) -> PointPeftModel:
+        """Adapt a backbone, in place, with the adapter that a folder holds. On any error the backbone is as it was."""
+        _check_plain(model)
+        peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
+        peft_model.load_adapter(folder, adapter_name, is_trainable=is_trainable, heads=heads)
+        return peft_model
+
+
+class _Method:
+    """A method of the backbone, run as a forward of the adapted model."""
+
+    def __init__(self, root: PointPeftModel, name: str) -> None:
+        self.root = root
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = context.open_forward(self.root, args, kwargs)
+        forward.method = self.name
+        try:
+            output = getattr(self.root.base_model, self.name)(*args, **kwargs)
+        finally:
+            context.close_forward(forward)
+        if torch.is_grad_enabled():
+            context.mark(forward, output)
+        return output
+
+
+def get_peft_model(
+    model: nn.Module,
+    config: TunerConfig | PeftConfig,
+    adapter_name: str = "default",
+    *,
+    example_inputs: Any = None,
+    memory_bank: Tensor | None = None,
+    heads: Mapping[str, HeadSource] | None = None,
+) -> PointPeftModel:
+    """Freeze a backbone and give it a trainable adapter. The given model is changed in place.
+
+    `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced for a model
+    that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives the
+    adapter heads of its own shape: module name -> module, or a function that makes one.
+
+    On any error the model is as it was, bit for bit.
+    """
+    _check_plain(model)
+    peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
+    peft_model.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+    return peft_model
+
+
+def inject_adapter(
+    model: M,
+    config: TunerConfig | PeftConfig,
+    adapter_name: str = "default",
+    *,
+    example_inputs: Any = None,
+    memory_bank: Tensor | None = None,
+    heads: Mapping[str, HeadSource] | None = None,
+) -> M:
+    """Like `get_peft_model`, for a model that keeps its own class and forward; returns that model.
+
+    Its adapters are its child `point_peft` (an `AdapterSet`), with all that can be done to them, and a further call adds
+    a further adapter. The model's own tensors keep their names; a checkpoint of the backbone alone still loads.
+    """
+    held = model._modules.get(CHILD)
+    if isinstance(held, AdapterSet):
+        held.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+        return model
+    _check_plain(model)
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise AdapterError(f"a {type(model).__name__} would run its adapters as one of its layers: use get_peft_model")
+    adapters = AdapterSet(model, _anatomy(model, example_inputs))
+    adapters.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+    model._modules[CHILD] = adapters
+    return model
+
+
+def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
+    """What the library understands of a backbone; `str()` of the result is readable.
+
+    Without example inputs only what structure and presets tell; with them, one forward is traced where those do not
+    suffice.
+    """
+    anatomy = _anatomy(model, example_inputs or None)
+    if anatomy is None:
+        raise PointPeftError(
+            f"no preset describes {type(model).__name__}: pass example inputs, describe(model, *inputs), to trace one forward"
+        )
+    return anatomy
+
+
+def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | None:
+    anatomy = known_anatomy(model)
+    if anatomy is None and example_inputs is not None:
+        args, kwargs = _arguments(example_inputs)
+        return trace(model, args, kwargs)
+    return anatomy
+
+
+def _check_plain(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PointPeftError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, AdapterSet):
+        raise AdapterError("the model is adapted already: use add_adapter")
+    for path, module in model.named_modules():
+        if injection.SITE in module.__dict__ or isinstance(module, AdapterSet):
+            raise AdapterError(f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter")
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def _model_inputs(
+    batch: Any, to_inputs: Callable[[Any], Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if to_inputs is not None:
+        return _arguments(to_inputs(batch))
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return (batch[0],), {}
+    raise AdapterError(
+        f"a batch must be a tensor or a tuple that begins with one, not {type(batch).__name__}: pass to_inputs=function that "
+        "turns a batch into the model's arguments"
+    )
+
+
+def _labels(batch: Any, count: int) -> Tensor | None:
+    """The labels of a batch: a second item that is a tensor of `count` integers."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        return None
+    labels = batch[1].reshape(-1)
+    return labels if len(labels) == count and not labels.is_floating_point() else None

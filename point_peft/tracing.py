@@ -1,0 +1,3 @@
+from point_peft.errors import AnatomyError
+def trace(model, args, kwargs):
+    raise AnatomyError("not yet")

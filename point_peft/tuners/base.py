@@ -1,0 +1,221 @@
+"""What every method is made of: parts at sites of the backbone, state that a method's parts share, and their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from point_peft.anatomy import Anatomy, Block
+from point_peft.context import Forward
+from point_peft.errors import AdapterError, AnatomyError
+from point_peft.matching import match_names
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of an adapted module, as a part sees it."""
+
+    path: str
+    """The site: the path of the module in the backbone."""
+    module: nn.Module
+    forward: Forward
+    adapter: str
+    shared: nn.ModuleDict
+    """The state that the parts of one method in one adapter share, by name."""
+
+    def state(self, name: str, kind: type[M]) -> M:
+        """The shared state of that name, which must be of that kind."""
+        module = self.shared[name]
+        if not isinstance(module, kind):
+            raise AdapterError(f"shared state '{name}' is a {type(module).__name__}, not a {kind.__name__}")
+        return module
+
+
+class Part(nn.Module):
+    """What a method does at one site: it may change the module's inputs, its output, or both.
+
+    A part holds the trainable tensors of its site and nothing about the forward it is in; that comes with the `Call`.
+    The parts of several active adapters nest: `before` runs in the order of the adapters, `after` in reverse.
+    """
+
+    prefix: ClassVar[str] = ""
+    """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
+    mergeable: ClassVar[bool] = False
+    tuner: int = 0
+    """Which of the adapter's methods it belongs to; set when the adapter is built."""
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The inputs that the module gets instead of `args` and `kwargs`."""
+        return args, kwargs
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """The output that the caller gets instead of `output`; `args` and `kwargs` are what the module got."""
+        return output
+
+    def merge(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's own tensors, by name, with this part folded in."""
+        raise AdapterError(f"{type(self).__name__} cannot be merged")
+
+    def file_name(self, name: str) -> str:
+        """The name in a file of the tensor that this module's state dict calls `name`."""
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+
+class SharedState(nn.Module):
+    """State of a method in one adapter that does not belong to one site, such as a memory bank."""
+
+    prefix: str = ""
+    free_rows: ClassVar[frozenset[str]] = frozenset()
+    """Buffers whose number of rows is not told by the configuration."""
+
+    def file_name(self, name: str) -> str:
+        """The name in a file of the tensor that this module's state dict calls `name`."""
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+
+@dataclass(kw_only=True)
+class Blueprint:
+    """Everything that a method wants to add to a backbone, built but not attached."""
+
+    parts: list[tuple[str, Part]] = field(default_factory=list)
+    """(site path, part)"""
+    shared: dict[str, SharedState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A backbone as a method sees it while it plans: to be read, not changed."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    """Every module by path, under each of its names."""
+    anatomy: Anatomy | None
+
+    def known_anatomy(self, method: str) -> Anatomy:
+        """The anatomy, which the method cannot do without."""
+        if self.anatomy is None:
+            raise AnatomyError(
+                f"{method} adapts transformer blocks and needs to know how {type(self.model).__name__} is built, but no "
+                "preset describes it: pass example_inputs=(...) to let one forward be traced"
+            )
+        return self.anatomy
+
+    def select_blocks(
+        self,
+        method: str,
+        targets: str | Sequence[str] | None,
+        excluded: str | Sequence[str] | None,
+        layers: Sequence[int] | None,
+    ) -> tuple[tuple[int, Block], ...]:
+        """(number, block) of the blocks that are meant: all, or those that the three fields of a config leave."""
+        blocks = self.known_anatomy(method).blocks
+        names = [block.path for block in blocks]
+        chosen = set(names) if targets is None else set(match_names(targets, names, what="block"))
+        if excluded is not None:
+            chosen -= set(match_names(excluded, names, what="block", field="exclude_modules"))
+        for layer in layers or ():
+            if layer >= len(blocks):
+                raise AnatomyError(f"layers_to_transform: there is no block {layer}, the blocks are 0 to {len(blocks) - 1}")
+        kept = tuple((i, b) for i, b in enumerate(blocks) if b.path in chosen and (layers is None or i in layers))
+        if not kept:
+            raise AnatomyError(f"{method}: target_modules, exclude_modules and layers_to_transform leave no block")
+        return kept
+
+
+# ---- tuned tensors of the backbone -----------------------------------------------------------------------------------
+
+
+def _copy(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone())
+
+
+class TunedBias(Part):
+    """A trained copy of a module's bias, for a module that adds its bias to the last dimension of its output.
+
+    It acts as a difference to the base's bias, so that the base keeps its own and several adapters can be active.
+    """
+
+    mergeable = True
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = _copy(bias)
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        return output + (self.bias - getattr(call.module, "bias")).to(output.dtype)  # noqa: B009 - a replica's is a tensor
+
+    def merge(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"bias": self.bias.detach()}
+
+
+class TunedLayerNorm(Part):
+    """Trained copies of a LayerNorm's weight and bias; they act as differences to the base's."""
+
+    mergeable = True
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight = _copy(norm.weight)
+        self.bias = _copy(norm.bias)
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        norm = call.module
+        assert isinstance(norm, nn.LayerNorm)
+        tokens = args[0] if args else kwargs["input"]
+        normed = nn.functional.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
+        return output + (normed * (self.weight - norm.weight) + (self.bias - norm.bias)).to(output.dtype)
+
+    def merge(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"weight": self.weight.detach(), "bias": self.bias.detach()}
+
+
+class TunedTokens(SharedState):
+    """Trained copies of prefix tokens and positions (1, rows, c) of the base, by their names there."""
+
+    def __init__(self, tokens: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tokens.items():
+            # A parameter's name may not hold a dot.
+            self.register_parameter(name.replace(".", "/"), _copy(tensor))
+
+    def file_name(self, name: str) -> str:
+        return name.replace("/", ".")
+
+    def difference(self, name: str, base_model: nn.Module) -> Tensor:
+        """What training has added to the base's tensor of that name, as (rows, c)."""
+        base: Any = base_model
+        for component in name.split("."):
+            base = getattr(base, component)
+        tuned: Tensor = getattr(self, name.replace(".", "/"))
+        return (tuned - base).reshape(-1, tuned.shape[-1])
+
+
+
+def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
+    """A `TunedBias` for each of the modules; each must have a bias."""
+    parts: list[tuple[str, Part]] = []
+    for path in paths:
+        module = backbone.modules[path]
+        bias = module._parameters.get("bias")
+        if bias is None:
+            raise AnatomyError(f"'{path}' ({type(module).__name__}) has no bias to tune")
+        parts.append((path, TunedBias(bias)))
+    return parts
+
+
+def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
+    """A `TunedLayerNorm` for each of the modules; each must be a LayerNorm with weight and bias."""
+    parts: list[tuple[str, Part]] = []
+    for path in paths:
+        norm = backbone.modules[path]
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            raise AnatomyError(f"'{path}' is a {type(norm).__name__}; only a LayerNorm with weight and bias can be tuned")
+        parts.append((path, TunedLayerNorm(norm)))
+    return parts

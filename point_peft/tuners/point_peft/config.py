@@ -1,0 +1,195 @@
+"""The configuration of Point-PEFT and how it lays its parts out over a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from point_peft.anatomy import Anatomy, Block, PrefixParameter, Stage
+from point_peft.config import TunerConfig, require
+from point_peft.errors import AnatomyError
+from point_peft.matching import match_names
+from point_peft.tuners.base import Backbone, Blueprint, TunedTokens, tuned_biases, tuned_norms
+from point_peft.tuners.point_peft.bottleneck import Bottleneck
+from point_peft.tuners.point_peft.geometry_aware import GeometryAwareAdapter, StageState
+from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, PrefixPart, Prompt
+from point_peft.tuners.point_peft.prior import MemoryBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPEFTConfig(TunerConfig):
+    """Point-PEFT with its published constants. `target_modules` and the like choose among the transformer blocks.
+
+    The fields that are lists of names follow the rule of `target_modules`; None means what was published.
+    """
+
+    method: ClassVar[str] = "POINT_PEFT"
+
+    num_prompts: int = 10
+    """Prompts p that each of the prompt layers gets."""
+    prompt_layers: int | None = None
+    """The first blocks that get prompts; None: half of the blocks."""
+    prompt_dropout: float = 0.1
+    memory_bank: bool = True
+    """Whether the prompts are enhanced by the prior that a memory bank of training features gives."""
+    bank_dtype: Literal["float16", "float32"] = "float16"
+    top_k: int | None = None
+    """Rows retrieved from the bank; they enhance the first 2 + top_k prompts. None: num_prompts - 2."""
+    leave_nearest_out: bool = False
+    """While training, skip the nearest row: for a training cloud it is most likely the cloud itself."""
+    prior: Literal["backbone", "stem"] = "backbone"
+    """The feature that queries the bank: after the frozen backbone (a second pass), or its patch embedding."""
+    prior_adapter_width: int = 8
+    adapter_width: int = 16
+    adapter_dropout: float = 0.1
+    adapter_scale: float = 0.7
+    """Scale of the adapter after the MLP."""
+    centre_ratio: float = 0.5
+    """Centres of neighbourhoods per patch token."""
+    neighbours: int = 16
+    """Tokens in a neighbourhood, at most as many as there are tokens."""
+    local_attention_width: int = 18
+    local_attention_heads: int = 6
+    local_attention_drop_path: float = 0.1
+    propagation_scale: float = 0.3
+    centre_scale: float = 0.3
+    pooling_norm: Literal["batch", "layer"] = "batch"
+    """The norm of pooled neighbourhoods; "layer" for training with batches of one."""
+    tuned_biases: str | Sequence[str] | None = None
+    """Modules whose bias is trained; None: norms, attention projection and MLP of every adapted block."""
+    tuned_norms: str | Sequence[str] | None = None
+    """LayerNorms that are trained; None: the final norm."""
+    tuned_tokens: str | Sequence[str] | None = None
+    """Prefix tokens and positions that are trained; None: all, because checkpoints of Point-MAE lack them."""
+    init: Literal["identity", "published"] = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_prompts", "prompt_layers"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, self, name, "0 or more")
+        widths = ("prior_adapter_width", "adapter_width", "neighbours", "local_attention_width", "local_attention_heads")
+        for name in widths:
+            require(getattr(self, name) >= 1, self, name, "1 or more")
+        for name in ("prompt_dropout", "adapter_dropout", "local_attention_drop_path"):
+            require(0.0 <= getattr(self, name) < 1.0, self, name, "0 or more and less than 1")
+        for name in ("adapter_scale", "propagation_scale", "centre_scale"):
+            require(getattr(self, name) >= 0.0, self, name, "0 or more")
+        require(0.0 < self.centre_ratio <= 1.0, self, "centre_ratio", "more than 0 and at most 1")
+        divides = self.local_attention_width % self.local_attention_heads == 0
+        require(divides, self, "local_attention_width", f"a multiple of local_attention_heads={self.local_attention_heads}")
+        if self.top_k is not None:
+            limit = max(0, self.num_prompts - 2)
+            require(1 <= self.top_k <= limit, self, "top_k", f"1 to num_prompts - 2 = {limit}, or None")
+        elif self.memory_bank and self.num_prompts:
+            require(self.num_prompts >= 3, self, "num_prompts", "0, or 3 or more with a memory bank (2 + top_k)")
+
+    @property
+    def identity_at_init(self) -> bool:
+        """A fresh adapter is the backbone plus its prompts."""
+        return self.init == "identity" and (self.num_prompts == 0 or self.prompt_layers == 0)
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        chosen = backbone.select_blocks(self.method, self.target_modules, self.exclude_modules, self.layers_to_transform)
+        limit = len(anatomy.blocks) // 2 if self.prompt_layers is None else self.prompt_layers
+        prompted = {block.path for number, block in chosen if number < limit and self.num_prompts}
+        plan = Blueprint()
+        for index, stage in enumerate(anatomy.stages):
+            blocks = [block for _, block in chosen if block in stage.blocks]
+            if blocks:
+                self._build_stage(plan, index, stage, blocks, prompted)
+        if self._uses_bank(prompted):
+            plan.shared["memory_bank"] = MemoryBank(
+                anatomy.stages[-1].width,
+                self.num_prompts - 2 if self.top_k is None else self.top_k,
+                torch.float16 if self.bank_dtype == "float16" else torch.float32,
+                leave_nearest_out=self.leave_nearest_out,
+            )
+        self._build_tuned(plan, backbone, anatomy, [block for _, block in chosen])
+        return plan
+
+    def _uses_bank(self, prompted: set[str]) -> bool:
+        return self.memory_bank and bool(prompted)
+
+    def _build_stage(
+        self, plan: Blueprint, index: int, stage: Stage, blocks: Sequence[Block], prompted: set[str]
+    ) -> None:
+        if stage.coordinates is None:
+            raise AnatomyError(
+                f"{self.method} needs the coordinates of the tokens, and where those of '{blocks[0].path}' are seen is "
+                "not known: pass example_inputs=(...) to let one forward be traced"
+            )
+        identity = self.init == "identity"
+        with_prompts = any(block.path in prompted for block in blocks)
+        plan.shared[f"stage_{index}"] = StageState(
+            "point_peft" if index == 0 else f"point_peft.stage_{index}",
+            stage.width,
+            self.local_attention_width,
+            self.local_attention_heads,
+            self.num_prompts if with_prompts else 0,
+            self.local_attention_drop_path,
+        )
+        for block in blocks:
+            prompt = None
+            if block.path in prompted:
+                narrow = Bottleneck(stage.width, self.prior_adapter_width, self.adapter_dropout, identity=identity)
+                uses_bank = self._uses_bank(prompted)
+                prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if uses_bank else None)
+            part = BlockPart(
+                stage=index,
+                layout=stage.layout,
+                prompt=prompt,
+                geometry=GeometryAwareAdapter(
+                    stage.width,
+                    batch_norm=self.pooling_norm == "batch",
+                    scale=self.propagation_scale,
+                    centre_scale=self.centre_scale,
+                    gated=identity,
+                ),
+                adapter=Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity),
+                prior=self.prior if prompt is not None and self._uses_bank(prompted) else None,
+                centre_ratio=self.centre_ratio,
+                neighbours=self.neighbours,
+            )
+            plan.parts.append((block.path, part))
+            if block.mlp is None:
+                raise AnatomyError(f"{self.method} adapts the MLP of every block, and none was found in '{block.path}'")
+            after_mlp = Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
+            plan.parts.append((block.mlp, MlpPart(after_mlp, self.adapter_scale)))
+
+    def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
+        names = list(backbone.modules)
+        biases = [
+            path
+            for block in blocks
+            for path in (*block.norms, *filter(None, [block.projection]), *block.mlp_linears)
+            if backbone.modules[path]._parameters.get("bias") is not None
+        ]
+        if self.tuned_biases is not None:
+            biases = list(match_names(self.tuned_biases, names, field="tuned_biases"))
+        plan.parts += tuned_biases(backbone, biases)
+        norms: Sequence[str] = anatomy.final_norms
+        if self.tuned_norms is not None:
+            norms = match_names(self.tuned_norms, names, field="tuned_norms")
+        plan.parts += tuned_norms(backbone, norms)
+        tokens = anatomy.prefix_parameters
+        if self.tuned_tokens is not None:
+            known = [parameter.name for parameter in tokens]
+            kept = match_names(self.tuned_tokens, known, what="prefix parameter", field="tuned_tokens")
+            tokens = tuple(parameter for parameter in tokens if parameter.name in kept)
+        if tokens:
+            copies = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in tokens}
+            plan.shared["tokens"] = TunedTokens(copies)
+            self._build_prefix(plan, anatomy.stages[0], tokens)
+
+    @staticmethod
+    def _build_prefix(plan: Blueprint, stage: Stage, tokens: tuple[PrefixParameter, ...]) -> None:
+        """A token is added once, before the first block; a position before every block, where the backbone does so."""
+        for number, block in enumerate(stage.blocks):
+            added = tokens if number == 0 else tuple(parameter for parameter in tokens if parameter.role == "position")
+            if added and (number == 0 or stage.position == "every_block"):
+                plan.parts.insert(number, (block.path, PrefixPart(added, stage.layout)))

@@ -1,0 +1,146 @@
+"""The geometry-aware adapter: neighbourhoods of tokens, local attention, pooling and propagation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from point_peft import geometry
+from point_peft.context import Forward
+from point_peft.tuners.base import SharedState
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k)."""
+
+    centre: Tensor
+    neighbour: Tensor
+
+
+class StageState(SharedState):
+    """What the geometry-aware adapters of one stage share: the local attention and the prompts' coordinates."""
+
+    def __init__(self, prefix: str, channels: int, width: int, heads: int, prompts: int, drop_path: float) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.local_attention = LocalAttention(channels, width, heads, drop_path)
+        self.prompt_coordinates = nn.Parameter(torch.empty(prompts, 3)) if prompts else None
+        if self.prompt_coordinates is not None:
+            nn.init.trunc_normal_(self.prompt_coordinates, std=0.02)
+
+    def coordinates(self, patches: Tensor, *, with_prompts: bool) -> Tensor:
+        """Coordinates of the tokens: [Q; c] (b, p + g, 3) with prompts, else those of the patches (b, g, 3)."""
+        if not with_prompts or self.prompt_coordinates is None:
+            return patches
+        return torch.cat([self.prompt_coordinates.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
+
+
+class LocalAttention(nn.Module):
+    """Attention among the k tokens of each neighbourhood, with a narrow inner width; pre-norm, residual.
+
+    Norm, query, key and value are taken once per token and then gathered, not once per neighbour.
+    """
+
+    def __init__(self, channels: int, width: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = width**-0.5  # as published: of the inner width, not of a head's
+        self.drop_path = drop_path
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * width, bias=False)
+        self.proj = nn.Linear(width, channels)
+        nn.init.trunc_normal_(self.qkv.weight, std=0.02)
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, tokens: Tensor, neighbour: Tensor) -> Tensor:
+        """Neighbourhoods (b, s, k, c) of tokens (b, l, c) at indices (b, s, k), each with its attention added."""
+        qkv = geometry.gather(self.qkv(self.norm(tokens)), neighbour)
+        q, k, v = rearrange(qkv, "b s k (qkv h c) -> qkv (b s) h k c", qkv=3, h=self.heads).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        mixed = rearrange(mixed, "(b s) h k c -> b s k (h c)", b=len(tokens))
+        return geometry.gather(tokens, neighbour) + self._drop(self.proj(mixed))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: while training, whole neighbourhoods of the branch (b, s, k, c) are dropped."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        return branch * branch.new_empty(*branch.shape[:2], 1, 1).bernoulli_(keep) / keep
+
+
+class PoolingNorm(nn.BatchNorm1d):
+    """BatchNorm over pooled features (b, s, c); its running statistics belong to the adapter."""
+
+    def normalise(self, pooled: Tensor, *, recomputing: bool) -> Tensor:
+        """Normalised features; when checkpointing repeats a forward, the statistics are not updated again."""
+        x = rearrange(pooled, "b s c -> b c s")
+        if self.training and recomputing:
+            x = nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        else:
+            x = self(x)
+        return rearrange(x, "b c s -> b s c")
+
+
+class GeometryAwareAdapter(nn.Module):
+    """t_i <- t_i + scale * sum_j w_ij (GELU(norm(max N_j)) + centre_scale * U_j), for the patch tokens of one block."""
+
+    def __init__(self, channels: int, *, batch_norm: bool, scale: float, centre_scale: float, gated: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.centre_scale = centre_scale
+        self.norm: PoolingNorm | nn.LayerNorm = PoolingNorm(channels) if batch_norm else nn.LayerNorm(channels)
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        near: Neighbourhoods,
+        weights: Tensor,
+        attention: LocalAttention,
+        *,
+        recomputing: bool,
+    ) -> Tensor:
+        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate under weights (b, g, s)."""
+        pooled = reduce(attention(tokens, near.neighbour), "b s k c -> b s c", "max")
+        if isinstance(self.norm, PoolingNorm):
+            pooled = self.norm.normalise(pooled, recomputing=recomputing)
+        else:
+            pooled = self.norm(pooled)
+        centres = nn.functional.gelu(pooled) + self.centre_scale * geometry.gather(tokens, near.centre)
+        propagated = self.scale * geometry.interpolate(centres, weights)
+        return patches + (propagated if self.gate is None else self.gate * propagated).to(patches.dtype)
+
+
+def neighbourhoods(
+    forward: Forward, stage: int, state: StageState, owner: str, centre_ratio: float, k: int, *, with_prompts: bool
+) -> tuple[Neighbourhoods, Tensor]:
+    """Neighbourhoods among the tokens of a stage, and the weights (b, g, s) of their centres at the patches.
+
+    Once per forward; weights that carry a gradient to the prompts' coordinates are made anew at every block, because a
+    checkpointed block must be able to make them again.
+    """
+    patches = forward.coordinates[stage]
+    # Without prompts nothing depends on the adapter, so all adapters share the result.
+    key = ("point_peft", stage, owner if with_prompts else "", centre_ratio, k)
+
+    def choose() -> Neighbourhoods:
+        with torch.no_grad():
+            points = state.coordinates(patches, with_prompts=with_prompts)
+            centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
+            return Neighbourhoods(centre, geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1])))
+
+    def weigh() -> Tensor:
+        points = state.coordinates(patches, with_prompts=with_prompts)
+        return geometry.inverse_distance_weights(patches, geometry.gather(points, near.centre))
+
+    near = forward.once(("neighbourhoods", *key), choose)
+    learned = state.prompt_coordinates
+    if with_prompts and learned is not None and learned.requires_grad and torch.is_grad_enabled():
+        return near, weigh()
+    return near, forward.once(("weights", *key), weigh)

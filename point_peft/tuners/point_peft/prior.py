@@ -1,0 +1,134 @@
+"""The point prior: a memory bank of training features and its parameter-free attention."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from point_peft.errors import AdapterError
+from point_peft.tuners.base import SharedState
+
+# Rows that retrieval widens to float32 and compares at a time: bounds its memory whatever the size of the bank.
+CHUNK_ROWS = 65536
+
+
+class MemoryBank(SharedState):
+    """Features (rows, c) of training clouds, one row of unit length a cloud or prototype; no rows until it is built."""
+
+    free_rows: ClassVar[frozenset[str]] = frozenset({"rows"})
+    rows: Tensor
+
+    def __init__(self, channels: int, top_k: int, dtype: torch.dtype, *, leave_nearest_out: bool) -> None:
+        super().__init__()
+        self.prefix = "point_peft.memory_bank"
+        self.top_k = top_k
+        self.leave_nearest_out = leave_nearest_out
+        self.register_buffer("rows", torch.zeros(0, channels, dtype=dtype))
+        self.warned = False
+
+    def fill(self, features: Tensor) -> None:
+        """Take features (rows, c) as the bank, scaled to unit length."""
+        wanted = self.rows.shape[1]
+        if features.ndim != 2 or features.shape[1] != wanted:
+            raise AdapterError(f"a memory bank is (rows, {wanted}) here, got {tuple(features.shape)}")
+        if len(features) < self.top_k + self.leave_nearest_out:
+            raise AdapterError(
+                f"the memory bank has {len(features)} rows, retrieval of the top {self.top_k} needs at least "
+                f"{self.top_k + self.leave_nearest_out}"
+            )
+        features = features.detach().float()
+        norms = features.norm(dim=1, keepdim=True)
+        if not bool(torch.isfinite(features).all()) or not bool((norms > 0).all()):
+            raise AdapterError("every row of a memory bank must be finite and not zero")
+        self.rows = (features / norms).to(self.rows)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the bank holds rows. The first time that it does not, a warning says so."""
+        if len(self.rows) == 0 and not self.warned and not torch.compiler.is_compiling():
+            self.warned = True
+            warnings.warn(
+                "the memory bank is empty, so the prompts work without their prior: call model.build_memory_bank(batches)",
+                stacklevel=2,
+            )
+        return len(self.rows) > 0
+
+    def prior(self, query: Tensor) -> Tensor:
+        """[q; f; V] of queries q (b, c), as (b, 2 + top_k, c): V the rows most like q, f their softmax mean."""
+        query = query.float()
+        similarity, values = self._nearest(nn.functional.normalize(query, dim=1))
+        weights = similarity.softmax(dim=1)
+        mean = torch.einsum("bk,bkc->bc", weights, values)
+        return torch.cat([query[:, None], mean[:, None], values], dim=1)
+
+    def _nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities (b, k) and rows (b, k, c) of the best, descending; the bank is read in chunks."""
+        skip = int(self.leave_nearest_out and self.training)
+        count = self.top_k + skip
+        best_similarity = query.new_empty(len(query), 0)
+        best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for start in range(0, len(self.rows), CHUNK_ROWS):
+            similarity = query @ self.rows[start : start + CHUNK_ROWS].float().T
+            value, index = similarity.topk(min(count, similarity.shape[1]), dim=1)
+            best_similarity = torch.cat([best_similarity, value], dim=1)
+            best_index = torch.cat([best_index, index + start], dim=1)
+            best_similarity, order = best_similarity.topk(min(count, best_similarity.shape[1]), dim=1)
+            best_index = best_index.gather(1, order)
+        kept = best_index[:, skip:]
+        rows = self.rows.index_select(0, kept.flatten()).float().unflatten(0, kept.shape)
+        return best_similarity[:, skip:], rows
+
+
+def query_of(tokens: Tensor) -> Tensor:
+    """The feature (b, c) of a cloud: the maximum over its patch tokens (b, g, c)."""
+    query: Tensor = reduce(tokens, "b g c -> b c", "max")
+    return query
+
+
+def prototypes(features: Tensor, labels: Tensor | None, size: int, *, iterations: int = 25) -> Tensor:
+    """`size` rows that stand for features (n, c): k-means in each class, with as equal a share for each as can be.
+
+    Deterministic: the first centres of a class are farthest points of its features, beginning with its first.
+    """
+    if size >= len(features):
+        return features
+    groups = [features] if labels is None else [features[labels == label] for label in torch.unique(labels)]
+    if size < len(groups):
+        raise AdapterError(f"size={size} is less than the number of classes {len(groups)}")
+    shares = _shares([len(group) for group in groups], size)
+    return torch.cat([_k_means(group, share, iterations) for group, share in zip(groups, shares, strict=True)])
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """How many of `total` rows each class gets: the same for all, but no more than it has."""
+    shares = [0] * len(sizes)
+    while sum(shares) < total:
+        open_groups = [i for i, size in enumerate(sizes) if shares[i] < size]
+        for i in open_groups[: total - sum(shares)]:
+            shares[i] += 1
+    return shares
+
+
+def _k_means(features: Tensor, count: int, iterations: int) -> Tensor:
+    if count >= len(features):
+        return features
+    features = nn.functional.normalize(features.float(), dim=1)
+    chosen = [0]
+    nearest = (features - features[0]).square().sum(dim=1)
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).square().sum(dim=1))
+    centres = features[chosen]
+    for _ in range(iterations):
+        member = (features @ centres.T).argmax(dim=1)
+        sums = torch.zeros_like(centres).index_add_(0, member, features)
+        filled = sums.norm(dim=1, keepdim=True) > 0
+        moved = torch.where(filled, nn.functional.normalize(sums, dim=1), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres

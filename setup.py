@@ -1,0 +1,64 @@
+"""Metadata of the package; the tools are configured in pyproject.toml, what was tested is pinned in constraints.txt."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
+
+setup(
+    name="point-peft",
+    version=runpy.run_path(str(HERE / "point_peft" / "version.py"))["__version__"],
+    description="Parameter-efficient fine-tuning of 3D point-cloud models: one frozen backbone, a small file per task",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The point_peft authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["point cloud", "3D", "fine-tuning", "PEFT", "adapters", "prompts", "LoRA", "PyTorch"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["point_peft", "point_peft.*"]),
+    package_data={"point_peft": ["py.typed", "backbones/*.safetensors", "backbones/*.json"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.4",
+        "safetensors>=0.4.3",
+        "huggingface-hub>=0.24",
+        "numpy>=1.26",
+        "einops>=0.7",
+        "accelerate>=0.33",
+    ],
+    extras_require={
+        "examples": EXAMPLES,
+        "test": [
+            *EXAMPLES,
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "torch-geometric>=2.8",
+            "torch-pointcloud==0.0.18",
+        ],
+    },
+)
