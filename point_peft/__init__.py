@@ -15,6 +15,9 @@ from point_peft.anatomy import Anatomy
 from point_peft.config import METHODS, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
+from point_peft.tuners.bitfit import BitFitConfig
+from point_peft.tuners.linear_probe import LinearProbeConfig
+from point_peft.tuners.lora import LoraConfig
 from point_peft.tuners.point_peft import PointPEFTConfig
 from point_peft.version import __version__
 
@@ -28,6 +31,9 @@ __all__ = [
     "AdapterFileError",
     "Anatomy",
     "AnatomyError",
+    "BitFitConfig",
+    "LinearProbeConfig",
+    "LoraConfig",
     "MatchError",
     "PeftConfig",
     "PointPEFTConfig",

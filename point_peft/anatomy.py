@@ -104,7 +104,8 @@ class Anatomy:
                 f"  tokens:      ({', '.join(stage.layout)}), c = {stage.width}, prefix tokens: {prefix}",
                 f"  coordinates: {stage.coordinates or 'unknown: no geometry-aware method can be used'}",
                 f"  patches:     {stage.patch_tokens or 'unknown'}; position added: {stage.position.replace('_', ' ')}",
-                f"  attention:   '{first.attention}' with qkv {_list(first.qkv)}, projection {_list([first.projection])}",
+                f"  attention:   '{first.attention}' with qkv {_list(first.qkv)}, projection "
+                f"{_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])} with linears {_list(first.mlp_linears)}",
                 f"  norms:       {_list(first.norms)}",
             ]

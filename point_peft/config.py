@@ -6,17 +6,20 @@ the methods.
 
 from __future__ import annotations
 
+import sys
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from point_peft.errors import PointPeftError
+from point_peft.errors import PointPeftError, quoted
 from point_peft.tuners.base import Backbone, Blueprint
 
 METHODS: dict[str, type[TunerConfig]] = {}
 """Every method by name; a class enters by being defined."""
+MAX_INTEGER = 2**24
+"""No integer of a configuration is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class TunerConfig(ABC):
         """The configuration that `to_json` describes; unknown methods and fields are refused."""
         name = data.get("method")
         if not isinstance(name, str) or name not in METHODS:
-            raise PointPeftError(f"method {name!r} is unknown; known methods: {', '.join(sorted(METHODS))}")
+            raise PointPeftError(f"method {quoted(name)} is unknown; known methods: {', '.join(sorted(METHODS))}")
         values = {key: value for key, value in data.items() if key != "method"}
         return METHODS[name](**_known_fields(METHODS[name], values))
 
@@ -89,15 +92,8 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
-        require(
-            isinstance(self.tuners, tuple) and len(self.tuners) > 0 and all(isinstance(t, TunerConfig) for t in self.tuners),
-            self,
-            "tuners",
-            "a sequence of at least one method's configuration",
-        )
-        for name in ("base_model_name_or_path", "revision"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, str), self, name, "a string or None")
+        require(bool(self.tuners), self, "tuners", "a list of at least one method's configuration")
+        check_types(self)
 
     @staticmethod
     def of(config: PeftConfig | TunerConfig) -> PeftConfig:
@@ -119,7 +115,9 @@ class PeftConfig:
         if len(stated) == 1 and isinstance(stated[0], str):
             return stated[0]
         if any(isinstance(value, str) for value in stated):
-            raise PointPeftError("modules_to_save: state a regular expression in PeftConfig, not in one of several methods")
+            raise PointPeftError(
+                "modules_to_save: state a regular expression in PeftConfig, not in one of several methods"
+            )
         return tuple(dict.fromkeys(name for value in stated for name in value))
 
     @property
@@ -151,7 +149,7 @@ class PeftConfig:
 def require(holds: bool, config: object, name: str, allowed: str) -> None:
     """Raise an error that names a field, its value and what is allowed, unless `holds`."""
     if not holds:
-        raise PointPeftError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; allowed: {allowed}")
+        raise PointPeftError(f"{type(config).__name__}.{name} is {quoted(getattr(config, name))}; allowed: {allowed}")
 
 
 def freeze_sequences(config: Any) -> None:
@@ -159,11 +157,19 @@ def freeze_sequences(config: Any) -> None:
     for item in fields(config):
         value = getattr(config, item.name)
         if isinstance(value, (list, set, frozenset)):
-            object.__setattr__(config, item.name, tuple(value if isinstance(value, list) else sorted(value)))
+            ordered = value if isinstance(value, list) else sorted(value, key=_by_type)
+            object.__setattr__(config, item.name, tuple(ordered))
+
+
+def _by_type(value: Any) -> tuple[str, Any]:
+    return type(value).__name__, value
 
 
 def check_types(config: Any) -> None:
-    """Check every field against its annotation; bool is not an int here, an int is a float."""
+    """Check every field against its annotation; bool is not an int here, an int is a float, and an int has a limit.
+
+    The limit keeps products of sizes from overflowing; whether they fit into memory is not told by a configuration.
+    """
     hints = get_type_hints(type(config))
     for item in fields(config):
         hint = hints[item.name]
@@ -179,8 +185,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None and issubclass(origin, Sequence):
         return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
     if hint is float:
-        return type(value) in (int, float) and value == value and abs(value) != float("inf")
-    return type(value) is hint if hint in (int, bool, str, types.NoneType) else isinstance(value, hint)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return type(value) is int and abs(value) <= MAX_INTEGER
+    return type(value) is hint if hint in (bool, str, types.NoneType) else isinstance(value, hint)
 
 
 def _spell(hint: Any) -> str:
@@ -191,8 +199,14 @@ def _spell(hint: Any) -> str:
         return " or ".join(repr(option) for option in get_args(hint))
     if origin is not None:
         return f"a list of {_spell(get_args(hint)[0])}"
-    words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", types.NoneType: "None"}
-    return words.get(hint, hint.__name__)
+    words: dict[Any, str] = {
+        int: f"an integer, at most {MAX_INTEGER}",
+        float: "a finite number",
+        bool: "True or False",
+        str: "a string",
+        types.NoneType: "None",
+    }
+    return words.get(hint) or str(hint)
 
 
 def _to_json(value: Any) -> Any:
@@ -206,6 +220,6 @@ def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(data) - known)
     if unknown:
         raise PointPeftError(
-            f"{kind.__name__} has no field {unknown[0]!r}; a newer version of point_peft may have written it"
+            f"{kind.__name__} has no field {quoted(unknown[0])}; a newer version of point_peft may have written it"
         )
     return dict(data)

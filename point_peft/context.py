@@ -33,7 +33,7 @@ class Root(Protocol):
     """What a forward needs of the module that holds the adapters."""
 
     key: Key
-    anatomy: Anatomy
+    anatomy: Anatomy | None
     default: tuple[str, ...]
     traced: Forward | None
     unproven: set[str]
@@ -84,11 +84,7 @@ class Forward:
 
 
 class Stop(Exception):
-    """Ends a second pass early; carries the tokens that it was run for."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.tokens = tokens
+    """Ends a second pass early; its one argument is the tokens that it was run for."""
 
 
 def graph_task() -> int:
@@ -161,16 +157,14 @@ def replica(root: Root) -> Iterator[None]:
 
 def open_forward(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
     """Begin a forward of the whole model; the caller ends it with `close_forward`."""
-    if torch.compiler.is_compiling():
-        forward = Forward(root, root.default)
-        root.traced = forward
-    else:
-        parent = _current(root)
-        querying = parent is not None and parent.stop_at is not None
+    compiling = torch.compiler.is_compiling()
+    parent = root.traced if compiling else _current(root)
+    if not compiling:
         root = _replica.get(root.key) or root
-        forward = Forward(root, () if querying else active_adapters(root), parent)
-        _forward.set(root.key, forward)
+    second = parent is not None and parent.stop_at is not None
+    forward = Forward(root, () if second else active_adapters(root), parent)
     forward.inputs = (args, kwargs)
+    resume_forward(forward)
     return forward
 
 
@@ -178,16 +172,16 @@ def close_forward(forward: Forward) -> None:
     """End a forward. What checkpointing may need of it stays with its autograd graph."""
     forward.inputs = None
     forward.stem.clear()
+    parent, forward.parent = forward.parent, None
     if torch.compiler.is_compiling():
-        forward.root.traced = None
-        return
-    _forward.set(forward.root.key, forward.parent)
-    _direct.set(forward.root.key, None)
-    forward.parent = None
+        forward.root.traced = parent
+    else:
+        _forward.set(forward.root.key, parent)
+        _direct.set(forward.root.key, None)
 
 
 def resume_forward(forward: Forward) -> None:
-    """Return to a forward that is open, whatever a second pass within it has left behind."""
+    """Go on in a forward that is open, whatever a second pass within it has left behind."""
     if torch.compiler.is_compiling():
         forward.root.traced = forward
     else:

@@ -21,3 +21,9 @@ class AdapterError(PointPeftError):
 
 class AdapterFileError(PointPeftError):
     """A file cannot be read, or what it holds does not fit the model."""
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """What a stranger's file says, fit for an error: quoted, on one line, cut if it is long."""
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit + 2 else text[: limit - 3] + "..." + (text[0] if isinstance(value, str) else "")

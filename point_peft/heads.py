@@ -6,19 +6,22 @@ code that first made it.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from point_peft.errors import AdapterError, AdapterFileError
+from point_peft.errors import AdapterError, AdapterFileError, quoted
 from point_peft.tuners.base import Args, Call, Kwargs, Part
 
 HeadSource = nn.Module | Callable[[], nn.Module]
 """A head, or a function without arguments that makes one."""
 
-# Layers that a file may ask for, each with the constructor arguments that describe it.
+# Layers that a file may ask for.
 _LAYERS: dict[str, type[nn.Module]] = {
     layer.__name__: layer
     for layer in (
@@ -40,9 +43,48 @@ _LAYERS: dict[str, type[nn.Module]] = {
         nn.Identity,
     )
 }
-_SIMPLE = (bool, int, float, str)
 _MAX_LAYERS = 256
-_MAX_WIDTH = 2**20
+_MAX_SIZE = 2**20
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MAX_SIZE
+
+
+def _is_sizes(value: Any) -> bool:
+    return all(map(_is_size, value)) and 0 < len(value) <= 8 if isinstance(value, list) else _is_size(value)
+
+
+def _is_padding(value: Any) -> bool:
+    entries = value if isinstance(value, list) else [value]
+    return value in ("same", "valid") or all(type(entry) is int and 0 <= entry <= _MAX_SIZE for entry in entries)
+
+
+def _is_dimension(value: Any) -> bool:
+    return value is None or (type(value) is int and abs(value) < 8)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# What the constructor arguments of the layers may be.
+_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("in_features", "out_features", "in_channels", "out_channels", "groups"), _is_size),
+    **dict.fromkeys(("num_features", "num_channels", "num_groups"), _is_size),
+    **dict.fromkeys(("kernel_size", "stride", "dilation", "normalized_shape"), _is_sizes),
+    **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats", "inplace"), _is_bool),
+    **dict.fromkeys(("dim", "start_dim", "end_dim"), _is_dimension),
+    **dict.fromkeys(("eps", "p", "negative_slope"), _is_number),
+    "momentum": lambda value: value is None or _is_number(value),
+    "padding": _is_padding,
+    "padding_mode": lambda value: value in ("zeros", "reflect", "replicate", "circular"),
+    "approximate": lambda value: value in ("none", "tanh"),
+}
 
 
 class OwnModule(Part):
@@ -60,38 +102,85 @@ class OwnModule(Part):
 
 
 def make_head(source: HeadSource, path: str) -> nn.Module:
-    """The head that a `heads` argument gives for a module path."""
-    head = source if isinstance(source, nn.Module) else source()
+    """The head that a `heads` argument gives for a module path. A module is copied: each adapter has its own."""
+    if isinstance(source, nn.Module):
+        return copy.deepcopy(source)
+    if not callable(source):
+        raise AdapterError(f"heads[{path!r}] must be an nn.Module or a function that makes one, not {quoted(source)}")
+    head = source()
     if not isinstance(head, nn.Module):
         raise AdapterError(f"heads[{path!r}] must give an nn.Module, it gave a {type(head).__name__}")
     return head
 
 
-def describe_head(head: nn.Module) -> dict[str, Any] | None:
-    """A head as JSON values, None if it is not made of standard layers alone."""
+# ---- describing ------------------------------------------------------------------------------------------------------
+
+
+def describe_head(head: nn.Module) -> dict[str, Any]:
+    """A head as JSON values, from which `build_head` builds it again.
+
+    What is not made of standard layers alone is told by class and tensors, enough to see whether a module is like it.
+    """
+    tied = len(list(head.named_parameters(remove_duplicate=False))) != len(list(head.parameters()))
+    return _describe_class(head) if tied else _describe(head)
+
+
+def _describe(head: nn.Module) -> dict[str, Any]:
+    if head._forward_hooks or head._forward_pre_hooks:
+        return _describe_class(head)
     if type(head) is nn.Sequential:
-        layers = {name: describe_head(child) for name, child in head.named_children()}
-        return None if None in layers.values() else {"layer": "Sequential", "layers": layers}
+        # A list, because the order counts, and every child, because an activation may stand in it twice.
+        layers = [[name, _describe(child)] for name, child in head._modules.items() if child is not None]
+        return {"layer": "Sequential", "layers": layers}
+    return _describe_layer(head) or _describe_class(head)
+
+
+def _describe_class(head: nn.Module) -> dict[str, Any]:
+    return {"class": type(head).__qualname__, "tensors": _shapes(head)}
+
+
+def _describe_layer(head: nn.Module) -> dict[str, Any] | None:
+    """A standard layer, None if it is not one or building it again would not give the same tensors."""
     name = type(head).__name__
     if _LAYERS.get(name) is not type(head):
         return None
     arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(_LAYERS[name]).parameters.values():
-        if parameter.name in ("device", "dtype"):
-            continue
+    for parameter in _parameters(name).values():
         value = getattr(head, parameter.name, parameter.default)
         if parameter.name in ("bias", "elementwise_affine") and not isinstance(value, bool):
             value = value is not None
-        if isinstance(value, tuple) and all(isinstance(entry, int) for entry in value):
-            value = list(value)
-        elif value is not None and not isinstance(value, _SIMPLE):
+        value = list(value) if isinstance(value, tuple) else value
+        if parameter.name in _ARGUMENTS and _ARGUMENTS[parameter.name](value):
+            arguments[parameter.name] = value
+        elif value is not parameter.default:
             return None
-        arguments[parameter.name] = value
-    return {"layer": name, "arguments": arguments}
+    try:
+        with torch.device("meta"):
+            like = _LAYERS[name](**arguments)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError):
+        return None
+    return {"layer": name, "arguments": arguments} if _shapes(like) == _shapes(head) else None
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def _parameters(layer: str) -> dict[str, inspect.Parameter]:
+    """What the constructor of a layer takes, but for where and as what its tensors are made."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = inspect.signature(_LAYERS[layer]).parameters
+    return {name: p for name, p in taken.items() if p.kind in named and name not in ("device", "dtype")}
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
 
 
 def build_head(description: Any, path: str) -> nn.Module:
-    """The head that `describe_head` described; anything else raises `AdapterFileError`."""
+    """The head that `describe_head` described; anything else raises `AdapterFileError`.
+
+    Its size is what the description says: build it on the meta device to see first whether it fits the file's tensors.
+    """
     return _build(description, path, [_MAX_LAYERS])
 
 
@@ -99,24 +188,34 @@ def _build(description: Any, path: str, left: list[int]) -> nn.Module:
     left[0] -= 1
     if left[0] < 0:
         raise AdapterFileError(f"the head '{path}' has more than {_MAX_LAYERS} layers")
+    if isinstance(description, Mapping) and isinstance(description.get("class"), str):
+        raise AdapterFileError(
+            f"the head '{path}' is a {quoted(description['class'])}, which a file cannot describe and this model has "
+            f"not there: pass heads={{'{path}': module}}"
+        )
     if not isinstance(description, Mapping) or not isinstance(description.get("layer"), str):
-        raise AdapterFileError(f"the description of the head '{path}' is not one: {str(description)[:80]}")
+        raise AdapterFileError(f"the description of the head '{path}' is not one: {quoted(description)}")
     name = description["layer"]
-    if name == "Sequential" and isinstance(description.get("layers"), Mapping):
+    if name == "Sequential" and set(description) == {"layer", "layers"} and isinstance(description["layers"], list):
         head = nn.Sequential()
-        for child, layer in description["layers"].items():
-            if not child or "." in child:
-                raise AdapterFileError(f"the head '{path}' has a layer of the invalid name {child!r}")
+        for entry in description["layers"]:
+            if not isinstance(entry, list) or len(entry) != 2:
+                raise AdapterFileError(f"the head '{path}' has a layer {quoted(entry)}: not a name and a layer")
+            child, layer = entry
+            if not isinstance(child, str) or not child or "." in child or hasattr(head, child):
+                raise AdapterFileError(f"the head '{path}' has a layer of the invalid name {quoted(child)}")
             head.add_module(child, _build(layer, path, left))
         return head
     arguments = description.get("arguments")
-    if name not in _LAYERS or not isinstance(arguments, Mapping):
-        raise AdapterFileError(f"the head '{path}' asks for a layer {name!r}; known layers: {', '.join(_LAYERS)}")
-    known = set(inspect.signature(_LAYERS[name]).parameters) - {"device", "dtype", "inplace"}
-    sizes = [value for entry in arguments.values() for value in (entry if isinstance(entry, Sequence) else [entry])]
-    if not set(arguments) <= known | {"inplace"} or any(type(v) is int and abs(v) > _MAX_WIDTH for v in sizes):
-        raise AdapterFileError(f"the head '{path}' asks for a {name} with arguments {str(dict(arguments))[:120]}")
+    if name not in _LAYERS or set(description) != {"layer", "arguments"} or not isinstance(arguments, Mapping):
+        raise AdapterFileError(f"the head '{path}' asks for a layer {quoted(name)}; known layers: {', '.join(_LAYERS)}")
+    known = _parameters(name)
+    for argument, value in arguments.items():
+        if argument not in known or argument not in _ARGUMENTS:
+            raise AdapterFileError(f"the head '{path}': {name} has no argument {quoted(argument)}")
+        if not _ARGUMENTS[argument](value):
+            raise AdapterFileError(f"the head '{path}': {name} cannot have {argument}={quoted(value)}")
     try:
         return _LAYERS[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise AdapterFileError(f"the head '{path}': {name} cannot be made: {error}") from error

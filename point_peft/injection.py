@@ -24,7 +24,7 @@ from point_peft.context import Forward, Root
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.heads import HeadSource, OwnModule, make_head
 from point_peft.matching import match_names
-from point_peft.tuners.base import Args, Backbone, Call, Kwargs, Part, SharedState
+from point_peft.tuners.base import Args, Backbone, Call, Kwargs, Part, SharedState, TunedCopy
 
 SITE = "_point_peft_site"
 CHILD = "point_peft"
@@ -60,17 +60,31 @@ class Adapter(nn.Module):
             assert isinstance(parts, nn.ModuleList)
             yield key.replace("/", "."), parts
 
-    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(module path, module) of the modules that the adapter has to itself."""
+    def all_parts(self) -> Iterator[tuple[str, Part]]:
+        """(module path, part)"""
         for path, parts in self.sites():
             for part in parts:
-                if isinstance(part, OwnModule):
-                    yield path, part.module
+                assert isinstance(part, Part)
+                yield path, part
+
+    def shared_states(self) -> Iterator[SharedState]:
+        """The state that parts share, of all tuners."""
+        for group in self.shared:
+            for state in group.children():
+                assert isinstance(state, SharedState)
+                yield state
+
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(module path, module) of the modules that the adapter has to itself."""
+        for path, part in self.all_parts():
+            if isinstance(part, OwnModule):
+                yield path, part.module
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""
         found: dict[str, Tensor] = {}
-        for path, module in self._owners():
+        owners: list[tuple[str, Part | SharedState]] = [*self.all_parts(), *(("", s) for s in self.shared_states())]
+        for path, module in owners:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 key = ".".join(filter(None, [path, module.file_name(name)]))
                 if key in found:
@@ -80,23 +94,7 @@ class Adapter(nn.Module):
 
     def free_rows(self) -> frozenset[str]:
         """Names, as in `tensors`, of those whose number of rows the configuration does not tell."""
-        return frozenset(
-            state.file_name(name)
-            for group in self.shared
-            for state in group.children()
-            if isinstance(state, SharedState)
-            for name in state.free_rows
-        )
-
-    def _owners(self) -> Iterator[tuple[str, Part | SharedState]]:
-        for path, parts in self.sites():
-            for part in parts:
-                assert isinstance(part, Part)
-                yield path, part
-        for group in self.shared:
-            for state in group.children():
-                assert isinstance(state, SharedState)
-                yield "", state
+        return frozenset(state.file_name(name) for state in self.shared_states() for name in state.free_rows)
 
 
 # ---- planning --------------------------------------------------------------------------------------------------------
@@ -118,14 +116,15 @@ def build_adapter(
         for path, part in blueprint.parts:
             part.tuner = number
             # A module under two names is one site.
-            planned.setdefault(first_names[id(modules[path])], []).append(part)
+            _plan(planned.setdefault(first_names[id(modules[path])], []), part)
     adapter.saved = tuple(dict.fromkeys(first_names[id(modules[p])] for p in _saved_modules(backbone, config, heads)))
     own = _match_heads(heads, adapter.saved)
     for path in adapter.saved:
         for other in planned:
             if other == path or other.startswith(path + "."):
                 raise AdapterError(
-                    f"'{other}' is tuned by {config.tuners[planned[other][0].tuner].method} and lies in '{path}', which "
+                    f"'{other}' is tuned by {config.tuners[planned[other][0].tuner].method} and lies in '{path}', "
+                    "which "
                     "modules_to_save trains as a whole: take one of them out"
                 )
         source = own.get(path)
@@ -139,6 +138,17 @@ def build_adapter(
     adapter.tensors()
     _place(adapter, backbone.modules)
     return adapter
+
+
+def _plan(parts: list[Part], part: Part) -> None:
+    """Add a part to those of its site; what is tuned already is not tuned again."""
+    if isinstance(part, TunedCopy):
+        own = set(part.state_dict())
+        copies = [other for other in parts if isinstance(other, TunedCopy)]
+        if any(own <= set(other.state_dict()) for other in copies):
+            return
+        parts[:] = [other for other in parts if other not in copies or not set(other.state_dict()) < own]
+    parts.append(part)
 
 
 def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
@@ -205,25 +215,26 @@ def attach_model(root: Root) -> None:
     """Hook what every adapter needs: the model, where coordinates are seen, the stem, the blocks, frozen norms."""
     base = root.base_model
     _site(root, "")
-    base.register_load_state_dict_post_hook(_allow_base_alone)
+    base.register_load_state_dict_post_hook(_allow_base_alone)  # type: ignore[no-untyped-call]
     base.register_forward_pre_hook(_enter_model, with_kwargs=True)
     base.register_forward_hook(_leave_model, with_kwargs=True, always_call=True)
     for module in frozen_norms(root).values():
         module.register_forward_pre_hook(_hold_eval)
-    if root.anatomy is None:
+    anatomy = root.anatomy
+    if anatomy is None:
         return
-    for path in root.anatomy.stem:
+    for path in anatomy.stem:
         module = _site(root, path)
         module.register_forward_pre_hook(_reuse_stem, with_kwargs=True)
         module.register_forward_hook(_keep_stem, with_kwargs=True)
-    taps = [tap for stage in root.anatomy.stages for tap in (stage.coordinates, stage.patch_tokens) if tap is not None]
+    taps = [tap for stage in anatomy.stages for tap in (stage.coordinates, stage.patch_tokens) if tap is not None]
     for path in dict.fromkeys(tap.module for tap in taps):
         module = _site(root, path)
         module.register_forward_pre_hook(_tap_input, with_kwargs=True)
         module.register_forward_hook(_tap_output)
-    for block in root.anatomy.blocks:
+    for block in anatomy.blocks:
         _site(root, block.path).register_forward_pre_hook(_check_tokens, with_kwargs=True)
-    _site(root, root.anatomy.blocks[-1].path).register_forward_hook(_end_second_pass)
+    _site(root, anatomy.blocks[-1].path).register_forward_hook(_end_second_pass)
 
 
 def attach_sites(root: Root, paths: Iterator[str] | Sequence[str]) -> None:
@@ -377,7 +388,7 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         raise context.Stop(forward.patches[0])
     if not forward.active:
         return
-    index, stage = _stage(site.root.anatomy, site.path)
+    index, stage = _stage(_known(site.root), site.path)
     tokens = args[0] if args else None
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != stage.width:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -401,6 +412,11 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         )
 
 
+def _known(root: Root) -> Anatomy:
+    assert root.anatomy is not None  # the hooks that ask are attached by what it says
+    return root.anatomy
+
+
 def _stage(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
     return next(
         (index, stage) for index, stage in enumerate(anatomy.stages) if any(block.path == path for block in stage.blocks)
@@ -416,7 +432,7 @@ def _tap_output(module: nn.Module, args: Args, output: Any) -> None:
 
 
 def _tap(site: Site, side: str, values: Sequence[Any]) -> None:
-    for index, stage in enumerate(site.root.anatomy.stages):
+    for index, stage in enumerate(_known(site.root).stages):
         for tap, coordinates in ((stage.coordinates, True), (stage.patch_tokens, False)):
             if tap is None or tap.module != site.path or tap.side != side:
                 continue
@@ -454,7 +470,8 @@ def backbone_tokens(root: Root, forward: Forward, source: str) -> Tensor:
         return forward.patches[0].detach()
     if forward.inputs is None and ("tokens", source) not in forward.cache:
         raise AdapterError(
-            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a direct "
+            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is "
+            "a direct "
             'call of a part of it: call the model, or use prior="stem"'
         )
     return forward.once(("tokens", source), lambda: _second_pass(root, forward, source))
@@ -471,14 +488,15 @@ def _second_pass(root: Root, forward: Forward, source: str) -> Tensor:
                 context.open_forward(root, args, kwargs)
                 getattr(root.base_model, forward.method)(*args, **kwargs)
         except context.Stop as stop:
-            return stop.tokens
+            tokens: Tensor = stop.args[0]
+            return tokens
     raise AdapterError(f"the second pass for the prior never came to the blocks of {type(root.base_model).__name__}")
 
 
 @contextmanager
 def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
     """In here, the model runs without adapters and, but for the stem, in eval mode."""
-    stem = {m for path in root.anatomy.stem for m in root.base_model.get_submodule(path).modules()}
+    stem = {m for path in _known(root).stem for m in root.base_model.get_submodule(path).modules()}
     training = [m for m in backbone_modules(root).values() if m.training and m not in stem]
     forward.stop_at = source
     try:
@@ -497,7 +515,8 @@ def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
     forward = context.current_forward(site.root)
     if forward.parent is None or forward.parent.stop_at != "backbone":
         return
-    anatomy, stage = site.root.anatomy, site.root.anatomy.stages[-1]
+    anatomy = _known(site.root)
+    stage = anatomy.stages[-1]
     tokens = token_ops.batch_first(output, stage.layout)
     for path in anatomy.final_norms:
         tokens = forward.root.base_model.get_submodule(path)(tokens)
@@ -512,9 +531,7 @@ def _keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> An
     if site.path in forward.stem and forward.parent is not None:
         return forward.stem[site.path][2]
     if forward.active and not kwargs:
-        outputs = output if isinstance(output, (tuple, list)) else (output,)
-        versions = tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
-        forward.stem[site.path] = (args, versions, output)
+        forward.stem[site.path] = (args, _versions(output), output)
     return None
 
 
@@ -534,12 +551,18 @@ def _reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kw
     return tuple(value[:1] for value in args), kwargs
 
 
+def _versions(output: Any) -> tuple[int, ...]:
+    """How often each tensor of an output was changed in place."""
+    if torch.compiler.is_compiling():
+        return ()
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    return tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
+
+
 def _same(kept: tuple[Args, tuple[int, ...], Any], args: Args) -> bool:
     """Whether a module gets the inputs it got before, all tensors of one batch, and its output is as it was then."""
     before, versions, output = kept
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    now = tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
-    if now != versions or len(args) != len(before) or not all(isinstance(value, Tensor) for value in args):
+    if _versions(output) != versions or len(args) != len(before) or not all(isinstance(value, Tensor) for value in args):
         return False
     if len({value.shape[0] if value.ndim else 0 for value in args}) != 1 or args[0].shape[0] < 2:
         return False

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from point_peft import context, injection, state
@@ -27,9 +27,11 @@ from point_peft.heads import HeadSource, build_head, describe_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
 from point_peft.tracing import trace
-from point_peft.tuners.base import Backbone
-from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
+from point_peft.tuners.base import Backbone, Bank, SharedState
 from point_peft.version import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
@@ -68,12 +70,13 @@ class ModelStatus:
 class AdapterSet(nn.Module):
     """The adapters of one backbone and everything that can be done with them.
 
-    `PointPeftModel` is one that also owns its backbone. A model that keeps its own class (`inject_adapter`) holds one as
-    its child `point_peft`.
+    `PointPeftModel` is one that also owns its backbone. A model that keeps its own class (`inject_adapter`) holds one
+    as its child `point_peft`.
     """
 
     base_model: nn.Module
-    anatomy: Anatomy
+    anatomy: Anatomy | None
+    """None where no preset fits and nothing was traced; then no method that needs it can be added."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class AdapterSet(nn.Module):
         self.traced: Forward | None = None
         self.unproven: set[str] = set()
         self.fingerprints = state.Fingerprints()
-        self.__dict__["anatomy"] = anatomy
+        self.anatomy = anatomy
         self.frozen_from: dict[str, bool] = {}
         self.norm_modes: dict[str, bool] = {}
         self.training = model.training
@@ -100,7 +103,7 @@ class AdapterSet(nn.Module):
         """The backbone itself."""
         return self.base_model
 
-    def train(self: M, mode: bool = True) -> M:
+    def train(self, mode: bool = True) -> Self:
         """Set train or eval mode of adapters and backbone; the backbone's running statistics never move."""
         super().train(mode)
         self._hold_norms(mode)
@@ -135,7 +138,8 @@ class AdapterSet(nn.Module):
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
             raise AdapterError(
-                f"adapter name {name!r} is not valid: letters, digits, '_', '-' and '.', beginning with a letter, a digit "
+                f"adapter name {name!r} is not valid: letters, digits, '_', '-' and '.', beginning with a letter, "
+                "a digit "
                 "or '_', at most 100"
             )
         if name in self.adapters._modules:
@@ -144,7 +148,7 @@ class AdapterSet(nn.Module):
 
     def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
         modules = injection.backbone_modules(self)
-        backbone = Backbone(model=self.base_model, modules=modules, anatomy=self.__dict__["anatomy"])
+        backbone = Backbone(model=self.base_model, modules=modules, anatomy=self.anatomy)
         return injection.build_adapter(backbone, config, heads)
 
     def _attach(self, name: str, adapter: Adapter) -> None:
@@ -305,22 +309,23 @@ class AdapterSet(nn.Module):
         names = max([len(name) for name, _, _ in rows], default=0)
         labels = max([len(label) for _, label, _ in rows], default=0)
         lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for name, label, count in rows]
-        return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
+        return "\n".join(
+            [*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"]
+        )
 
     @staticmethod
     def _labelled(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter with the kind of thing that it belongs to."""
         own = dict(adapter.own_modules())
-        for path, parts in adapter.sites():
-            for part in parts:
-                for child, parameter in part.named_parameters():
-                    kind = child.split(".")[0] if len(list(part.children())) else child
-                    label = f"own module '{path}'" if path in own else f"{type(part).__name__}.{kind}"
-                    yield label, parameter
-        for group in adapter.shared:
-            for shared in group.children():
-                for child, parameter in shared.named_parameters():
-                    yield f"{type(shared).__name__}.{child.split('.')[0]}", parameter
+        for path, part in adapter.all_parts():
+            for child, parameter in part.named_parameters():
+                yield (
+                    f"own module '{path}'" if path in own else f"{type(part).__name__}.{child.split('.')[0]}",
+                    parameter,
+                )
+        for shared in adapter.shared_states():
+            for child, parameter in shared.named_parameters():
+                yield f"{type(shared).__name__}.{child.split('.')[0]}", parameter
 
     def get_layer_status(self) -> list[LayerStatus]:
         """One row for every module of the backbone that something is attached to."""
@@ -336,7 +341,9 @@ class AdapterSet(nn.Module):
                 parts={name: tuple(type(part).__name__ for part in parts) for name, parts in by_name.items()},
                 active_adapters=tuple(name for name in self.active_adapters if name in by_name),
                 merged_adapters=tuple(name for name in merged if name in by_name),
-                requires_grad={name: any(p.requires_grad for p in parts.parameters()) for name, parts in by_name.items()},
+                requires_grad={
+                    name: any(p.requires_grad for p in parts.parameters()) for name, parts in by_name.items()
+                },
                 devices={
                     name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in by_name.items()
                 },
@@ -369,7 +376,9 @@ class AdapterSet(nn.Module):
 
     def _check_unmerged(self, what: str) -> None:
         if self.merged_adapters:
-            raise AdapterError(f"{what} while '{self.merged_adapters[0]}' is merged into the backbone: call unmerge() first")
+            raise AdapterError(
+                f"{what} while '{self.merged_adapters[0]}' is merged into the backbone: call unmerge() first"
+            )
 
     def merge(self, adapter_name: str | None = None) -> None:
         """Fold an adapter (default: the active one) into the backbone's weights; `unmerge` restores them exactly.
@@ -379,24 +388,21 @@ class AdapterSet(nn.Module):
         self._check_unmerged("no second adapter can be merged")
         name = self._single(adapter_name)
         adapter = get_adapter(self, name)
-        for path, parts in adapter.sites():
-            for part in parts:
-                if not part.mergeable:
-                    method = adapter.config.tuners[part.tuner].method
-                    raise AdapterError(
-                        f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' ({method}) is not a "
-                        "change of the backbone's weights"
-                    )
-        if any(len(group) for group in adapter.shared):
+        for path, part in adapter.all_parts():
+            if not part.mergeable:
+                raise AdapterError(
+                    f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' "
+                    f"({adapter.config.tuners[part.tuner].method}) is not a change of the backbone's weights"
+                )
+        if any(adapter.shared_states()):
             raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
         merged: list[tuple[Tensor, Tensor, str]] = []
-        for path, parts in adapter.sites():
+        for path, part in adapter.all_parts():
             module = self.base_model.get_submodule(path)
-            for part in parts:
-                for own, value in part.merge(module).items():
-                    if not bool(torch.isfinite(value).all()):
-                        raise AdapterError(f"merging '{name}' would give '{path}.{own}' values that are not finite")
-                    merged.append((module.get_parameter(own), value, f"{path}.{own}"))
+            for own, value in part.merge(module).items():
+                if not bool(torch.isfinite(value).all()):
+                    raise AdapterError(f"merging '{name}' would give '{path}.{own}' values that are not finite")
+                merged.append((module.get_parameter(own), value, f"{path}.{own}"))
         names = [key for _, _, key in merged]
         twice = [key for key, count in Counter(names).items() if count > 1]
         if twice:
@@ -430,7 +436,9 @@ class AdapterSet(nn.Module):
             self._adapter(name)
             return name
         if len(self.active_adapters) != 1:
-            raise AdapterError(f"name one adapter: active are {list(self.active_adapters)}, present {list(self.adapters)}")
+            raise AdapterError(
+                f"name one adapter: active are {list(self.active_adapters)}, present {list(self.adapters)}"
+            )
         return self.active_adapters[0]
 
     # ---- memory bank ----
@@ -454,16 +462,18 @@ class AdapterSet(nn.Module):
         """
         name = self._single(adapter_name)
         bank = self._bank_of(get_adapter(self, name), name)
-        source = self._bank_source(name)
         if size is not None and (type(size) is not int or size < 1):
             raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
         process = PartialState()
         features: list[Tensor] = []
         labels: list[Tensor] = []
+        progress = tqdm(  # type: ignore[no-untyped-call]
+            batches, desc="memory bank", unit="batch", disable=not process.is_main_process
+        )
         with self._eval():
-            for batch in tqdm(batches, desc="memory bank", unit="batch", disable=not process.is_main_process):
-                tokens = self._features(_model_inputs(batch, to_inputs), source)
-                features.append(query_of(tokens).float().cpu())
+            for batch in progress:
+                tokens = self._features(_model_inputs(batch, to_inputs), bank.source)
+                features.append(bank.query(tokens).float().cpu())
                 label = _labels(batch, len(features[-1]))
                 if label is not None:
                     labels.append(label.cpu())
@@ -479,19 +489,14 @@ class AdapterSet(nn.Module):
         rows, member = torch.unique(rows, dim=0, return_inverse=True)
         if classes is not None:
             classes = torch.zeros(len(rows), dtype=classes.dtype).scatter_(0, member, classes)
-        bank.fill(rows if size is None else prototypes(rows, classes, size))
+        bank.fill(rows, classes, size)
 
-    def _bank_of(self, adapter: Adapter, name: str) -> MemoryBank:
-        for group in adapter.shared:
-            for shared in group.children():
-                if isinstance(shared, MemoryBank):
-                    return shared
+    def _bank_of(self, adapter: Adapter, name: str) -> Bank:
+        for shared in adapter.shared_states():
+            if isinstance(shared, Bank):
+                return shared
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
         raise AdapterError(f"adapter '{name}' ({methods}) has no memory bank")
-
-    def _bank_source(self, name: str) -> str:
-        adapter = get_adapter(self, name)
-        return next(t.prior for t in adapter.config.tuners if hasattr(t, "prior"))
 
     @contextmanager
     def _eval(self) -> Iterator[None]:
@@ -545,7 +550,7 @@ class AdapterSet(nn.Module):
     def _fingerprint(self, adapter: Adapter) -> dict[str, Any]:
         """The fingerprint of what the adapter takes from the base: all but the tensors that it has of its own."""
         own = set(adapter.tensors())
-        inside = tuple(path + "." for path in adapter.saved) + (CHILD + ".",)
+        inside = (*(path + "." for path in adapter.saved), CHILD + ".")
         tensors = {
             name: tensor
             for name, tensor in self.base_model.state_dict().items()
@@ -558,7 +563,13 @@ class AdapterSet(nn.Module):
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
         base = adapter.config.base_model_name_or_path
         count = sum(parameter.numel() for parameter in adapter.parameters())
-        front = ["---", "library_name: point-peft", *([f"base_model: {base}"] if base else []), "tags:", "- point-cloud"]
+        front = [
+            "---",
+            "library_name: point-peft",
+            *([f"base_model: {base}"] if base else []),
+            "tags:",
+            "- point-cloud",
+        ]
         return "\n".join(
             [
                 *front,
@@ -588,8 +599,8 @@ class AdapterSet(nn.Module):
     ) -> None:
         """Add the adapter that a folder holds; it is not made active unless it is the only one.
 
-        Everything is checked first: names, shapes, types and values of all tensors, and that the backbone is the one that
-        the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a file
+        Everything is checked first: names, shapes, types and values of all tensors, and that the backbone is the one
+        that the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a file
         cannot describe.
         """
         self._check_new(adapter_name)
@@ -624,7 +635,8 @@ class AdapterSet(nn.Module):
         if sites != adapted:
             differing = sorted(set(sites) ^ {str(path) for path in adapted})
             raise AdapterFileError(
-                f"the adapter was made for modules {', '.join(map(repr, differing[:3]))} otherwise than this model has them"
+                f"the adapter was made for modules {', '.join(map(repr, differing[:3]))} otherwise than this "
+                "model has them"
             )
         warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), type(self.base_model).__name__)
         expected = adapter.tensors()
@@ -716,8 +728,8 @@ def get_peft_model(
 ) -> PointPeftModel:
     """Freeze a backbone and give it a trainable adapter. The given model is changed in place.
 
-    `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced for a model
-    that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives the
+    `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced for a
+    model that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives the
     adapter heads of its own shape: module name -> module, or a function that makes one.
 
     On any error the model is as it was, bit for bit.
@@ -739,8 +751,8 @@ def inject_adapter(
 ) -> M:
     """Like `get_peft_model`, for a model that keeps its own class and forward; returns that model.
 
-    Its adapters are its child `point_peft` (an `AdapterSet`), with all that can be done to them, and a further call adds
-    a further adapter. The model's own tensors keep their names; a checkpoint of the backbone alone still loads.
+    Its adapters are its child `point_peft` (an `AdapterSet`), with all that can be done to them; a further call adds a
+    further adapter. The model's own tensors keep their names; a checkpoint of the backbone alone still loads.
     """
     held = model._modules.get(CHILD)
     if isinstance(held, AdapterSet):
@@ -764,7 +776,8 @@ def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     anatomy = _anatomy(model, example_inputs or None)
     if anatomy is None:
         raise PointPeftError(
-            f"no preset describes {type(model).__name__}: pass example inputs, describe(model, *inputs), to trace one forward"
+            f"no preset describes {type(model).__name__}: pass example inputs, describe(model, *inputs), to trace "
+            "one forward"
         )
     return anatomy
 
@@ -784,7 +797,9 @@ def _check_plain(model: nn.Module) -> None:
         raise AdapterError("the model is adapted already: use add_adapter")
     for path, module in model.named_modules():
         if injection.SITE in module.__dict__ or isinstance(module, AdapterSet):
-            raise AdapterError(f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter")
+            raise AdapterError(
+                f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter"
+            )
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -793,9 +808,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
-def _model_inputs(
-    batch: Any, to_inputs: Callable[[Any], Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if to_inputs is not None:
         return _arguments(to_inputs(batch))
     if isinstance(batch, Tensor):
@@ -803,7 +816,8 @@ def _model_inputs(
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return (batch[0],), {}
     raise AdapterError(
-        f"a batch must be a tensor or a tuple that begins with one, not {type(batch).__name__}: pass to_inputs=function that "
+        f"a batch must be a tensor or a tuple that begins with one, not {type(batch).__name__}: pass "
+        "to_inputs=function that "
         "turns a batch into the model's arguments"
     )
 

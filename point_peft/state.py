@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from point_peft.errors import AdapterFileError
+from point_peft.errors import AdapterFileError, quoted
 from point_peft.matching import nearest_names
 from point_peft.version import __version__
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows, where saves of several processes into one folder are not kept apart
+    fcntl = None
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -37,7 +45,10 @@ KEY_PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSOR_BYTES = 4 << 30
+MAX_HEADER_BYTES = 8 << 20
 _DIGEST = "config_sha256"
+_LEFTOVER = re.compile(r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{12}\.tmp")
+_ROUNDS = 10
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,10 +64,14 @@ class AdapterFiles:
 
 
 class Fingerprints:
-    """Digests of a backbone's tensors, taken when first needed and again only for tensors that have changed."""
+    """Digests of a backbone's tensors, taken when first needed and again only for tensors that have changed.
+
+    Where a tensor lies and its version do not tell all changes: code that writes to `.data` leaves both, and memory is
+    used again. So the sum of its bits is compared as well, which is far cheaper than a digest.
+    """
 
     def __init__(self) -> None:
-        self._digests: dict[str, tuple[tuple[int, int], str]] = {}
+        self._digests: dict[str, tuple[tuple[int, int, int], str]] = {}
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprint of these tensors of a backbone: its names and shapes, its types, its values."""
@@ -65,33 +80,40 @@ class Fingerprints:
         return {
             "tensors": len(tensors),
             "values": sum(tensor.numel() for tensor in tensors.values()),
-            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+            "dtypes": sorted({_dtype(tensor) for tensor in tensors.values()}),
             "structure_sha256": _sha256("\n".join(structure).encode()),
             "values_sha256": _sha256("\n".join(values).encode()),
         }
 
     def _digest(self, name: str, tensor: Tensor) -> str:
-        state = (tensor.data_ptr(), tensor._version)
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = raw.view(torch.int32) if raw.numel() % 4 == 0 and raw.storage_offset() % 4 == 0 else raw
+        version = 0 if tensor.is_inference() else tensor._version
+        state = (tensor.data_ptr(), version, int(words.sum(dtype=torch.int64)))
         known = self._digests.get(name)
         if known is None or known[0] != state:
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            known = (state, hashlib.sha256(memoryview(raw.numpy())).hexdigest())
+            known = (state, _sha256(raw.cpu().numpy().data))
             self._digests[name] = known
         return known[1]
 
 
 def check_fingerprint(stated: Any, actual: Mapping[str, Any], model: str) -> str | None:
     """Refuse a backbone that an adapter was not made for; a returned sentence is for a warning."""
-    if not isinstance(stated, Mapping) or set(stated) != set(actual):
+    if (
+        not isinstance(stated, Mapping)
+        or {key: type(value) for key, value in stated.items()} != {key: type(value) for key, value in actual.items()}
+        or not all(isinstance(name, str) for name in stated["dtypes"])
+    ):
         raise AdapterFileError(f"{CONFIG_FILE}: base_fingerprint is not one that this version of point_peft writes")
     if stated["structure_sha256"] != actual["structure_sha256"]:
         raise AdapterFileError(
             f"this adapter belongs to another backbone: its base has {stated['tensors']} frozen tensors with "
-            f"{stated['values']} values, this {model} has {actual['tensors']} with {actual['values']}, or of other shapes"
+            f"{stated['values']} values, this {model} has {actual['tensors']} with {actual['values']}, or of other "
+            "names or shapes"
         )
     if stated["dtypes"] != actual["dtypes"]:
         return (
-            f"the adapter was trained on a base in {', '.join(stated['dtypes'])}, this one is in "
+            f"the adapter was trained on a base in {quoted(', '.join(stated['dtypes']))[1:-1]}, this one is in "
             f"{', '.join(actual['dtypes'])}: whether it is the same base cannot be told"
         )
     if stated["values_sha256"] != actual["values_sha256"]:
@@ -112,22 +134,32 @@ def check_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise AdapterFileError(f"{where} lacks the tensor '{missing[0]}'{more}")
+        raise AdapterFileError(f"{where} lacks the tensor {quoted(missing[0])}{more}")
     unexpected = [name for name in tensors if name not in expected]
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         near = nearest_names(unexpected[0], list(expected), what="tensor")
-        raise AdapterFileError(f"{where} has a tensor '{unexpected[0]}'{more} that the adapter has not; nearest: {near}")
+        raise AdapterFileError(
+            f"{where} has a tensor {quoted(unexpected[0])}{more} that the adapter has not; nearest: {near}"
+        )
     for name, tensor in tensors.items():
         wanted = expected[name]
         shape, wanted_shape = tuple(tensor.shape), tuple(wanted.shape)
-        fits = shape[1:] == wanted_shape[1:] and tensor.ndim == wanted.ndim if name in free_rows else shape == wanted_shape
-        if not fits:
+        free = name in free_rows and tensor.ndim == wanted.ndim > 0
+        if shape[free:] != wanted_shape[free:]:
             shown = ("any", *wanted_shape[1:]) if name in free_rows else wanted_shape
-            raise AdapterFileError(f"{where}: '{name}' is {shape}, this model needs {shown}")
+            raise AdapterFileError(f"{where}: '{name}' is {_shape(shape)}, this model needs {_shape(shown)}")
         if tensor.dtype != wanted.dtype and not (tensor.dtype in _FLOATS and wanted.dtype in _FLOATS):
-            raise AdapterFileError(f"{where}: '{name}' is {tensor.dtype}, this model needs {wanted.dtype}")
+            raise AdapterFileError(f"{where}: '{name}' is {_dtype(tensor)}, this model needs {_dtype(wanted)}")
     check_finite(tensors, where)
+
+
+def _shape(shape: tuple[Any, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -137,15 +169,21 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             raise AdapterFileError(f"{where}: '{name}' holds values that are not finite")
 
 
-def copy_tensors(source: Mapping[str, Tensor], target: nn.Module, names: Mapping[str, Tensor]) -> None:
-    """Put checked tensors into the tensors `names` of a module that is not attached yet, with the file's types."""
+def copy_tensors(
+    source: Mapping[str, Tensor], target: nn.Module, names: Mapping[str, Tensor], *, keep_types: bool = True
+) -> None:
+    """Put checked tensors into the tensors `names` of a module that is not attached yet.
+
+    They keep the types that they have in the file, or take those of the tensors that they replace.
+    """
     owners = {id(tensor): (module, key) for module in target.modules() for key, tensor in _own_tensors(module)}
     with torch.no_grad():
         for name, tensor in source.items():
-            module, key = owners[id(names[name])]
-            placed = tensor.to(names[name].device)
-            if isinstance(names[name], nn.Parameter):
-                names[name].data = placed
+            wanted = names[name]
+            module, key = owners[id(wanted)]
+            placed = tensor.to(wanted.device, tensor.dtype if keep_types else wanted.dtype)
+            if isinstance(wanted, nn.Parameter):
+                wanted.data = placed
             else:
                 module._buffers[key] = placed
 
@@ -161,40 +199,89 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     """Write an adapter into a folder, which is made if need be; other files in it stay. Complete or not at all."""
     text = (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    plain = {KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    # Clones, because tensors that share memory are not written.
+    plain = {
+        KEY_PREFIX + name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
     check_finite(plain, "the adapter")
-    data = safetensors.torch.save(plain, metadata={"format": "pt", _DIGEST: _sha256(text)})
-    if folder.exists() and not folder.is_dir():
-        raise AdapterFileError(f"cannot save to '{folder}': it is not a folder")
+    data = _reproducible(safetensors.torch.save(plain, metadata={"format": "pt", _DIGEST: _sha256(text)}))
     try:
-        if folder.is_dir():
-            _replace_files(folder, text, data, card)
-        else:
-            _write_new(folder, text, data, card)
+        if folder.exists() and not folder.is_dir():
+            raise AdapterFileError(f"cannot save to '{folder}': it is not a folder")
+        made = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _alone(folder):
+                _settle(folder)
+                _replace_files(folder, text, data, card)
+        except BaseException:
+            if made:
+                with suppress(OSError):  # another process has put something into it
+                    folder.rmdir()
+            raise
     except OSError as error:
         raise AdapterFileError(f"cannot save to '{folder}': {error.strerror or error}") from error
 
 
-def _write_new(folder: Path, text: bytes, data: bytes, card: str) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.tmp"
-    temporary.mkdir()
+def _reproducible(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: safetensors writes the metadata in an order that changes."""
+    length = int.from_bytes(data[:8], "little")
+    parsed = json.loads(data[8 : 8 + length])
+    header = json.dumps(parsed, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that save into the folder waiting; at the end, have its entries on the disk."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        _write(temporary / CONFIG_FILE, text)
-        _write(temporary / TENSOR_FILE, data)
-        _write(temporary / CARD_FILE, card.encode())
-        os.rename(temporary, folder)
-    except BaseException:
-        for path in temporary.iterdir():
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _settle(folder: Path) -> None:
+    """Bring what an interrupted save has left to the state that a reader sees, and remove its temporary files."""
+    pending = folder / PENDING_CONFIG_FILE
+    if pending.is_file():
+        stated = _stated_digest(folder / TENSOR_FILE)
+        config = folder / CONFIG_FILE
+        current = _sha256(config.read_bytes()) if config.is_file() else None
+        if stated is not None and current != stated == _sha256(pending.read_bytes()):
+            os.replace(pending, config)
+        else:
+            pending.unlink()
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
             path.unlink()
-        temporary.rmdir()
-        raise
-    _sync_folder(folder.parent)
+
+
+def _stated_digest(path: Path) -> str | None:
+    """The digest of its configuration that a file of tensors states; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
+    try:
+        return _metadata(start, path).get(_DIGEST)
+    except AdapterFileError:
+        return None
 
 
 def _replace_files(folder: Path, text: bytes, data: bytes, card: str) -> None:
     suffix = f".{secrets.token_hex(6)}.tmp"
     temporary = {name: folder / f".{name}{suffix}" for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE)}
+    pending = folder / PENDING_CONFIG_FILE
+    done = False
     try:
         _write(temporary[CONFIG_FILE], text)
         _write(temporary[TENSOR_FILE], data)
@@ -202,15 +289,15 @@ def _replace_files(folder: Path, text: bytes, data: bytes, card: str) -> None:
             _write(temporary[CARD_FILE], card.encode())
         # The moment that counts is the replacement of the tensors: before it the old configuration fits, after it the
         # pending one does, and the tensors' header says which.
-        os.replace(temporary[CONFIG_FILE], folder / PENDING_CONFIG_FILE)
+        os.replace(temporary[CONFIG_FILE], pending)
         os.replace(temporary[TENSOR_FILE], folder / TENSOR_FILE)
-        os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
+        done = True
+        os.replace(pending, folder / CONFIG_FILE)
         if temporary[CARD_FILE].exists():
             os.replace(temporary[CARD_FILE], folder / CARD_FILE)
     finally:
-        for path in temporary.values():
+        for path in [*temporary.values(), *([] if done else [pending])]:
             path.unlink(missing_ok=True)
-    _sync_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -220,88 +307,111 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: Path) -> AdapterFiles:
     """Read an adapter's files; whatever is wrong with them raises `AdapterFileError`."""
-    if not folder.is_dir():
-        raise AdapterFileError(f"there is no folder '{folder}'")
-    data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
-    metadata = _metadata(data, folder / TENSOR_FILE)
-    text = _config_text(folder, metadata.get(_DIGEST))
+    try:
+        if not folder.is_dir():
+            raise AdapterFileError(f"there is no folder '{folder}'")
+        text, data = _read_pair(folder)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
+    where = f"'{folder / TENSOR_FILE}'"
     try:
         tensors = safetensors.torch.load(data)
+    except KeyError as error:
+        raise AdapterFileError(f"{where} has a tensor of an unknown type: {quoted(error.args[0])}") from error
     except (SafetensorError, ValueError, OverflowError) as error:
-        raise AdapterFileError(f"'{folder / TENSOR_FILE}' is not a safetensors file: {error}") from error
+        raise AdapterFileError(f"{where} is not a safetensors file: {error}") from error
     wrong = [name for name in tensors if not name.startswith(KEY_PREFIX)]
     if wrong:
-        raise AdapterFileError(f"'{folder / TENSOR_FILE}': the tensor name '{wrong[0]}' does not begin with '{KEY_PREFIX}'")
+        raise AdapterFileError(f"{where}: the tensor name {quoted(wrong[0])} does not begin with '{KEY_PREFIX}'")
     return AdapterFiles(
         parse_config(text, folder / CONFIG_FILE), {name.removeprefix(KEY_PREFIX): t for name, t in tensors.items()}
     )
 
 
+def _read_pair(folder: Path) -> tuple[bytes, bytes]:
+    """The configuration and the tensors of a folder: those that belong together, whatever a save does meanwhile.
+
+    A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
+    """
+    before: tuple[bytes, str] | None = None
+    for _ in range(_ROUNDS):
+        data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
+        digest = _metadata(data, folder / TENSOR_FILE).get(_DIGEST)
+        text, fits = _config_text(folder, digest)
+        if fits or digest is None or (text, digest) == before:
+            return text, data
+        before = (text, digest)
+    raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
+
+
 def parse_config(text: bytes, path: Path) -> dict[str, Any]:
     """The JSON object of a configuration, of a format that this version reads."""
     try:
-        config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
     if config.get("peft_type") != PEFT_TYPE:
-        raise AdapterFileError(f"'{path}': peft_type is {config.get('peft_type')!r}; this version reads {PEFT_TYPE!r}")
+        found = quoted(config.get("peft_type"))
+        raise AdapterFileError(f"'{path}': peft_type is {found}; this version reads '{PEFT_TYPE}'")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = ": a newer point_peft is needed" if type(version) is int and version > FORMAT_VERSION else ""
         raise AdapterFileError(
-            f"'{path}' has format version {version!r}; point_peft {__version__} reads version {FORMAT_VERSION}: a newer "
-            "point_peft is needed"
+            f"'{path}' has format version {quoted(version)}; point_peft {__version__} reads version {FORMAT_VERSION}"
+            + newer
         )
     return config
 
 
-def _config_text(folder: Path, digest: str | None) -> bytes:
-    """The configuration that goes with the tensors of a folder: the file's, or after an interrupted save the pending.
+def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
+    """The configuration that goes with the tensors of a folder, the file's or after an interrupted save the pending.
 
-    A file that fits neither has been edited by hand, and counts; what does not fit the tensors shows later.
+    And whether it is the one that the tensors were saved with.
     """
-    pending = folder / PENDING_CONFIG_FILE
-    text = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES) if (folder / CONFIG_FILE).exists() else None
-    if digest is not None and (text is None or _sha256(text) != digest) and pending.exists():
-        waiting = _read(pending, MAX_CONFIG_BYTES)
-        if _sha256(waiting) == digest:
-            return waiting
+    text = _read_if_there(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
+    if digest is not None and (text is None or _sha256(text) != digest):
+        pending = _read_if_there(folder / PENDING_CONFIG_FILE, MAX_CONFIG_BYTES)
+        if pending is not None and _sha256(pending) == digest:
+            return pending, True
     if text is None:
         raise AdapterFileError(f"there is no file '{folder / CONFIG_FILE}'")
-    return text
+    return text, digest == _sha256(text)
 
 
 def _read(path: Path, limit: int) -> bytes:
+    data = _read_if_there(path, limit)
+    if data is None:
+        raise AdapterFileError(f"there is no file '{path}'")
+    return data
+
+
+def _read_if_there(path: Path, limit: int) -> bytes | None:
+    if not path.is_file():
+        return None
     try:
-        if not path.is_file():
-            raise AdapterFileError(f"there is no file '{path}'")
-        size = path.stat().st_size
-        if size > limit:
-            raise AdapterFileError(f"'{path}' has {size} bytes, more than the {limit} that are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise AdapterFileError(f"cannot read '{path}': {error.strerror or error}") from error
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise AdapterFileError(f"'{path}' has {size} bytes, more than the {limit} that are read")
+            return file.read()
+    except FileNotFoundError:  # a save has just moved it
+        return None
 
 
 def _metadata(data: bytes, path: Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, 100_000_000):
-        raise AdapterFileError(f"'{path}' is not a safetensors file: it is cut off")
+    if len(data) < 8 or length > len(data) - 8:
+        raise AdapterFileError(f"'{path}' is not a safetensors file, or it is cut off")
+    if length > MAX_HEADER_BYTES:
+        raise AdapterFileError(f"'{path}': a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
     try:
         header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -317,5 +427,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _sha256(data: bytes) -> str:
+def _no_constant(name: str) -> float:
+    raise json.JSONDecodeError(f"{name} is not a value of JSON", "", 0)
+
+
+def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()

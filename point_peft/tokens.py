@@ -27,14 +27,14 @@ def batch_first(tokens: Tensor, layout: Layout) -> Tensor:
 def insert(tokens: Tensor, prompts: Tensor, at: int, layout: Layout) -> Tensor:
     """Tokens with prompts (b, p, c) put in before row `at`."""
     dim = token_dim(layout)
-    head, tail = tokens.split([at, tokens.shape[dim] - at], dim=dim)
+    head, tail = torch.split(tokens, [at, tokens.shape[dim] - at], dim=dim)
     return torch.cat([head, batch_first(prompts, layout).to(tokens.dtype), tail], dim=dim)
 
 
 def remove(tokens: Tensor, count: int, at: int, layout: Layout) -> Tensor:
     """Tokens without the `count` rows from row `at` on."""
     dim = token_dim(layout)
-    head, _, tail = tokens.split([at, count, tokens.shape[dim] - at - count], dim=dim)
+    head, _, tail = torch.split(tokens, [at, count, tokens.shape[dim] - at - count], dim=dim)
     return torch.cat([head, tail], dim=dim)
 
 
@@ -49,7 +49,7 @@ def grow_masks(value: Any, length: int, count: int, at: int) -> Any:
     for dim in (-1, -2):
         shape = list(value.shape)
         shape[dim] = count
-        head, tail = value.split([at, length - at], dim=dim)
+        head, tail = torch.split(value, [at, length - at], dim=dim)
         value = torch.cat([head, value.new_zeros(shape), tail], dim=dim)
     return value
 
@@ -58,5 +58,5 @@ def shift_rows(tokens: Tensor, shift: Tensor, at: int, layout: Layout) -> Tensor
     """Tokens with `shift` (rows, c) added to the rows from row `at` on."""
     dim = token_dim(layout)
     rows = batch_first(shift.to(tokens.dtype)[None], layout)
-    head, body, tail = tokens.split([at, len(shift), tokens.shape[dim] - at - len(shift)], dim=dim)
+    head, body, tail = torch.split(tokens, [at, len(shift), tokens.shape[dim] - at - len(shift)], dim=dim)
     return torch.cat([head, body + rows, tail], dim=dim)

@@ -80,6 +80,21 @@ class SharedState(nn.Module):
         return f"{self.prefix}.{name}" if self.prefix else name
 
 
+class Bank(SharedState):
+    """State that `build_memory_bank` fills with features of training clouds."""
+
+    source: str
+    """Which tokens the features come from: "backbone" or "stem"."""
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """The features (b, c) of clouds with patch tokens (b, g, c)."""
+        raise NotImplementedError
+
+    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
+        """Take features (rows, c), reduced to `size` rows if given; labels (rows,) say which class each is of."""
+        raise NotImplementedError
+
+
 @dataclass(kw_only=True)
 class Blueprint:
     """Everything that a method wants to add to a backbone, built but not attached."""
@@ -102,7 +117,8 @@ class Backbone:
         """The anatomy, which the method cannot do without."""
         if self.anatomy is None:
             raise AnatomyError(
-                f"{method} adapts transformer blocks and needs to know how {type(self.model).__name__} is built, but no "
+                f"{method} adapts transformer blocks and needs to know how {type(self.model).__name__} is built, "
+                "but no "
                 "preset describes it: pass example_inputs=(...) to let one forward be traced"
             )
         return self.anatomy
@@ -122,7 +138,9 @@ class Backbone:
             chosen -= set(match_names(excluded, names, what="block", field="exclude_modules"))
         for layer in layers or ():
             if layer >= len(blocks):
-                raise AnatomyError(f"layers_to_transform: there is no block {layer}, the blocks are 0 to {len(blocks) - 1}")
+                raise AnatomyError(
+                    f"layers_to_transform: there is no block {layer}, the blocks are 0 to {len(blocks) - 1}"
+                )
         kept = tuple((i, b) for i, b in enumerate(blocks) if b.path in chosen and (layers is None or i in layers))
         if not kept:
             raise AnatomyError(f"{method}: target_modules, exclude_modules and layers_to_transform leave no block")
@@ -136,13 +154,23 @@ def _copy(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone())
 
 
-class TunedBias(Part):
+class TunedCopy(Part):
+    """A part whose tensors are trained copies of the module's, by the same names.
+
+    Where two methods of one adapter tune the same tensor, it is tuned once.
+    """
+
+    mergeable = True
+
+    def merge(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+class TunedBias(TunedCopy):
     """A trained copy of a module's bias, for a module that adds its bias to the last dimension of its output.
 
     It acts as a difference to the base's bias, so that the base keeps its own and several adapters can be active.
     """
-
-    mergeable = True
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
@@ -151,14 +179,9 @@ class TunedBias(Part):
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         return output + (self.bias - getattr(call.module, "bias")).to(output.dtype)  # noqa: B009 - a replica's is a tensor
 
-    def merge(self, module: nn.Module) -> dict[str, Tensor]:
-        return {"bias": self.bias.detach()}
 
-
-class TunedLayerNorm(Part):
+class TunedLayerNorm(TunedCopy):
     """Trained copies of a LayerNorm's weight and bias; they act as differences to the base's."""
-
-    mergeable = True
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -171,9 +194,6 @@ class TunedLayerNorm(Part):
         tokens = args[0] if args else kwargs["input"]
         normed = nn.functional.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
         return output + (normed * (self.weight - norm.weight) + (self.bias - norm.bias)).to(output.dtype)
-
-    def merge(self, module: nn.Module) -> dict[str, Tensor]:
-        return {"weight": self.weight.detach(), "bias": self.bias.detach()}
 
 
 class TunedTokens(SharedState):
@@ -194,8 +214,8 @@ class TunedTokens(SharedState):
         for component in name.split("."):
             base = getattr(base, component)
         tuned: Tensor = getattr(self, name.replace(".", "/"))
-        return (tuned - base).reshape(-1, tuned.shape[-1])
-
+        difference: Tensor = tuned - base
+        return difference.reshape(-1, tuned.shape[-1])
 
 
 def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
@@ -210,12 +230,24 @@ def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Pa
     return parts
 
 
+def block_biases(backbone: Backbone, blocks: Sequence[Block]) -> list[str]:
+    """The norms, attention projections and MLP layers of blocks that have a bias."""
+    return [
+        path
+        for block in blocks
+        for path in (*block.norms, *filter(None, [block.projection]), *block.mlp_linears)
+        if backbone.modules[path]._parameters.get("bias") is not None
+    ]
+
+
 def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
     """A `TunedLayerNorm` for each of the modules; each must be a LayerNorm with weight and bias."""
     parts: list[tuple[str, Part]] = []
     for path in paths:
         norm = backbone.modules[path]
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            raise AnatomyError(f"'{path}' is a {type(norm).__name__}; only a LayerNorm with weight and bias can be tuned")
+            raise AnatomyError(
+                f"'{path}' is a {type(norm).__name__}; only a LayerNorm with weight and bias can be tuned"
+            )
         parts.append((path, TunedLayerNorm(norm)))
     return parts

@@ -12,7 +12,7 @@ from point_peft.anatomy import Anatomy, Block, PrefixParameter, Stage
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, TunedTokens, tuned_biases, tuned_norms
+from point_peft.tuners.base import Backbone, Blueprint, TunedTokens, block_biases, tuned_biases, tuned_norms
 from point_peft.tuners.point_peft.bottleneck import Bottleneck
 from point_peft.tuners.point_peft.geometry_aware import GeometryAwareAdapter, StageState
 from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, PrefixPart, Prompt
@@ -34,7 +34,10 @@ class PointPEFTConfig(TunerConfig):
     """The first blocks that get prompts; None: half of the blocks."""
     prompt_dropout: float = 0.1
     memory_bank: bool = True
-    """Whether the prompts are enhanced by the prior that a memory bank of training features gives."""
+    """Whether the prompts are enhanced by the prior that a memory bank of training features gives.
+
+    Where stages differ in width: the prompts of the blocks that are as wide as the features.
+    """
     bank_dtype: Literal["float16", "float32"] = "float16"
     top_k: int | None = None
     """Rows retrieved from the bank; they enhance the first 2 + top_k prompts. None: num_prompts - 2."""
@@ -71,16 +74,17 @@ class PointPEFTConfig(TunerConfig):
         for name in ("num_prompts", "prompt_layers"):
             value = getattr(self, name)
             require(value is None or value >= 0, self, name, "0 or more")
-        widths = ("prior_adapter_width", "adapter_width", "neighbours", "local_attention_width", "local_attention_heads")
-        for name in widths:
+        heads = self.local_attention_heads
+        for name in ("prior_adapter_width", "adapter_width", "neighbours", "local_attention_width"):
             require(getattr(self, name) >= 1, self, name, "1 or more")
+        require(heads >= 1, self, "local_attention_heads", "1 or more")
         for name in ("prompt_dropout", "adapter_dropout", "local_attention_drop_path"):
             require(0.0 <= getattr(self, name) < 1.0, self, name, "0 or more and less than 1")
         for name in ("adapter_scale", "propagation_scale", "centre_scale"):
             require(getattr(self, name) >= 0.0, self, name, "0 or more")
         require(0.0 < self.centre_ratio <= 1.0, self, "centre_ratio", "more than 0 and at most 1")
-        divides = self.local_attention_width % self.local_attention_heads == 0
-        require(divides, self, "local_attention_width", f"a multiple of local_attention_heads={self.local_attention_heads}")
+        divides = self.local_attention_width % heads == 0
+        require(divides, self, "local_attention_width", f"a multiple of local_attention_heads={heads}")
         if self.top_k is not None:
             limit = max(0, self.num_prompts - 2)
             require(1 <= self.top_k <= limit, self, "top_k", f"1 to num_prompts - 2 = {limit}, or None")
@@ -94,29 +98,49 @@ class PointPEFTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = backbone.select_blocks(self.method, self.target_modules, self.exclude_modules, self.layers_to_transform)
+        chosen = backbone.select_blocks(
+            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
+        )
         limit = len(anatomy.blocks) // 2 if self.prompt_layers is None else self.prompt_layers
         prompted = {block.path for number, block in chosen if number < limit and self.num_prompts}
-        plan = Blueprint()
+        queried = self._queried_stage(anatomy)
+        plan, enhanced = Blueprint(), False
         for index, stage in enumerate(anatomy.stages):
             blocks = [block for _, block in chosen if block in stage.blocks]
+            # A prior has the width of the features that query it, so it fits only the blocks of that width.
+            fits = self.memory_bank and stage.width == queried.width
+            enhanced |= fits and any(block.path in prompted for block in blocks)
             if blocks:
-                self._build_stage(plan, index, stage, blocks, prompted)
-        if self._uses_bank(prompted):
+                self._build_stage(plan, index, stage, blocks, prompted, with_prior=fits)
+        if enhanced:
+            if self.prior == "stem" and queried.patch_tokens is None:
+                raise AnatomyError(
+                    f'{self.method} with prior="stem" needs the patch embedding, and where it is seen is not known: '
+                    'use prior="backbone"'
+                )
             plan.shared["memory_bank"] = MemoryBank(
-                anatomy.stages[-1].width,
+                queried.width,
                 self.num_prompts - 2 if self.top_k is None else self.top_k,
+                self.prior,
                 torch.float16 if self.bank_dtype == "float16" else torch.float32,
                 leave_nearest_out=self.leave_nearest_out,
             )
         self._build_tuned(plan, backbone, anatomy, [block for _, block in chosen])
         return plan
 
-    def _uses_bank(self, prompted: set[str]) -> bool:
-        return self.memory_bank and bool(prompted)
+    def _queried_stage(self, anatomy: Anatomy) -> Stage:
+        """The stage whose features query the memory bank."""
+        return anatomy.stages[0 if self.prior == "stem" else -1]
 
     def _build_stage(
-        self, plan: Blueprint, index: int, stage: Stage, blocks: Sequence[Block], prompted: set[str]
+        self,
+        plan: Blueprint,
+        index: int,
+        stage: Stage,
+        blocks: Sequence[Block],
+        prompted: set[str],
+        *,
+        with_prior: bool,
     ) -> None:
         if stage.coordinates is None:
             raise AnatomyError(
@@ -137,8 +161,7 @@ class PointPEFTConfig(TunerConfig):
             prompt = None
             if block.path in prompted:
                 narrow = Bottleneck(stage.width, self.prior_adapter_width, self.adapter_dropout, identity=identity)
-                uses_bank = self._uses_bank(prompted)
-                prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if uses_bank else None)
+                prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if with_prior else None)
             part = BlockPart(
                 stage=index,
                 layout=stage.layout,
@@ -151,7 +174,7 @@ class PointPEFTConfig(TunerConfig):
                     gated=identity,
                 ),
                 adapter=Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity),
-                prior=self.prior if prompt is not None and self._uses_bank(prompted) else None,
+                prior=self.prior if prompt is not None and with_prior else None,
                 centre_ratio=self.centre_ratio,
                 neighbours=self.neighbours,
             )
@@ -163,12 +186,7 @@ class PointPEFTConfig(TunerConfig):
 
     def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
         names = list(backbone.modules)
-        biases = [
-            path
-            for block in blocks
-            for path in (*block.norms, *filter(None, [block.projection]), *block.mlp_linears)
-            if backbone.modules[path]._parameters.get("bias") is not None
-        ]
+        biases = block_biases(backbone, blocks)
         if self.tuned_biases is not None:
             biases = list(match_names(self.tuned_biases, names, field="tuned_biases"))
         plan.parts += tuned_biases(backbone, biases)

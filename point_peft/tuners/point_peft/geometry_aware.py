@@ -133,7 +133,8 @@ def neighbourhoods(
         with torch.no_grad():
             points = state.coordinates(patches, with_prompts=with_prompts)
             centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
-            return Neighbourhoods(centre, geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1])))
+            neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
+            return Neighbourhoods(centre, neighbour)
 
     def weigh() -> Tensor:
         points = state.coordinates(patches, with_prompts=with_prompts)

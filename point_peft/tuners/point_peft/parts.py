@@ -90,7 +90,8 @@ class BlockPart(Part):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not isinstance(output, Tensor):
-            raise AnatomyError(f"block '{call.path}' returns a {type(output).__name__}; tokens in one tensor are needed")
+            kind = type(output).__name__
+            raise AnatomyError(f"block '{call.path}' returns a {kind}; tokens in one tensor are needed")
         tokens = token_ops.batch_first(output, self.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
         prefix = self._prefix(call, output, inserted=count)

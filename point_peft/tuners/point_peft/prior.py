@@ -10,37 +10,45 @@ from einops import reduce
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError
-from point_peft.tuners.base import SharedState
+from point_peft.tuners.base import Bank
 
 # Rows that retrieval widens to float32 and compares at a time: bounds its memory whatever the size of the bank.
 CHUNK_ROWS = 65536
 
 
-class MemoryBank(SharedState):
+class MemoryBank(Bank):
     """Features (rows, c) of training clouds, one row of unit length a cloud or prototype; no rows until it is built."""
 
     free_rows: ClassVar[frozenset[str]] = frozenset({"rows"})
     rows: Tensor
 
-    def __init__(self, channels: int, top_k: int, dtype: torch.dtype, *, leave_nearest_out: bool) -> None:
+    def __init__(
+        self, channels: int, top_k: int, source: str, dtype: torch.dtype, *, leave_nearest_out: bool
+    ) -> None:
         super().__init__()
         self.prefix = "point_peft.memory_bank"
         self.top_k = top_k
+        self.source = source
         self.leave_nearest_out = leave_nearest_out
         self.register_buffer("rows", torch.zeros(0, channels, dtype=dtype))
         self.warned = False
 
-    def fill(self, features: Tensor) -> None:
-        """Take features (rows, c) as the bank, scaled to unit length."""
+    def query(self, tokens: Tensor) -> Tensor:
+        return query_of(tokens)
+
+    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
+        """Take features (rows, c) as the bank, scaled to unit length; `size` reduces them to as many prototypes."""
         wanted = self.rows.shape[1]
         if features.ndim != 2 or features.shape[1] != wanted:
             raise AdapterError(f"a memory bank is (rows, {wanted}) here, got {tuple(features.shape)}")
+        features = features.detach().float()
+        if size is not None:
+            features = prototypes(features, labels, size)
         if len(features) < self.top_k + self.leave_nearest_out:
             raise AdapterError(
                 f"the memory bank has {len(features)} rows, retrieval of the top {self.top_k} needs at least "
                 f"{self.top_k + self.leave_nearest_out}"
             )
-        features = features.detach().float()
         norms = features.norm(dim=1, keepdim=True)
         if not bool(torch.isfinite(features).all()) or not bool((norms > 0).all()):
             raise AdapterError("every row of a memory bank must be finite and not zero")
@@ -52,18 +60,21 @@ class MemoryBank(SharedState):
         if len(self.rows) == 0 and not self.warned and not torch.compiler.is_compiling():
             self.warned = True
             warnings.warn(
-                "the memory bank is empty, so the prompts work without their prior: call model.build_memory_bank(batches)",
+                "the memory bank is empty, so the prompts work without their prior: call "
+                "model.build_memory_bank(batches)",
                 stacklevel=2,
             )
         return len(self.rows) > 0
 
     def prior(self, query: Tensor) -> Tensor:
         """[q; f; V] of queries q (b, c), as (b, 2 + top_k, c): V the rows most like q, f their softmax mean."""
-        query = query.float()
-        similarity, values = self._nearest(nn.functional.normalize(query, dim=1))
-        weights = similarity.softmax(dim=1)
-        mean = torch.einsum("bk,bkc->bc", weights, values)
-        return torch.cat([query[:, None], mean[:, None], values], dim=1)
+        # Autocast would compare in bfloat16, whose steps are wider than the gaps between the similarities.
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.float()
+            similarity, values = self._nearest(nn.functional.normalize(query, dim=1))
+            weights = similarity.softmax(dim=1)
+            mean = torch.einsum("bk,bkc->bc", weights, values)
+            return torch.cat([query[:, None], mean[:, None], values], dim=1)
 
     def _nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (b, k) and rows (b, k, c) of the best, descending; the bank is read in chunks."""
@@ -79,7 +90,7 @@ class MemoryBank(SharedState):
             best_similarity, order = best_similarity.topk(min(count, best_similarity.shape[1]), dim=1)
             best_index = best_index.gather(1, order)
         kept = best_index[:, skip:]
-        rows = self.rows.index_select(0, kept.flatten()).float().unflatten(0, kept.shape)
+        rows = self.rows.index_select(0, kept.flatten()).float().reshape(*kept.shape, -1)
         return best_similarity[:, skip:], rows
 
 

@@ -1,0 +1,117 @@
+"""What the library understands of a backbone: by presets, and by one traced forward."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from point_peft import AnatomyError, PointPeftError, PointPEFTConfig, describe, get_peft_model
+from point_peft.anatomy import find_blocks, known_anatomy, linear_shape
+from point_peft.tracing import trace
+from tests.models import BACKBONES, clouds
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_blocks_are_found_by_structure(name):
+    model = BACKBONES[name].build()
+    blocks = find_blocks(model)
+    attentions = {path: type(model.get_submodule(path)).__name__ for path in (b.attention for b in blocks.values())}
+    assert blocks and all("Attention" in kind for kind in attentions.values())
+    assert all(len(block.norms) == 2 and len(block.mlp_linears) == 2 and block.projection for block in blocks.values())
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "recon" not in name])
+def test_a_traced_forward_agrees_with_the_preset(name):
+    backbone = BACKBONES[name]
+    model = backbone.build()
+    known, traced = known_anatomy(model), trace(model, backbone.inputs(3, 1), {})
+    assert known is not None
+    # The last layer of the patch embedding may be an identity, which has the same output.
+    a, b = (dataclasses.replace(anatomy.stages[0], patch_tokens=None) for anatomy in (known, traced))
+    assert a == b
+    assert traced.prefix_parameters == known.prefix_parameters
+    assert traced.final_norms == known.final_norms
+    assert set(traced.heads) == set(known.heads)
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model = BACKBONES["point_mae"].build().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.random.get_rng_state()
+    trace(model, clouds(2, 0), {})
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(generator, torch.random.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Unknown(nn.Module):
+    """A point transformer with names that no preset has: sequence first, positions added once, a CLS token behind a dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampler = BACKBONES["point_mae"].build().group_divider
+        self.patchify = BACKBONES["point_mae"].build().encoder
+        self.where = nn.Linear(3, 24)
+        self.extra = nn.ParameterDict({"summary": nn.Parameter(torch.randn(1, 1, 24))})
+        self.trunk = nn.ModuleList(
+            nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, norm_first=True) for _ in range(3)
+        )
+        self.last = nn.LayerNorm(24)
+        self.classifier = nn.Linear(24, 4)
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        neighborhood, center = self.sampler(points)
+        tokens = self.patchify(neighborhood) + self.where(center)
+        tokens = torch.cat([self.extra["summary"].expand(len(points), -1, -1), tokens], 1).transpose(0, 1)
+        for block in self.trunk:
+            tokens = block(tokens)
+        return self.classifier(self.last(tokens)[0])
+
+
+def test_an_unknown_model_is_traced_and_adapted():
+    torch.manual_seed(0)
+    model, (points,) = Unknown(), clouds(3, 0)
+    with pytest.raises(AnatomyError, match=r"no preset describes it: pass example_inputs"):
+        get_peft_model(model, PointPEFTConfig(memory_bank=False))
+    anatomy = describe(model, points)
+    (stage,) = anatomy.stages
+    assert [block.path for block in stage.blocks] == ["trunk.0", "trunk.1", "trunk.2"]
+    assert (stage.layout, stage.prefix_tokens, stage.position, stage.width) == ("gbc", 1, "once", 24)
+    assert str(stage.coordinates) == "output 1 of 'sampler'"
+    assert [parameter.name for parameter in anatomy.prefix_parameters] == ["extra.summary"]
+    assert (anatomy.final_norms, anatomy.heads) == (("last",), ("classifier",))
+
+
+def test_describe_reads_well():
+    text = str(describe(BACKBONES["point_mae"].build()))
+    assert "stage 0: 3 blocks 'blocks.blocks.0' … 'blocks.blocks.2'" in text
+    assert "prefix tokens: 1" in text and "output 1 of 'group_divider'" in text and "'cls_head_finetune'" in text
+
+
+def test_what_cannot_be_traced_is_refused():
+    points = torch.rand(2, 32, 3)
+    with pytest.raises(AnatomyError, match=r"no transformer block was found in Linear"):
+        describe(nn.Linear(3, 3), points)
+    with pytest.raises(PointPeftError, match=r"no preset describes Linear: pass example inputs"):
+        describe(nn.Linear(3, 3))
+
+    class Blind(Unknown):
+        def forward(self, points: torch.Tensor) -> torch.Tensor:
+            tokens = torch.randn(3, 17, 24)
+            for block in self.trunk:
+                tokens = block(tokens)
+            return self.classifier(self.last(tokens)[0])
+
+    with pytest.raises(AnatomyError, match=r"coordinates of the tokens of 'trunk.0' \(3, 17, 24\) were not found"):
+        describe(Blind(), points)
+
+
+def test_linear_layers_are_known_by_what_they_are():
+    pyg = pytest.importorskip("torch_geometric.nn")
+    assert linear_shape(nn.Linear(3, 5)) == linear_shape(pyg.Linear(3, 5)) == (5, 3)
+    assert linear_shape(nn.Embedding(5, 3)) is None
+    assert linear_shape(nn.LayerNorm(5)) is None

@@ -1,0 +1,25 @@
+"""Linear probing: nothing but heads."""
+
+from __future__ import annotations
+
+import pytest
+
+from point_peft import LinearProbeConfig, PointPeftError, get_peft_model
+from point_peft.backbones import PointTransformer
+from tests.models import BACKBONES
+
+
+def test_only_the_head_is_trained():
+    model = get_peft_model(PointTransformer(), LinearProbeConfig())
+    assert model.get_nb_trainable_parameters()[0] == 267_535
+    assert [row.name for row in model.get_layer_status()] == ["cls_head_finetune"]
+
+
+def test_no_module_can_be_named():
+    with pytest.raises(PointPeftError, match=r"LinearProbeConfig.target_modules is \('qkv',\); allowed: None"):
+        LinearProbeConfig(target_modules=["qkv"])
+
+
+def test_without_heads_nothing_is_trained():
+    model = get_peft_model(BACKBONES["point_mae"].build(), LinearProbeConfig(modules_to_save=[]))
+    assert model.get_nb_trainable_parameters()[0] == 0
