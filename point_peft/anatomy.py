@@ -28,6 +28,20 @@ class Tap:
     side: Literal["input", "output"]
     index: int = 0
 
+    @property
+    def adaptable(self) -> dict[str, str]:
+        """What can be adapted how: kind of part -> where it can go."""
+        blocks, total = self.blocks, len(self.blocks)
+        located = sum(len(stage.blocks) for stage in self.stages if stage.coordinates is not None)
+        linears = sum(len(b.qkv) + len(b.mlp_linears) + (b.projection is not None and bool(b.qkv)) for b in blocks)
+        prior = "backbone, stem" if self.stages[0].patch_tokens is not None else "backbone"
+        return {
+            "prompts, geometry": f"{located} of {total} blocks",
+            "adapters after the MLP": f"{sum(b.mlp is not None for b in blocks)} of {total} blocks",
+            "low-rank updates": f"{linears} linear layers in blocks",
+            "prior from": prior if located else "none",
+        }
+
     def __str__(self) -> str:
         return f"{self.side} {self.index} of '{self.module}'"
 
@@ -43,6 +57,11 @@ class Block:
     norms: tuple[str, ...]
     mlp: str | None
     mlp_linears: tuple[str, ...]
+
+    @property
+    def attention_kind(self) -> str:
+        """How query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention."""
+        return {0: "nn.MultiheadAttention", 1: "one fused projection"}.get(len(self.qkv), "split projections")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +113,20 @@ class Anatomy:
         """The index of the stage that a block belongs to."""
         return next(index for index, stage in enumerate(self.stages) if block in stage.blocks)
 
+    @property
+    def adaptable(self) -> dict[str, str]:
+        """What can be adapted how: kind of part -> where it can go."""
+        blocks, total = self.blocks, len(self.blocks)
+        located = sum(len(stage.blocks) for stage in self.stages if stage.coordinates is not None)
+        linears = sum(len(b.qkv) + len(b.mlp_linears) + (b.projection is not None and bool(b.qkv)) for b in blocks)
+        prior = "backbone, stem" if self.stages[0].patch_tokens is not None else "backbone"
+        return {
+            "prompts, geometry": f"{located} of {total} blocks",
+            "adapters after the MLP": f"{sum(b.mlp is not None for b in blocks)} of {total} blocks",
+            "low-rank updates": f"{linears} linear layers in blocks",
+            "prior from": prior if located else "none",
+        }
+
     def __str__(self) -> str:
         lines = [f"backbone known by: {self.source}"]
         for index, stage in enumerate(self.stages):
@@ -104,8 +137,8 @@ class Anatomy:
                 f"  tokens:      ({', '.join(stage.layout)}), c = {stage.width}, prefix tokens: {prefix}",
                 f"  coordinates: {stage.coordinates or 'unknown: no geometry-aware method can be used'}",
                 f"  patches:     {stage.patch_tokens or 'unknown'}; position added: {stage.position.replace('_', ' ')}",
-                f"  attention:   '{first.attention}' with qkv {_list(first.qkv)}, projection "
-                f"{_list([first.projection])}",
+                f"  attention:   '{first.attention}', {first.attention_kind} {_list(first.qkv)}",
+                f"  projection:  {_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])} with linears {_list(first.mlp_linears)}",
                 f"  norms:       {_list(first.norms)}",
             ]
@@ -115,6 +148,8 @@ class Anatomy:
             f"prefix:        {', '.join(parameters) or 'none'}",
             f"final norms:   {_list(self.final_norms)}",
             f"heads:         {_list(self.heads)}",
+            "can be adapted:",
+            *(f"  {kind}: {where}" for kind, where in self.adaptable.items()),
         ]
         return "\n".join(lines)
 

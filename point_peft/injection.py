@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,8 @@ def build_adapter(
         planned.setdefault(path, []).append(OwnModule(head))
     for path, parts in planned.items():
         if isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
-            raise AdapterError(f"'{path}' is a {type(modules[path]).__name__}, which is never called: name what it holds")
+            kind = type(modules[path]).__name__
+            raise AdapterError(f"'{path}' is a {kind}, which is never called: name what it holds")
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
     adapter.tensors()
     _place(adapter, backbone.modules)
@@ -249,7 +250,10 @@ def attach_sites(root: Root, paths: Iterator[str] | Sequence[str]) -> None:
 def detach_sites(root: Root, paths: Sequence[str]) -> None:
     """Unhook modules that no longer have parts."""
     for path in paths:
-        _remove_hooks(root.base_model.get_submodule(path), (_before_parts, _after_parts))
+        module = root.base_model.get_submodule(path)
+        _remove_hooks(module, (_before_parts, _after_parts))
+        if not any(hook in _HOOKS for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())):
+            module.__dict__.pop(SITE, None)
 
 
 def detach_model(root: Root) -> None:
@@ -309,6 +313,9 @@ def _enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     if module.__dict__.get("_is_replica", False) and CHILD in module._modules:
         root = module._modules[CHILD]  # type: ignore[assignment]  # the replica's own adapters
     forward = context.open_forward(root, args, kwargs)
+    gone = [name for name in forward.active if name not in root.adapters._modules]
+    if gone:
+        raise AdapterError(f"adapter '{gone[0]}' is active in this thread or task, but was deleted: call set_adapter")
     if any(name in root.unproven for name in forward.active):
         forward.ran = set()
 
@@ -386,14 +393,17 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     forward = context.current_forward(site.root)
     if forward.parent is not None and forward.parent.stop_at == "stem":
         raise context.Stop(forward.patches[0])
-    if not forward.active:
+    parts = [part for part, _ in _calls(forward, site.path, module)]
+    if not parts:
         return
     index, stage = _stage(_known(site.root), site.path)
     tokens = args[0] if args else None
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != stage.width:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise AnatomyError(f"block '{site.path}' should get tokens ({', '.join(stage.layout)}), c = {stage.width}; got {got}")
-    if stage.coordinates is None:
+        raise AnatomyError(
+            f"block '{site.path}' should get tokens ({', '.join(stage.layout)}), c = {stage.width}; got {got}"
+        )
+    if not any(part.needs_coordinates for part in parts):
         return
     if index not in forward.coordinates:
         raise AnatomyError(
@@ -418,9 +428,7 @@ def _known(root: Root) -> Anatomy:
 
 
 def _stage(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
-    return next(
-        (index, stage) for index, stage in enumerate(anatomy.stages) if any(block.path == path for block in stage.blocks)
-    )
+    return next((i, stage) for i, stage in enumerate(anatomy.stages) if any(b.path == path for b in stage.blocks))
 
 
 def _tap_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -469,10 +477,10 @@ def backbone_tokens(root: Root, forward: Forward, source: str) -> Tensor:
     if source == "stem" and 0 in forward.patches:
         return forward.patches[0].detach()
     if forward.inputs is None and ("tokens", source) not in forward.cache:
+        hint = ', or use prior="stem"' if source == "backbone" else ", or run its patch embedding first"
         raise AdapterError(
-            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is "
-            "a direct "
-            'call of a part of it: call the model, or use prior="stem"'
+            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a "
+            f"direct call of a part of it: call the model{hint}"
         )
     return forward.once(("tokens", source), lambda: _second_pass(root, forward, source))
 
@@ -502,12 +510,24 @@ def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        yield
+        with _own_random_numbers(root):
+            yield
     finally:
         forward.stop_at = None
         context.resume_forward(forward)
         for module in training:
             module.training = True
+
+
+def _own_random_numbers(root: Root) -> AbstractContextManager[None]:
+    """In here, drawing random numbers leaves the generators as they were.
+
+    Gradient checkpointing may run a block again, but not the second pass that ran within it.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    devices = {parameter.device for parameter in root.base_model.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(sorted(devices, key=str))
 
 
 def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
@@ -562,7 +582,9 @@ def _versions(output: Any) -> tuple[int, ...]:
 def _same(kept: tuple[Args, tuple[int, ...], Any], args: Args) -> bool:
     """Whether a module gets the inputs it got before, all tensors of one batch, and its output is as it was then."""
     before, versions, output = kept
-    if _versions(output) != versions or len(args) != len(before) or not all(isinstance(value, Tensor) for value in args):
+    if _versions(output) != versions or len(args) != len(before):
+        return False
+    if not all(isinstance(value, Tensor) for value in args):
         return False
     if len({value.shape[0] if value.ndim else 0 for value in args}) != 1 or args[0].shape[0] < 2:
         return False

@@ -27,14 +27,14 @@ from point_peft.heads import HeadSource, build_head, describe_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
 from point_peft.tracing import trace
-from point_peft.tuners.base import Backbone, Bank, SharedState
+from point_peft.tuners.base import Backbone, Bank
 from point_peft.version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,9 @@ class AdapterSet(nn.Module):
         self._attach(adapter_name, adapter)
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise AdapterError(
-                f"adapter name {name!r} is not valid: letters, digits, '_', '-' and '.', beginning with a letter, "
-                "a digit "
-                "or '_', at most 100"
+                f"adapter name {name!r} is not valid: at most 100 letters, digits, '_' and '-', the first not '-'"
             )
         if name in self.adapters._modules:
             raise AdapterError(f"there is an adapter '{name}' already: delete it first or choose another name")
@@ -243,6 +241,7 @@ class AdapterSet(nn.Module):
         change; see `train_adapter`.
         """
         names = self._names(adapter_name)
+        self._check_unmerged("the active adapters cannot be changed")
         self.default = names
         context.choose_adapters(self, names)
 
@@ -600,8 +599,8 @@ class AdapterSet(nn.Module):
         """Add the adapter that a folder holds; it is not made active unless it is the only one.
 
         Everything is checked first: names, shapes, types and values of all tensors, and that the backbone is the one
-        that the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a file
-        cannot describe.
+        that the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a
+        file cannot describe.
         """
         self._check_new(adapter_name)
         files = state.read_folder(Path(folder))
@@ -729,8 +728,8 @@ def get_peft_model(
     """Freeze a backbone and give it a trainable adapter. The given model is changed in place.
 
     `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced for a
-    model that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives the
-    adapter heads of its own shape: module name -> module, or a function that makes one.
+    model that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives
+    the adapter heads of its own shape: module name -> module, or a function that makes one.
 
     On any error the model is as it was, bit for bit.
     """

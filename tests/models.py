@@ -315,7 +315,7 @@ class CompactBlock(nn.Module):
         self.reentrant = reentrant
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        if self.again:
+        if self.again and torch.is_grad_enabled():
             out: Tensor = checkpoint(self.inside, tokens, mask, use_reentrant=self.reentrant)
             return out
         return self.inside(tokens, mask)
@@ -334,9 +334,10 @@ class CompactEncoder(nn.Module):
         self.reentrant = reentrant
 
     def forward(self, tokens: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
+        again = self.again == "block" and torch.is_grad_enabled()
         for block in self.blocks:
             args = (block, tokens + pos, mask)
-            tokens = checkpoint(*args, use_reentrant=self.reentrant) if self.again == "block" else block(*args[1:])
+            tokens = checkpoint(*args, use_reentrant=self.reentrant) if again else block(*args[1:])
         return tokens
 
 
@@ -370,7 +371,7 @@ class Compact(nn.Module):
         mask = (count[:, None] - count).abs() * -0.02
         if self.again is not None and self.reentrant and torch.is_grad_enabled() and not tokens.requires_grad:
             tokens = tokens.detach().requires_grad_()  # this kind of checkpointing needs an input with a gradient
-        if self.again == "container":
+        if self.again == "container" and torch.is_grad_enabled():
             tokens = checkpoint(self.blocks, tokens, pos, mask, use_reentrant=self.reentrant)
         else:
             tokens = self.blocks(tokens, pos, mask)

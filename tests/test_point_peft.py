@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from point_peft import (
     AdapterError,
@@ -681,6 +682,24 @@ def test_a_training_cloud_finds_itself_in_the_bank(source: str) -> None:
         torch.testing.assert_close(nn.functional.normalize(priors[-1][:, 0], dim=1), features(points, source))
 
 
+class RandomGroup(Group):
+    """Grouping that begins at a random point while training."""
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(points.shape[1]) if self.training else torch.arange(points.shape[1])
+        return super().forward(points[:, order])
+
+
+@pytest.mark.parametrize("source", ["backbone", "stem"])
+def test_a_bank_is_built_in_eval_mode_even_of_a_model_that_is_random_in_training(source: str) -> None:
+    base, points = small_base(), clouds(10)
+    base.group_divider = RandomGroup(SIZES["num_group"], SIZES["group_size"])
+    model = get_peft_model(base, PointPEFTConfig(**{**SMALL, "prior": source})).train()
+    model.build_memory_bank([points])
+    torch.testing.assert_close(in_order(bank_of(model).rows), in_order(features(points, source)))
+    assert base.group_divider.training
+
+
 def test_what_cannot_be_made_a_bank_is_refused_and_the_bank_kept() -> None:
     model, points = adapted(), clouds(6)
     labels = torch.arange(6)
@@ -815,6 +834,32 @@ def test_every_trained_tensor_gets_a_gradient_and_nothing_else(init: str, source
         assert moved == (id(parameter) in own), name
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(reentrant: bool) -> None:
+    """Blocks share the prompts' coordinates and the prior; each must be able to make again what it takes of them."""
+
+    def gradients(again: bool) -> dict[str, Tensor]:
+        model = adapted(prompt_layers=3)
+        base: Any = model.get_base_model()
+
+        def run(tokens: Tensor, pos: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+            for block in base.blocks.blocks:
+                repeat = again and torch.is_grad_enabled()
+                tokens = tokens + pos
+                tokens = checkpoint(block, tokens, use_reentrant=reentrant) if repeat else block(tokens)
+            return [tokens]
+
+        base.blocks.forward = run
+        base.pos_embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        model(clouds(4)).square().sum().backward()
+        parameters = get_adapter(model, "default").named_parameters()
+        return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+
+    expected = gradients(False)
+    assert len(expected) == len(list(get_adapter(adapted(prompt_layers=3), "default").parameters()))
+    torch.testing.assert_close(gradients(True), expected)
+
+
 def test_a_batch_of_one_can_be_trained_with_the_layer_norm() -> None:
     model = adapted(pooling_norm="layer", modules_to_save=[], centre_ratio=0.05).train()
     model(clouds(1)).sum().backward()
@@ -895,7 +940,7 @@ def two_stages(patch_tokens: bool = True, **options: Any) -> PointPeftModel:
 
 
 @pytest.mark.parametrize(("source", "width", "enhanced"), [("stem", 12, "first"), ("backbone", 24, "second")])
-def test_the_prior_enhances_the_prompts_of_the_stages_that_are_as_wide(source: str, width: int, enhanced: str) -> None:
+def test_a_prior_enhances_the_prompts_of_the_stages_that_are_as_wide(source: str, width: int, enhanced: str) -> None:
     model, points = two_stages(prompt_layers=4, prior=source), clouds(6)
     assert bank_of(model).rows.shape == (0, width)
     model.build_memory_bank([points])

@@ -48,6 +48,8 @@ class Part(nn.Module):
     prefix: ClassVar[str] = ""
     """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
     mergeable: ClassVar[bool] = False
+    needs_coordinates: ClassVar[bool] = False
+    """Whether the part, at a block, needs one patch token for each of the coordinates that were seen."""
     tuner: int = 0
     """Which of the adapter's methods it belongs to; set when the adapter is built."""
 

@@ -54,6 +54,7 @@ class BlockPart(Part):
     """Prompts go in before the block; the geometry-aware adapter and A act after it; then the prompts come out."""
 
     prefix = "point_peft"
+    needs_coordinates = True
 
     def __init__(
         self,
