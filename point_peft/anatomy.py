@@ -28,20 +28,6 @@ class Tap:
     side: Literal["input", "output"]
     index: int = 0
 
-    @property
-    def adaptable(self) -> dict[str, str]:
-        """What can be adapted how: kind of part -> where it can go."""
-        blocks, total = self.blocks, len(self.blocks)
-        located = sum(len(stage.blocks) for stage in self.stages if stage.coordinates is not None)
-        linears = sum(len(b.qkv) + len(b.mlp_linears) + (b.projection is not None and bool(b.qkv)) for b in blocks)
-        prior = "backbone, stem" if self.stages[0].patch_tokens is not None else "backbone"
-        return {
-            "prompts, geometry": f"{located} of {total} blocks",
-            "adapters after the MLP": f"{sum(b.mlp is not None for b in blocks)} of {total} blocks",
-            "low-rank updates": f"{linears} linear layers in blocks",
-            "prior from": prior if located else "none",
-        }
-
     def __str__(self) -> str:
         return f"{self.side} {self.index} of '{self.module}'"
 

@@ -206,7 +206,7 @@ def _spell(hint: Any) -> str:
         str: "a string",
         types.NoneType: "None",
     }
-    return words.get(hint) or str(hint)
+    return words.get(hint, str(getattr(hint, "__name__", hint)))
 
 
 def _to_json(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
 from point_peft import context
 from point_peft import tokens as token_ops
@@ -24,7 +25,7 @@ from point_peft.context import Forward, Root
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.heads import HeadSource, OwnModule, make_head
 from point_peft.matching import match_names
-from point_peft.tuners.base import Args, Backbone, Call, Kwargs, Part, SharedState, TunedCopy
+from point_peft.tuners.base import Args, Backbone, Bank, Call, Kwargs, Part, SharedState, TunedCopy
 
 SITE = "_point_peft_site"
 CHILD = "point_peft"
@@ -101,9 +102,44 @@ class Adapter(nn.Module):
 
 
 def build_adapter(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
+    backbone: Backbone,
+    config: PeftConfig,
+    heads: Mapping[str, HeadSource] | None,
+    saved: Sequence[str] | None = None,
 ) -> Adapter:
-    """An adapter for a backbone, complete but not attached; the backbone is not changed."""
+    """An adapter for a backbone, complete but not attached; the backbone is not changed.
+
+    `saved` says by full path which modules the adapter has to itself, and `heads` then names them so too.
+    """
+    adapter = _assemble(backbone, config, heads, saved)
+    _place(adapter, backbone.modules)
+    return adapter
+
+
+def plan_adapter(
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str]
+) -> Adapter:
+    """The same without memory for what is new in it: to see names, shapes and types of its tensors beforehand."""
+    with torch.device("meta"), _NoNumbers():
+        return _assemble(backbone, config, heads, saved)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Leaves out to draw normal numbers, for which torch on the meta device first imports for more than a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _assemble(
+    backbone: Backbone,
+    config: PeftConfig,
+    heads: Mapping[str, HeadSource] | None,
+    saved: Sequence[str] | None,
+) -> Adapter:
     adapter = Adapter(config)
     modules = backbone.modules
     first_names: dict[int, str] = {}
@@ -113,12 +149,16 @@ def build_adapter(
     for number, tuner in enumerate(config.tuners):
         blueprint = tuner.build(backbone)
         adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
+        meant: dict[int, str] = {}
         for path, part in blueprint.parts:
+            # A module under two names is one site, and what is meant for it under the second was planned already.
+            if meant.setdefault(id(modules[path]), path) != path:
+                continue
             part.tuner = number
-            # A module under two names is one site.
             _plan(planned.setdefault(first_names[id(modules[path])], []), part)
-    adapter.saved = tuple(dict.fromkeys(first_names[id(modules[p])] for p in _saved_modules(backbone, config, heads)))
-    own = _match_heads(heads, adapter.saved)
+    chosen = _saved_modules(backbone, config, heads) if saved is None else saved
+    adapter.saved = tuple(dict.fromkeys(first_names[id(modules[path])] for path in chosen))
+    own = match_heads(heads, adapter.saved) if saved is None else dict(heads or {})
     for path in adapter.saved:
         for other in planned:
             if other == path or other.startswith(path + "."):
@@ -137,7 +177,6 @@ def build_adapter(
             raise AdapterError(f"'{path}' is a {kind}, which is never called: name what it holds")
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
     adapter.tensors()
-    _place(adapter, backbone.modules)
     return adapter
 
 
@@ -153,13 +192,15 @@ def _plan(parts: list[Part], part: Part) -> None:
 
 
 def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
-    """Move an adapter to the device of the backbone, and its parameters to the backbone's floating type."""
+    """Move an adapter to the device of the backbone, and all but its banks to the backbone's floating type."""
     like = next((p for p in modules[""].parameters() if p.is_floating_point()), None)
     if like is None:
         return
     adapter.to(like.device)
-    for parameter in adapter.parameters():
-        parameter.data = parameter.data.to(like.dtype)
+    banks = {id(tensor) for state in adapter.shared_states() if isinstance(state, Bank) for tensor in state.buffers()}
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in banks:
+            tensor.data = tensor.data.to(like.dtype)
 
 
 def backbone_modules(root: Root) -> dict[str, nn.Module]:
@@ -185,11 +226,11 @@ def _saved_modules(
     return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
 
 
-def _match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
+def match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
     """The `heads` argument by full module path."""
     own: dict[str, HeadSource] = {}
     for name, source in (heads or {}).items():
-        for path in match_names([name], saved, field="heads"):
+        for path in [name] if name in saved else match_names([name], saved, field="heads"):
             if path in own:
                 raise AdapterError(f"heads names '{path}' twice")
             own[path] = source
@@ -252,7 +293,8 @@ def detach_sites(root: Root, paths: Sequence[str]) -> None:
     for path in paths:
         module = root.base_model.get_submodule(path)
         _remove_hooks(module, (_before_parts, _after_parts))
-        if not any(hook in _HOOKS for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())):
+        left = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_hold_eval}
+        if left.isdisjoint(_HOOKS):
             module.__dict__.pop(SITE, None)
 
 
@@ -312,6 +354,7 @@ def _enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     root = site.root
     if module.__dict__.get("_is_replica", False) and CHILD in module._modules:
         root = module._modules[CHILD]  # type: ignore[assignment]  # the replica's own adapters
+        root.__dict__["base_model"] = module  # and not the model that was replicated
     forward = context.open_forward(root, args, kwargs)
     gone = [name for name in forward.active if name not in root.adapters._modules]
     if gone:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +24,8 @@ from point_peft import context, injection, state
 from point_peft.anatomy import Anatomy, known_anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.context import Forward, Key
-from point_peft.errors import AdapterError, AdapterFileError, PointPeftError
-from point_peft.heads import HeadSource, build_head, describe_head
+from point_peft.errors import AdapterError, AdapterFileError, PointPeftError, quoted
+from point_peft.heads import HeadSource, build_head, describe_head, make_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
 from point_peft.tracing import trace
@@ -145,9 +147,10 @@ class AdapterSet(nn.Module):
         self._check_unmerged("adapters cannot be added")
 
     def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
-        modules = injection.backbone_modules(self)
-        backbone = Backbone(model=self.base_model, modules=modules, anatomy=self.anatomy)
-        return injection.build_adapter(backbone, config, heads)
+        return injection.build_adapter(self._backbone(), config, heads)
+
+    def _backbone(self) -> Backbone:
+        return Backbone(model=self.base_model, modules=injection.backbone_modules(self), anatomy=self.anatomy)
 
     def _attach(self, name: str, adapter: Adapter) -> None:
         if not self.adapters:
@@ -519,7 +522,7 @@ class AdapterSet(nn.Module):
 
     # ---- files ----
 
-    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, adapter_name: str | Sequence[str] | None = None) -> None:
         """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
         Without a name all adapters are written: a single one, or the one named "default", into the folder itself,
@@ -530,6 +533,8 @@ class AdapterSet(nn.Module):
         self._check_unmerged("adapters cannot be saved")
         folder = Path(save_directory)
         names = self._names(adapter_name)
+        if not names:
+            raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
         for name in names:
             own = folder if len(names) == 1 or name == "default" else folder / name
             adapter = get_adapter(self, name)
@@ -553,7 +558,7 @@ class AdapterSet(nn.Module):
         tensors = {
             name: tensor
             for name, tensor in self.base_model.state_dict().items()
-            if name not in own and not name.startswith(inside)
+            if isinstance(tensor, Tensor) and name not in own and not name.startswith(inside)
         }
         return self.fingerprints.of(tensors)
 
@@ -565,7 +570,7 @@ class AdapterSet(nn.Module):
         front = [
             "---",
             "library_name: point-peft",
-            *([f"base_model: {base}"] if base else []),
+            *([f"base_model: {json.dumps(base)}"] if base else []),
             "tags:",
             "- point-cloud",
         ]
@@ -620,32 +625,55 @@ class AdapterSet(nn.Module):
             config = PeftConfig.from_json(about)
         except PointPeftError as error:
             raise AdapterFileError(f"'{folder / state.CONFIG_FILE}': {error}") from error
-        known = injection.backbone_modules(self)
-        own: dict[str, HeadSource] = dict(heads or {})
-        for path, description in described.items():
-            if path not in known:
-                near = nearest_names(path, list(known))
-                raise AdapterFileError(f"the adapter has its own '{path}', which this model has not; nearest: {near}")
-            if description is not None and description != describe_head(known[path]) and path not in own:
-                own[path] = build_head(description, path)
-        adapter = self._build(replace(config, modules_to_save=sorted(described)), own)
-        adapter.config = config
-        sites = sorted(path for path, _ in adapter.sites())
-        if sites != adapted:
-            differing = sorted(set(sites) ^ {str(path) for path in adapted})
-            raise AdapterFileError(
-                f"the adapter was made for modules {', '.join(map(repr, differing[:3]))} otherwise than this "
-                "model has them"
-            )
+        backbone = self._backbone()
+        for path in described:
+            if not path or path not in backbone.modules:
+                near = nearest_names(path, list(backbone.modules))
+                raise AdapterFileError(f"the adapter has its own {quoted(path)}, this model has not; nearest: {near}")
+        given = {p: make_head(source, p) for p, source in injection.match_heads(heads, list(described)).items()}
+        try:
+            adapter = self._checked(backbone, config, described, adapted, given, files)
+        except AdapterFileError:
+            raise
+        except PointPeftError as error:
+            raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
         warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), type(self.base_model).__name__)
-        expected = adapter.tensors()
-        where = f"'{folder / state.TENSOR_FILE}'"
-        state.check_tensors(files.tensors, expected, adapter.free_rows(), where)
         if warning is not None:
             warnings.warn(warning, stacklevel=3)
-        state.copy_tensors(files.tensors, adapter, expected)
+        state.copy_tensors(files.tensors, adapter, adapter.tensors(), keep_types=warning is None)
+        for shared in adapter.shared_states():
+            try:
+                shared.check()
+            except AdapterError as error:
+                raise AdapterFileError(f"the adapter in '{folder}': {error}") from error
         adapter.requires_grad_(is_trainable)
         return adapter
+
+    @staticmethod
+    def _checked(
+        backbone: Backbone,
+        config: PeftConfig,
+        described: Mapping[str, Any],
+        adapted: list[Any],
+        given: Mapping[str, nn.Module],
+        files: state.AdapterFiles,
+    ) -> Adapter:
+        """The adapter that a file asks for, once it is known to have the modules and the tensors of the file.
+
+        What a file asks for may be of any size; so it is first made without memory.
+        """
+        own: dict[str, HeadSource] = dict(given)
+        for path, description in described.items():
+            if path not in own and description != describe_head(backbone.modules[path]):
+                own[path] = partial(build_head, description, path)
+        planned = injection.plan_adapter(backbone, config, own, list(described))
+        sites = sorted(path for path, _ in planned.sites())
+        if sites != adapted:
+            differing = sorted(set(sites) ^ {str(path) for path in adapted})
+            shown = ", ".join(map(quoted, differing[:3])) or "named twice"
+            raise AdapterFileError(f"the adapter was made for modules {shown} otherwise than this model has them")
+        state.check_tensors(files.tensors, planned.tensors(), planned.free_rows(), f"its {state.TENSOR_FILE}")
+        return injection.build_adapter(backbone, config, own, list(described))
 
 
 class PointPeftModel(AdapterSet):

@@ -320,7 +320,7 @@ def read_folder(folder: Path) -> AdapterFiles:
         raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
     where = f"'{folder / TENSOR_FILE}'"
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = dict(sorted(safetensors.torch.load(data).items()))
     except KeyError as error:
         raise AdapterFileError(f"{where} has a tensor of an unknown type: {quoted(error.args[0])}") from error
     except (SafetensorError, ValueError, OverflowError) as error:

@@ -55,7 +55,8 @@ class ToyConfig(TunerConfig):
     fails: bool = False
 
     def build(self, backbone: Backbone) -> Blueprint:
-        chosen = backbone.select_blocks(self.method, self.target_modules, self.exclude_modules, self.layers_to_transform)
+        fields = (self.target_modules, self.exclude_modules, self.layers_to_transform)
+        chosen = backbone.select_blocks(self.method, *fields)
         width = backbone.known_anatomy(self.method).stages[0].width
         plan = Blueprint(parts=[(block.path, ToyPart(width)) for _, block in chosen], shared={"toy": ToyState(width)})
         if self.fails:

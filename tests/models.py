@@ -247,7 +247,7 @@ def torch_pointcloud_part_seg() -> nn.Module:
 
 
 def supply_pyg_operators() -> None:
-    """torch_geometric's `fps` and `knn` need pyg-lib, which PyPI does not have: put in their places what serves here."""
+    """torch_geometric's `fps` and `knn` need pyg-lib, which PyPI lacks: put in their places what serves here."""
     import torch_geometric.nn.pool
 
     torch_geometric.nn.pool.fps = fps
@@ -255,9 +255,13 @@ def supply_pyg_operators() -> None:
 
 
 def fps(
-    src: Tensor, batch: Tensor | None = None, ratio: float = 0.5, random_start: bool = True, batch_size: int | None = None
+    src: Tensor,
+    batch: Tensor | None = None,
+    ratio: float = 0.5,
+    random_start: bool = True,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """Indices of ceil(ratio * n) farthest points of each sample, in order of choice; the first at random or the first."""
+    """Indices of ceil(ratio * n) farthest points of each sample, in order of choice; the first may be random."""
     batch = torch.zeros(len(src), dtype=torch.int64) if batch is None else batch
     chosen = []
     for sample in range(int(batch.max()) + 1 if batch_size is None else batch_size):
@@ -344,7 +348,7 @@ class CompactEncoder(nn.Module):
 class Compact(nn.Module):
     """A small classifier of clouds (b, n, 3) whose blocks take an attention mask and may be gradient-checkpointed."""
 
-    def __init__(self, *, again: Checkpointing | None = None, reentrant: bool = False, extra: str | None = None) -> None:
+    def __init__(self, *, again: Checkpointing | None = None, reentrant: bool = False, spare: bool = False) -> None:
         super().__init__()
         self.group_divider = RandomGroup(16, 8)
         self.encoder = Encoder(WIDTH)
@@ -358,7 +362,7 @@ class Compact(nn.Module):
         self.reentrant = reentrant
         self.layout = "right"
         """What is wrong with the tokens that the blocks get, for tests that want it so."""
-        if extra is not None:
+        if spare:
             self.spare = nn.Linear(4, 4)
             self.spares = nn.ModuleList([nn.Linear(4, 4)])
 

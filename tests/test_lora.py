@@ -89,3 +89,18 @@ def test_a_layer_whose_weight_is_read_by_another_module_is_reported():
 def test_fields_are_validated(field, value, allowed):
     with pytest.raises(PointPeftError, match=rf"LoraConfig.{field} is {value}; allowed: {allowed}"):
         LoraConfig(**{field: value})
+
+
+def test_a_module_under_two_names_is_adapted_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = self.first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model = get_peft_model(Twice(), LoraConfig(target_modules=["first", "second"]))
+    assert [row.parts["default"] for row in model.get_layer_status()] == [("LoraPart",)]
+    assert torch.isfinite(model(torch.rand(2, 3))).all()

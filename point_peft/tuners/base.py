@@ -81,6 +81,10 @@ class SharedState(nn.Module):
         """The name in a file of the tensor that this module's state dict calls `name`."""
         return f"{self.prefix}.{name}" if self.prefix else name
 
+    def check(self) -> None:
+        """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with."""
+        return
+
 
 class Bank(SharedState):
     """State that `build_memory_bank` fills with features of training clouds."""

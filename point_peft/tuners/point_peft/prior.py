@@ -44,15 +44,22 @@ class MemoryBank(Bank):
         features = features.detach().float()
         if size is not None:
             features = prototypes(features, labels, size)
-        if len(features) < self.top_k + self.leave_nearest_out:
-            raise AdapterError(
-                f"the memory bank has {len(features)} rows, retrieval of the top {self.top_k} needs at least "
-                f"{self.top_k + self.leave_nearest_out}"
-            )
+        self._check_rows(features)
         norms = features.norm(dim=1, keepdim=True)
         if not bool(torch.isfinite(features).all()) or not bool((norms > 0).all()):
             raise AdapterError("every row of a memory bank must be finite and not zero")
         self.rows = (features / norms).to(self.rows)
+
+    def check(self) -> None:
+        if len(self.rows):
+            self._check_rows(self.rows)
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if len(rows) < self.top_k + self.leave_nearest_out:
+            raise AdapterError(
+                f"the memory bank has {len(rows)} rows, retrieval of the top {self.top_k} needs at least "
+                f"{self.top_k + self.leave_nearest_out}"
+            )
 
     @property
     def ready(self) -> bool:

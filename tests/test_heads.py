@@ -1,0 +1,282 @@
+"""Heads of an adapter's own: described in its file, built again from there, or asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft.backbones import PointTransformer
+from point_peft.errors import AdapterError, AdapterFileError, MatchError
+from point_peft.heads import build_head, describe_head, make_head
+
+HEAD = "cls_head_finetune"
+CONFIG = PointPEFTConfig(memory_bank=False)
+
+
+def backbone(**options: Any) -> PointTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"trans_dim": 48, "depth": 2, "num_heads": 4, "num_group": 16, "group_size": 8}
+    return PointTransformer(**{**sizes, "encoder_dims": 48, "cls_dim": 5, **options}).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.randn(2, 128, 3, generator=torch.Generator().manual_seed(5)))
+    return found
+
+
+class Custom(nn.Module):
+    """A head that a file cannot describe."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.fc = nn.Linear(96, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(x).sin()
+        return found
+
+
+class Other(Custom):
+    """The same tensors, another forward."""
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(8, 16, 3, padding="same", padding_mode="circular", bias=False),
+        nn.BatchNorm1d(16, momentum=None, affine=False),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Sequential(nn.Conv1d(16, 4, 1, stride=2, groups=2), nn.GroupNorm(2, 4), nn.GELU("tanh")),
+        nn.Flatten(),
+        nn.LogSoftmax(dim=1),
+    )
+
+
+def twelve() -> nn.Module:
+    return nn.Sequential(*[layer for i in range(6) for layer in (nn.Linear(8 + i, 9 + i), nn.ReLU())])
+
+
+def named() -> nn.Module:
+    head = nn.Sequential()
+    head.add_module("z", nn.Linear(8, 6))
+    head.add_module("a", nn.Tanh())
+    head.add_module("m", nn.LayerNorm([6], elementwise_affine=False))
+    return head
+
+
+def repeated() -> nn.Module:
+    activation = nn.SiLU()
+    return nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 8), activation)
+
+
+MAKERS = [
+    backbone,
+    convolutions,
+    twelve,
+    named,
+    repeated,
+    lambda: nn.Linear(8, 3, bias=False),
+    lambda: nn.Sequential(nn.Identity(), nn.Linear(8, 3), nn.Softmax(dim=-1)),
+    lambda: nn.Sequential(nn.LayerNorm(8, bias=False), nn.Dropout(0.3), nn.Sigmoid()),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_head_of_standard_layers_is_built_again(make: Any) -> None:
+    head = make()
+    head = (head.cls_head_finetune if isinstance(head, PointTransformer) else head).eval()
+    text = json.dumps(describe_head(head), sort_keys=True)
+    built = build_head(json.loads(text), "head").eval()
+    assert json.dumps(describe_head(built), sort_keys=True) == text
+    assert str(built) == str(head)
+    built.load_state_dict(head.state_dict())
+    width = next((m for m in head.modules() if isinstance(m, (nn.Linear, nn.Conv1d))), None)
+    shape = (2, 8, 6) if isinstance(width, nn.Conv1d) else (2, 96 if make is backbone else 8)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert torch.equal(built(x), head(x))
+
+
+def test_what_cannot_be_described_is_told_by_class_and_tensors() -> None:
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    hooked = nn.Linear(8, 3)
+    hooked.register_forward_hook(lambda module, args, output: output * 2)
+    for head in (Custom(), tied, hooked, nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)), nn.Bilinear(2, 2, 2)):
+        description = json.loads(json.dumps(describe_head(head)))
+        assert description["class"] == type(head).__qualname__ and "layer" not in description
+        with pytest.raises(AdapterFileError, match=r"which a file cannot describe .*: pass heads=\{'h': module\}"):
+            build_head(description, "h")
+    assert describe_head(Custom(4)) != describe_head(Custom(5))
+    with pytest.raises(AdapterFileError, match="the head 'h' is a 'Custom'"):
+        build_head(describe_head(nn.Sequential(nn.ReLU(), Custom())), "h")
+
+
+def linear(**arguments: Any) -> dict[str, Any]:
+    return {"layer": "Linear", "arguments": {"in_features": 3, "out_features": 3, **arguments}}
+
+
+def layer(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"layer": name, "arguments": arguments}
+
+
+def nest(depth: int) -> Any:
+    found: Any = linear()
+    for _ in range(depth):
+        found = {"layer": "Sequential", "layers": [["0", found]]}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("description", "match"),
+    [
+        (None, "the description of the head 'h' is not one: None"),
+        ([], r"is not one: \[\]"),
+        ({}, r"is not one: \{\}"),
+        ({"layer": 3}, "is not one"),
+        ("x" * 10**6, "is not one: 'x{70,80}"),
+        ({"layer": "Bilinear", "arguments": {}}, "asks for a layer 'Bilinear'; known layers: Linear, "),
+        ({"layer": "__import__", "arguments": {}}, "asks for a layer '__import__'"),
+        ({"layer": "Linear"}, "asks for a layer 'Linear'"),
+        ({**linear(), "more": 1}, "asks for a layer"),
+        ({"layer": "Sequential", "layers": {"0": linear()}}, "asks for a layer 'Sequential'"),
+        ({"layer": "Sequential", "layers": [linear()]}, "which is not|not a name and a layer"),
+        ({"layer": "Sequential", "layers": [["a.b", linear()]]}, "a layer of the invalid name 'a.b'"),
+        ({"layer": "Sequential", "layers": [["", linear()]]}, "a layer of the invalid name ''"),
+        ({"layer": "Sequential", "layers": [["forward", linear()]]}, "a layer of the invalid name 'forward'"),
+        ({"layer": "Sequential", "layers": [["a", linear()], ["a", linear()]]}, "a layer of the invalid name 'a'"),
+        ({"layer": "Sequential", "layers": [[3, linear()]]}, "a layer of the invalid name 3"),
+        ({"layer": "Sequential", "layers": [[str(i), linear()] for i in range(300)]}, "has more than 256 layers"),
+        (nest(300), "has more than 256 layers"),
+        (linear(in_features=0), "Linear cannot have in_features=0"),
+        (linear(in_features=-3), "Linear cannot have in_features=-3"),
+        (linear(in_features=10**9), "Linear cannot have in_features=1000000000"),
+        (linear(in_features=True), "Linear cannot have in_features=True"),
+        (linear(in_features=3.0), "Linear cannot have in_features=3.0"),
+        (linear(bias="yes"), "Linear cannot have bias='yes'"),
+        (linear(device="cuda"), "Linear has no argument 'device'"),
+        (linear(dtype="float16"), "Linear has no argument 'dtype'"),
+        (linear(kernel_size=3), "Linear has no argument 'kernel_size'"),
+        (layer("Linear"), "Linear cannot be made"),
+        (layer("Dropout", p=2.0), "Dropout cannot be made"),
+        (layer("Dropout", p=float("nan")), "Dropout cannot have p=nan"),
+        (layer("LeakyReLU", negative_slope="x"), "LeakyReLU cannot have negative_slope='x'"),
+        (layer("GELU", approximate="x"), "GELU cannot have approximate='x'"),
+        (layer("GroupNorm", num_groups=0, num_channels=4), "GroupNorm cannot have num_groups=0"),
+        (layer("GroupNorm", num_groups=3, num_channels=4), "GroupNorm cannot be made"),
+        (layer("LayerNorm", normalized_shape=[4] * 9), "LayerNorm cannot have normalized_shape"),
+        (layer("LayerNorm", normalized_shape=[]), "LayerNorm cannot have normalized_shape"),
+        (layer("BatchNorm1d", num_features=4, momentum="x"), "BatchNorm1d cannot have momentum='x'"),
+        (layer("Softmax", dim=[0]), r"Softmax cannot have dim=\[0\]"),
+        (layer("Identity", args=[1]), "Identity has no argument 'args'"),
+        (layer("Conv1d", in_channels=2, out_channels=2, kernel_size=[1, 1, -1]), "Conv1d cannot have kernel_size"),
+        (layer("Conv1d", in_channels=2, out_channels=2, kernel_size=1, padding={}), r"Conv1d cannot have padding=\{\}"),
+    ],
+)  # fmt: skip
+def test_a_wrong_description_is_refused(description: Any, match: str) -> None:
+    with pytest.raises(AdapterFileError, match=match) as caught:
+        build_head(description, "h")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_module_is_copied_and_a_function_called() -> None:
+    head = nn.Linear(2, 2)
+    copied = make_head(head, "h")
+    assert copied is not head and torch.equal(copied.get_parameter("weight"), head.weight)
+    assert make_head(lambda: head, "h") is head
+    for wrong, match in (
+        (lambda: 3, r"heads\['h'\] must give an nn.Module, it gave a int"),
+        (lambda: nn.Linear, r"heads\['h'\] must give an nn.Module, it gave a type"),
+        (3, r"heads\['h'\] must be an nn.Module or a function that makes one, not 3"),
+        (None, r"heads\['h'\] must be an nn.Module or a function that makes one, not None"),
+    ):
+        with pytest.raises(AdapterError, match=match):
+            make_head(wrong, "h")  # type: ignore[arg-type]
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no head today")
+
+
+@pytest.mark.parametrize(
+    ("heads", "error", "match"),
+    [
+        ({HEAD: broken}, RuntimeError, "no head today"),
+        ({HEAD: lambda: 3}, AdapterError, "must give an nn.Module"),
+        ({HEAD: 3}, AdapterError, "must be an nn.Module"),
+        ({"cls_haed": nn.Linear(96, 2)}, MatchError, "no module matches 'cls_haed'"),
+    ],
+)
+def test_a_head_that_fails_leaves_the_model(heads: Any, error: Any, match: str, tmp_path: Path) -> None:
+    base = backbone()
+    flags = [(p.requires_grad, p.clone()) for p in base.parameters()]
+    with pytest.raises(error, match=match):
+        get_peft_model(base, CONFIG, heads=heads)
+    get_peft_model(backbone(), CONFIG).save_pretrained(tmp_path)
+    with pytest.raises(error, match=match):
+        PointPeftModel.from_pretrained(base, tmp_path, heads=heads)
+    now = [(p.requires_grad, p) for p in base.parameters()]
+    assert all(old[0] == new[0] and torch.equal(old[1], new[1]) for old, new in zip(flags, now, strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("head", [nn.Linear(96, 7), nn.Sequential(nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 7))])
+@pytest.mark.parametrize("name", [HEAD, None])
+def test_another_head_travels_with_its_adapter(tmp_path: Path, head: nn.Module, name: str | None) -> None:
+    base = backbone()
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = get_peft_model(base, CONFIG, heads={HEAD: head})
+    expected = logits(model)
+    assert expected.shape == (2, 7)
+    model.save_pretrained(tmp_path)
+    given = {name: head} if name else None
+    again = PointPeftModel.from_pretrained(backbone(), tmp_path, heads=given)
+    assert torch.equal(logits(again), expected)
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert all(p.requires_grad for p in head.parameters())
+    with again.disable_adapter():
+        assert logits(again).shape == (2, 5)
+
+
+def test_one_module_for_two_adapters_gives_each_its_own() -> None:
+    head = nn.Linear(96, 7)
+    model = get_peft_model(backbone(), CONFIG, heads={HEAD: head})
+    model.add_adapter("b", CONFIG, heads={HEAD: head})
+    seen: set[int] = set()
+    for name in ("default", "b"):
+        seen.update(id(p) for p in model.adapters[name].parameters())
+    count = sum(len(list(model.adapters[name].parameters())) for name in ("default", "b"))
+    assert len(seen) == count and not seen & {id(p) for p in head.parameters()}
+
+
+def test_a_head_of_a_custom_class_is_asked_for(tmp_path: Path) -> None:
+    model = get_peft_model(backbone(), CONFIG, heads={HEAD: Custom})
+    model.save_pretrained(tmp_path)
+    match = r"is a 'Custom', which a file cannot describe .*: pass heads=\{'cls_head_finetune': module\}"
+    with pytest.raises(AdapterFileError, match=match):
+        PointPeftModel.from_pretrained(backbone(), tmp_path)
+    for heads in ({HEAD: Custom}, {HEAD: Custom(4)}):
+        assert torch.equal(logits(PointPeftModel.from_pretrained(backbone(), tmp_path, heads=heads)), logits(model))
+    with pytest.raises(AdapterFileError, match=r"'cls_head_finetune\.fc\.bias' is \(4\), this model needs \(9\)"):
+        PointPeftModel.from_pretrained(backbone(), tmp_path, heads={HEAD: Custom(9)})
+    # A base whose own head is of that class and shape needs no help, one of another class does.
+    for head, fits in ((Custom(), True), (Other(), False), (Custom(6), False)):
+        base = backbone()
+        base.set_submodule(HEAD, head)
+        if fits:
+            assert torch.equal(logits(PointPeftModel.from_pretrained(base, tmp_path)), logits(model))
+        else:
+            with pytest.raises(AdapterFileError, match="is a 'Custom'"):
+                PointPeftModel.from_pretrained(base, tmp_path)
+
+
+def test_heads_for_a_module_that_the_adapter_has_not(tmp_path: Path) -> None:
+    get_peft_model(backbone(), CONFIG).save_pretrained(tmp_path)
+    with pytest.raises(MatchError, match=r"no module matches 'norm' \(heads\); nearest: none"):
+        PointPeftModel.from_pretrained(backbone(), tmp_path, heads={"norm": nn.LayerNorm(48)})
