@@ -258,7 +258,7 @@ def relief(rng: Generator, n: int) -> Array:
     marks = pen_strokes(rng, 32).reshape(-1, 2) if rng.random() < 0.8 else blobs
     spread = rng.uniform(0.08, 0.3)
     near = ((grid[:, :, None] - marks) ** 2).sum(axis=-1).min(axis=-1)
-    height = np.exp(-near / (2 * spread**2)).ravel()
+    height = np.exp((near.min() - near) / (2 * spread**2)).ravel()
     height[height < 0.1] = 0
     cell = rng.choice(size * size, n, p=height / height.sum())
     flat = grid.reshape(-1, 2)[cell] + rng.uniform(-1.2, 1.2, size=(n, 2)) / size

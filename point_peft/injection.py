@@ -215,15 +215,15 @@ def backbone_modules(root: Root) -> dict[str, nn.Module]:
 def _saved_modules(
     backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
 ) -> tuple[str, ...]:
-    """Paths of the modules that the adapter gets to itself, outer ones only."""
+    """Paths of the modules that the adapter gets to itself, outer ones only, in the order of the backbone."""
     names, stated = list(backbone.modules), config.saved_modules
     if stated is None:
         found = () if backbone.anatomy is None else backbone.anatomy.heads
     else:
         found = match_names(stated, names, field="modules_to_save")
     extra = match_names(list(heads or ()), names, field="heads")
-    chosen = dict.fromkeys([*found, *extra])
-    return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
+    chosen = {*found, *extra}
+    return tuple(p for p in names if p in chosen and not any(p.startswith(other + ".") for other in chosen))
 
 
 def match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from point_peft import AnatomyError, PointPeftError, PointPEFTConfig, describe, get_peft_model
+from point_peft import AnatomyError, PointPEFTConfig, PointPeftError, describe, get_peft_model
 from point_peft.anatomy import find_blocks, known_anatomy, linear_shape
+from point_peft.backbones.layers import Encoder, Group
 from point_peft.tracing import trace
 from tests.models import BACKBONES, clouds
 
@@ -49,12 +50,12 @@ def test_tracing_leaves_the_model_as_it_was():
 
 
 class Unknown(nn.Module):
-    """A point transformer with names that no preset has: sequence first, positions added once, a CLS token behind a dot."""
+    """A point transformer with names that no preset has: sequence first, positions added once, a dotted CLS token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sampler = BACKBONES["point_mae"].build().group_divider
-        self.patchify = BACKBONES["point_mae"].build().encoder
+        self.sampler = Group(16, 8)
+        self.patchify = Encoder(24)
         self.where = nn.Linear(3, 24)
         self.extra = nn.ParameterDict({"summary": nn.Parameter(torch.randn(1, 1, 24))})
         self.trunk = nn.ModuleList(
@@ -69,7 +70,8 @@ class Unknown(nn.Module):
         tokens = torch.cat([self.extra["summary"].expand(len(points), -1, -1), tokens], 1).transpose(0, 1)
         for block in self.trunk:
             tokens = block(tokens)
-        return self.classifier(self.last(tokens)[0])
+        logits: torch.Tensor = self.classifier(self.last(tokens)[0])
+        return logits
 
 
 def test_an_unknown_model_is_traced_and_adapted():
@@ -104,7 +106,8 @@ def test_what_cannot_be_traced_is_refused():
             tokens = torch.randn(3, 17, 24)
             for block in self.trunk:
                 tokens = block(tokens)
-            return self.classifier(self.last(tokens)[0])
+            logits: torch.Tensor = self.classifier(self.last(tokens)[0])
+            return logits
 
     with pytest.raises(AnatomyError, match=r"coordinates of the tokens of 'trunk.0' \(3, 17, 24\) were not found"):
         describe(Blind(), points)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
+from point_peft.injection import get_adapter
 from tests.models import BACKBONES, clouds
 
 
@@ -23,9 +25,9 @@ def test_a_tuned_bias_is_the_bias():
     with torch.no_grad():
         for parameter in model.adapters.parameters():
             parameter.normal_()
-    tuned = {name: tensor.clone() for name, tensor in model.adapters["default"].tensors().items()}
+    tuned = {name: tensor.clone() for name, tensor in get_adapter(model, "default").tensors().items()}
     output = model(points)
-    plain = model.unload()
+    plain: nn.Module = model.unload()
     plain.load_state_dict({**plain.state_dict(), **tuned})
     assert torch.allclose(plain(points), output, atol=1e-4)
 

@@ -62,7 +62,7 @@ def test_what_is_not_a_linear_layer_is_refused():
     model = BACKBONES["point_mae"].build()
     with pytest.raises(AnatomyError, match=r"'norm' is a LayerNorm; LORA adapts linear layers"):
         get_peft_model(model, LoraConfig(target_modules=["norm"]))
-    with pytest.raises(MatchError, match=r"no module matches 'blocks.\*.qvk' .*nearest: 'blocks.blocks.0.attn.qkv' \(3 mod"):
+    with pytest.raises(MatchError, match=r"no module matches 'blocks.\*.qvk' .*nearest: 'blocks.blocks.0.attn.qkv'"):
         get_peft_model(model, LoraConfig(target_modules=["blocks.*.qvk"]))
     with pytest.raises(AnatomyError, match=r"exclude_modules and layers_to_transform leave no module"):
         get_peft_model(model, LoraConfig(exclude_modules=["qkv"]))
@@ -78,7 +78,7 @@ def test_a_layer_whose_weight_is_read_by_another_module_is_reported():
             return nn.functional.linear(x, self.linear.weight)
 
     model = get_peft_model(Reader(), LoraConfig(target_modules=["linear"]))
-    with pytest.raises(AdapterError, match=r"the LoraPart at 'linear' had no effect, because that module \(Linear\) was not"):
+    with pytest.raises(AdapterError, match=r"the LoraPart at 'linear' had no effect, because that module"):
         model(torch.rand(2, 3))
 
 
@@ -99,7 +99,8 @@ def test_a_module_under_two_names_is_adapted_once():
             self.second = self.first
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x))
+            out: torch.Tensor = self.second(self.first(x))
+            return out
 
     model = get_peft_model(Twice(), LoraConfig(target_modules=["first", "second"]))
     assert [row.parts["default"] for row in model.get_layer_status()] == [("LoraPart",)]
