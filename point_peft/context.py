@@ -164,7 +164,7 @@ def open_forward(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
     second = parent is not None and parent.stop_at is not None
     forward = Forward(root, () if second else active_adapters(root), parent)
     forward.inputs = (args, kwargs)
-    resume_forward(forward)
+    reopen(root, forward)
     return forward
 
 
@@ -172,20 +172,23 @@ def close_forward(forward: Forward) -> None:
     """End a forward. What checkpointing may need of it stays with its autograd graph."""
     forward.inputs = None
     forward.stem.clear()
-    parent, forward.parent = forward.parent, None
-    if torch.compiler.is_compiling():
-        forward.root.traced = parent
-    else:
-        _forward.set(forward.root.key, parent)
+    reopen(forward.root, forward.parent)
+    forward.parent = None
+    if not torch.compiler.is_compiling():
         _direct.set(forward.root.key, None)
 
 
-def resume_forward(forward: Forward) -> None:
-    """Go on in a forward that is open, whatever a second pass within it has left behind."""
+def opened(root: Root) -> Forward | None:
+    """The forward that is open, if any."""
+    return root.traced if torch.compiler.is_compiling() else _forward.get(root.key)
+
+
+def reopen(root: Root, forward: Forward | None) -> None:
+    """Be in the forward that `opened` said, whatever came to an end in between."""
     if torch.compiler.is_compiling():
-        forward.root.traced = forward
+        root.traced = forward
     else:
-        _forward.set(forward.root.key, forward)
+        _forward.set(root.key, forward)
 
 
 def current_forward(root: Root) -> Forward:

@@ -156,8 +156,9 @@ def _assemble(
                 continue
             part.tuner = number
             _plan(planned.setdefault(first_names[id(modules[path])], []), part)
-    chosen = _saved_modules(backbone, config, heads) if saved is None else saved
-    adapter.saved = tuple(dict.fromkeys(first_names[id(modules[path])] for path in chosen))
+    chosen = {id(modules[p]) for p in (_saved_modules(backbone, config, heads) if saved is None else saved)}
+    # In the order of the backbone, read from a file or not: an optimizer's state goes by the order of parameters.
+    adapter.saved = tuple(path for number, path in first_names.items() if number in chosen)
     own = match_heads(heads, adapter.saved) if saved is None else dict(heads or {})
     for path in adapter.saved:
         for other in planned:
@@ -215,15 +216,15 @@ def backbone_modules(root: Root) -> dict[str, nn.Module]:
 def _saved_modules(
     backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
 ) -> tuple[str, ...]:
-    """Paths of the modules that the adapter gets to itself, outer ones only, in the order of the backbone."""
+    """Paths of the modules that the adapter gets to itself, outer ones only."""
     names, stated = list(backbone.modules), config.saved_modules
     if stated is None:
         found = () if backbone.anatomy is None else backbone.anatomy.heads
     else:
         found = match_names(stated, names, field="modules_to_save")
     extra = match_names(list(heads or ()), names, field="heads")
-    chosen = {*found, *extra}
-    return tuple(p for p in names if p in chosen and not any(p.startswith(other + ".") for other in chosen))
+    chosen = dict.fromkeys([*found, *extra])
+    return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
 
 
 def match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
@@ -557,7 +558,7 @@ def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
             yield
     finally:
         forward.stop_at = None
-        context.resume_forward(forward)
+        context.reopen(forward.root, forward)
         for module in training:
             module.training = True
 

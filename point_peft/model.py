@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import warnings
 from collections import Counter
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
@@ -100,6 +99,11 @@ class AdapterSet(nn.Module):
     def backbone_tokens(self, forward: Forward, source: str) -> Tensor:
         """Patch tokens (b, g, c) of the frozen backbone without adapters, see `injection.backbone_tokens`."""
         return injection.backbone_tokens(self, forward, source)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.default = self.active_adapters  # replicas run on threads of their own
+        return replica
 
     def get_base_model(self) -> nn.Module:
         """The backbone itself."""
@@ -460,17 +464,18 @@ class AdapterSet(nn.Module):
         positional or a dict of named ones. `size` reduces the bank to as many rows by k-means in each class.
 
         The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
-        Under accelerate each process goes through its own batches and all end with the same bank.
+        Under accelerate, or torch.distributed alone, each process goes through its own batches and all end with the
+        same bank.
         """
         name = self._single(adapter_name)
         bank = self._bank_of(get_adapter(self, name), name)
         if size is not None and (type(size) is not int or size < 1):
             raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
-        process = PartialState()
+        ranks = _ranks()
         features: list[Tensor] = []
         labels: list[Tensor] = []
         progress = tqdm(  # type: ignore[no-untyped-call]
-            batches, desc="memory bank", unit="batch", disable=not process.is_main_process
+            batches, desc="memory bank", unit="batch", disable=ranks is not None and torch.distributed.get_rank() > 0
         )
         with self._eval():
             for batch in progress:
@@ -479,8 +484,9 @@ class AdapterSet(nn.Module):
                 label = _labels(batch, len(features[-1]))
                 if label is not None:
                     labels.append(label.cpu())
-        if process.num_processes > 1:
-            gathered = gather_object([(features, labels)])
+        if ranks is not None:
+            gathered: list[Any] = [None] * ranks
+            torch.distributed.all_gather_object(gathered, (features, labels))
             features = [entry for part, _ in gathered for entry in part]
             labels = [entry for _, part in gathered for entry in part]
         if not features:
@@ -687,10 +693,15 @@ class PointPeftModel(AdapterSet):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the backbone with the active adapters; arguments and result are the backbone's."""
-        if self.__dict__.get("_is_replica", False):
-            with context.replica(self):
-                return self.base_model(*args, **kwargs)
-        return self.base_model(*args, **kwargs)
+        before = context.opened(self)
+        try:
+            if self.__dict__.get("_is_replica", False):
+                with context.replica(self):
+                    return self.base_model(*args, **kwargs)
+            return self.base_model(*args, **kwargs)
+        finally:
+            # Hooks end a forward, but not one that Ctrl-C ends.
+            context.reopen(self, before)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -702,11 +713,6 @@ class PointPeftModel(AdapterSet):
         if inspect.ismethod(found) and found.__self__ is self.base_model:
             return _Method(self, name)
         return found
-
-    def _replicate_for_data_parallel(self) -> PointPeftModel:
-        replica: PointPeftModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.default = self.active_adapters  # replicas run on threads of their own
-        return replica
 
     @staticmethod
     def from_pretrained(
@@ -847,6 +853,19 @@ def _model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[t
         "to_inputs=function that "
         "turns a batch into the model's arguments"
     )
+
+
+def _ranks() -> int | None:
+    """The number of processes that work together, None if this one is alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1:
+        raise AdapterError(
+            f"this is one of {launched} processes, but torch.distributed is not initialised, so they would end with "
+            "different banks: create the accelerate.Accelerator (or call init_process_group) first"
+        )
+    return None
 
 
 def _labels(batch: Any, count: int) -> Tensor | None:

@@ -197,7 +197,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensor_state(tensor: Tensor) -> tuple[Any, ...]:
-    digest = zlib.crc32(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return id(tensor), type(tensor), tensor.requires_grad, tensor.grad is None, digest
 
 

@@ -70,7 +70,8 @@ class LocalAttention(nn.Module):
         if not self.training or self.drop_path == 0.0:
             return branch
         keep = 1.0 - self.drop_path
-        return branch * branch.new_empty(*branch.shape[:2], 1, 1).bernoulli_(keep) / keep
+        # The few mask values are scaled, not the many of the branch.
+        return branch * (branch.new_empty(*branch.shape[:2], 1, 1).bernoulli_(keep) / keep)
 
 
 class PoolingNorm(nn.BatchNorm1d):
@@ -80,7 +81,10 @@ class PoolingNorm(nn.BatchNorm1d):
         """Normalised features; when checkpointing repeats a forward, the statistics are not updated again."""
         x = rearrange(pooled, "b s c -> b c s")
         if self.training and recomputing:
-            x = nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            # On copies: a recomputation must save for backward just what the forward saved.
+            mean, var = (None if stat is None else stat.clone() for stat in (self.running_mean, self.running_var))
+            momentum = 0.0 if self.momentum is None else self.momentum
+            x = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
         else:
             x = self(x)
         return rearrange(x, "b c s -> b s c")
