@@ -549,18 +549,14 @@ def _second_pass(root: Root, forward: Forward, source: str) -> Tensor:
 def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
     """In here, the model runs without adapters and, but for the stem, in eval mode."""
     stem = {m for path in _known(root).stem for m in root.base_model.get_submodule(path).modules()}
-    training = [m for m in backbone_modules(root).values() if m.training and m not in stem]
+    others = [module for module in backbone_modules(root).values() if module not in stem]
     forward.stop_at = source
     try:
-        for module in training:
-            module.training = False
-        with _own_random_numbers(root):
+        with context.eval_mode(others), _own_random_numbers(root):
             yield
     finally:
         forward.stop_at = None
         context.reopen(forward.root, forward)
-        for module in training:
-            module.training = True
 
 
 def _own_random_numbers(root: Root) -> AbstractContextManager[None]:

@@ -477,7 +477,7 @@ class AdapterSet(nn.Module):
         progress = tqdm(  # type: ignore[no-untyped-call]
             batches, desc="memory bank", unit="batch", disable=ranks is not None and torch.distributed.get_rank() > 0
         )
-        with self._eval():
+        with context.eval_mode(self.base_model.modules()):
             for batch in progress:
                 tokens = self._features(_model_inputs(batch, to_inputs), bank.source)
                 features.append(bank.query(tokens).float().cpu())
@@ -505,17 +505,6 @@ class AdapterSet(nn.Module):
                 return shared
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
         raise AdapterError(f"adapter '{name}' ({methods}) has no memory bank")
-
-    @contextmanager
-    def _eval(self) -> Iterator[None]:
-        training = [module for module in self.base_model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str) -> Tensor:
         args, kwargs = inputs

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from point_peft.anatomy import (
     is_norm,
     prefix_rows,
 )
+from point_peft.context import eval_mode
 from point_peft.errors import AnatomyError
 
 
@@ -103,7 +103,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
         seen.outputs.setdefault(paths[module], [_kept(value) for value in values])
 
     handles = []
-    with _eval(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with eval_mode(model.modules()), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             for module in paths:
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -118,18 +118,6 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
 def _kept(value: Any) -> Any:
     """Tokens and coordinates are kept as they are now, whatever is done to them in place later."""
     return value.clone() if isinstance(value, Tensor) and value.ndim == 3 else None
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _groups(model: nn.Module, blocks: dict[str, Block], seen: _Trace) -> Iterator[list[Block]]:
