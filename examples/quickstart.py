@@ -1,8 +1,8 @@
 """The main job from data to adapter file: freeze a backbone, train one small adapter per task, swap between them.
 
-    python -m examples.quickstart                                     # lifted digits, nothing to download
-    python -m examples.quickstart --data radhar --file radhar.npz     # real radar recordings
-    python -m examples.quickstart --seeds 3                           # the comparison three times: mean and deviation
+    python examples/quickstart.py                                     # lifted digits, nothing to download
+    python examples/quickstart.py --data radhar --file radhar.npz     # real radar recordings
+    python examples/quickstart.py --seeds 3                           # the comparison three times: mean and deviation
 
 It compares Point-PEFT with linear probing (frozen backbone, the same head) and full fine-tuning under one recipe: the
 same head, augmentation, batch size, epochs, optimiser and schedule; only the learning rate is each method's own, chosen
@@ -13,9 +13,10 @@ below five minutes on two cores it trains on a part of the training split; `--tr
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
+
 from examples.data import Clouds, Split, activity_groups, load_digits_clouds, load_radhar, parity
 from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
-from point_peft.backbones import default_backbone
+from point_peft.backbones import PointTransformer, default_backbone
 
 HEAD = "cls_head_finetune"
 METHODS = ("linear probing", "full fine-tuning", "Point-PEFT")
+
+# Chosen on the whole validation split of the digits after the last epoch, from three values each; accuracy in percent.
+# Seed 0: linear probing 1e-3: 78.0, 3e-3: 81.9, 1e-2: 81.6; full fine-tuning 5e-4: 85.2, 1e-3: 90.5, 2e-3: 89.4;
+# Point-PEFT 3e-3: 89.1, 5e-3: 87.7. Seed 1: Point-PEFT 2e-3: 86.9, 3e-3: 87.5.
 LEARNING_RATES = {"linear probing": 3e-3, "full fine-tuning": 1e-3, "Point-PEFT": 3e-3}
 
 
@@ -36,12 +43,12 @@ LEARNING_RATES = {"linear probing": 3e-3, "full fine-tuning": 1e-3, "Point-PEFT"
 class Recipe:
     """What all methods share."""
 
-    epochs: int = 10
+    epochs: int = 8
     batch_size: int = 16
     weight_decay: float = 0.05
     warm_up: float = 0.1
-    rotation: float = 0.2  # radians about the z axis, either way
-    stretch: float = 0.15
+    rotation: float = 0.1  # radians about the z axis, either way
+    stretch: float = 0.1  # share of each axis, either way
 
 
 @dataclass
@@ -54,6 +61,18 @@ class Run:
     losses: list[float] = field(default_factory=list)  # by epoch
     val: list[float] = field(default_factory=list)  # by epoch
     test: float = 0.0
+
+
+def fresh_backbone(classes: int) -> PointTransformer:
+    """The embedded backbone with a new head, and the same class token in every copy.
+
+    Pre-training does not know the class token. Left to chance it would differ between two copies, and with it the
+    tokens that Point-PEFT's prior takes from the frozen backbone: an adapter must meet the backbone it was trained on.
+    """
+    backbone = default_backbone(cls_dim=classes)
+    nn.init.zeros_(backbone.get_parameter("cls_token"))
+    nn.init.zeros_(backbone.get_parameter("cls_pos"))
+    return backbone
 
 
 def augment(points: Tensor, recipe: Recipe) -> Tensor:
@@ -69,14 +88,14 @@ def augment(points: Tensor, recipe: Recipe) -> Tensor:
 def batches(split: Split, size: int) -> Iterator[Split]:
     """(points, labels) in order, for evaluation and the memory bank."""
     points, labels = split
-    yield from zip(points.split(size), labels.split(size), strict=True)
+    yield from zip(torch.split(points, size), torch.split(labels, size), strict=True)
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, points: Tensor, size: int = 32) -> Tensor:
     """Logits (m, classes) of clouds (m, n, 3)."""
     model.eval()
-    return torch.cat([model(part) for part in points.split(size)])
+    return torch.cat([model(part) for part in torch.split(points, size)])
 
 
 def accuracy(model: nn.Module, split: Split) -> float:
@@ -106,11 +125,11 @@ def train(model: nn.Module, train_mode: nn.Module, data: Clouds, recipe: Recipe,
             model.eval()
             train_mode.train()
             losses = []
-            for chosen in torch.randperm(len(labels)).split(recipe.batch_size)[:per_epoch]:
+            for chosen in torch.split(torch.randperm(len(labels)), recipe.batch_size)[:per_epoch]:
                 logits = model(augment(points[chosen], recipe))
                 loss = nn.functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(params, 10.0)
                 optimizer.step()
                 schedule.step()
@@ -127,7 +146,7 @@ def train(model: nn.Module, train_mode: nn.Module, data: Clouds, recipe: Recipe,
 def baseline(method: str, data: Clouds, recipe: Recipe, lr: float, seed: int) -> Run:
     """Linear probing or full fine-tuning of a fresh copy of the backbone."""
     torch.manual_seed(seed)
-    model = default_backbone(cls_dim=len(data.class_names))
+    model = fresh_backbone(len(data.class_names))
     head = model.get_submodule(HEAD)
     probing = method == "linear probing"
     if probing:
@@ -140,7 +159,7 @@ def baseline(method: str, data: Clouds, recipe: Recipe, lr: float, seed: int) ->
 def point_peft(data: Clouds, recipe: Recipe, lr: float, seed: int) -> tuple[PointPeftModel, Run]:
     """Point-PEFT on a fresh copy of the backbone, which stays frozen."""
     torch.manual_seed(seed)
-    backbone = default_backbone(cls_dim=len(data.class_names))
+    backbone = fresh_backbone(len(data.class_names))
     model = get_peft_model(backbone, PointPEFTConfig(modules_to_save=[HEAD]))
     model.build_memory_bank(batches(data.train, 32))
     model.print_trainable_parameters()
@@ -153,7 +172,7 @@ def second_task(model: PointPeftModel, data: Clouds, recipe: Recipe, lr: float, 
     torch.manual_seed(seed)
     classes = len(data.class_names)
     config = PointPEFTConfig(modules_to_save=[HEAD])
-    model.add_adapter("second", config, heads={HEAD: lambda: default_backbone(cls_dim=classes).get_submodule(HEAD)})
+    model.add_adapter("second", config, heads={HEAD: lambda: fresh_backbone(classes).get_submodule(HEAD)})
     model.set_adapter("second")
     model.build_memory_bank(batches(data.train, 32))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -182,7 +201,7 @@ def figure(path: Path, data: Clouds, other: Clouds, answers: Tensor, others: Ten
     from matplotlib import pyplot as plt
 
     plot = plt.figure(figsize=(14, 9), layout="constrained")
-    top, bottom = plot.subfigures(2, 1, height_ratios=[1.2, 1])
+    top, bottom = plot.subfigures(2, 1, squeeze=False, height_ratios=[1.2, 1]).ravel()
     points, labels = data.test
     shown = min(10, len(labels))
     for cell, axes in enumerate(top.subplots(2, 5).flat):
@@ -240,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--file", type=Path, help="radhar.npz")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--train", type=int, default=600, help="at most so many training clouds")
-    parser.add_argument("--val", type=int, default=150, help="at most so many validation clouds")
+    parser.add_argument("--val", type=int, default=100, help="at most so many validation clouds")
     parser.add_argument("--test", type=int, default=None, help="at most so many test clouds")
     parser.add_argument("--seeds", type=int, default=1, help="repeat the comparison with so many seeds")
     parser.add_argument(
@@ -263,12 +282,14 @@ def main(argv: list[str] | None = None) -> None:
     first = args.out / "first"
     model.save_pretrained(first)
     answers = predict(model, data.test[0])
-    reloaded = PointPeftModel.from_pretrained(default_backbone(cls_dim=len(data.class_names)), first)
+    reloaded = PointPeftModel.from_pretrained(fresh_backbone(len(data.class_names)), first)
     assert torch.equal(predict(reloaded, data.test[0]), answers)
     print("saved, loaded into a fresh backbone: logits are equal bit for bit")
 
     # A second task on the same frozen backbone, with a head of another shape.
-    second = second_task(model, other, recipe, LEARNING_RATES["Point-PEFT"], seed=0)
+    second = second_task(
+        model, other, replace(recipe, epochs=(recipe.epochs + 1) // 2), LEARNING_RATES["Point-PEFT"], seed=0
+    )
     model.save_pretrained(args.out / "second", "second")
     others = predict(model, data.test[0])
     print(f"second task ({other.name}): {second.test:.1f} % of the test clouds")
@@ -277,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     assert torch.equal(predict(model, data.test[0]), answers)
     print(f"a swap takes {1e6 * swap_seconds(model):.0f} microseconds; the first task's logits are as before")
 
-    backbone = sum(p.numel() * 4 for p in default_backbone(cls_dim=1).parameters()) / 1e6
+    backbone = sum(p.numel() * 4 for p in fresh_backbone(len(data.class_names)).parameters()) / 1e6
     sizes = [folder_size(args.out / name) for name in ("first", "second")]
     print(f"a full copy of the model is {backbone:.1f} MB, the adapters are {sizes[0]:.2f} MB and {sizes[1]:.2f} MB")
     picture = args.out / "quickstart.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ from examples import data, pretrain, quickstart, shapes
 from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
 from point_peft.backbones.checkpoint import EMBEDDED
 
-TINY = {"trans_dim": 24, "depth": 2, "num_heads": 2, "num_group": 16, "group_size": 8, "encoder_dims": 24}
+TINY: dict[str, Any] = {
+    "trans_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_group": 16,
+    "group_size": 8,
+    "encoder_dims": 24,
+}
 
 
 # --- solids ---
@@ -109,7 +117,7 @@ def test_radhar_reader(tmp_path):
     rng = np.random.default_rng(0)
     recording = np.repeat(np.arange(30), 3)
     labels = recording % 5
-    points = rng.normal(scale=0.3, size=(90, 50, 3)) + [2, 0, 1]
+    points = rng.normal(scale=0.3, size=(90, 50, 3)) + np.array([2, 0, 1])
     points[:, :5] += 30
     file = tmp_path / "radhar.npz"
     names = np.array(["boxing", "jack", "jump", "squats", "walk"])
@@ -170,7 +178,8 @@ def test_export_reads_back(tmp_path):
     assert not report.unexpected
     assert {name.split(".")[0] for name in report.missing} == {"cls_token", "cls_pos", "cls_head_finetune"}
     assert all(tensor.dtype == torch.float16 for tensor in load_file(path).values() if tensor.is_floating_point())
-    assert torch.allclose(fresh.encoder.first_conv[0].weight, backbone.encoder.first_conv[0].weight, atol=1e-3)
+    name = "encoder.first_conv.0.weight"
+    assert torch.allclose(fresh.state_dict()[name], backbone.state_dict()[name], atol=1e-3)
 
 
 def test_embedded_backbone():
@@ -183,3 +192,22 @@ def test_embedded_backbone():
     clouds = torch.from_numpy(shapes.sample_shapes(2, n=256))
     assert model(clouds).shape == (2, 7)
     assert 1e6 < sum(p.numel() for name, p in model.named_parameters() if "head" not in name) < 2e6
+
+
+# --- quickstart ---
+
+
+def test_quickstart_from_end_to_end(tmp_path, capsys):
+    """It saves, reloads and swaps (and asserts equal logits itself), and leaves two adapters and a picture."""
+    quickstart.main(["--epochs", "1", "--train", "40", "--val", "20", "--test", "40", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for words in (*quickstart.METHODS, "train: 40 of ", "bit for bit", "second task", "microseconds", "MB"):
+        assert words in printed
+    for task in ("first", "second"):
+        assert (tmp_path / task / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_needs_the_radar_file(tmp_path):
+    with pytest.raises(SystemExit, match=r"--file"):
+        quickstart.main(["--data", "radhar", "--out", str(tmp_path)])

@@ -6,7 +6,7 @@ The names of their tensors are those of public checkpoints.
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
@@ -30,7 +30,10 @@ class Group(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A small PointNet that turns each neighbourhood (b, g, k, 3) into one token (b, g, c)."""
+    """A small PointNet that turns each neighbourhood (b, g, k, 3) into one token (b, g, c).
+
+    The weights of `second_conv.0` are read in two halves, so that module itself is not called.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,10 +46,19 @@ class Encoder(nn.Module):
 
     def forward(self, neighborhood: Tensor) -> Tensor:
         b, _, k, _ = neighborhood.shape
-        local = self.first_conv(rearrange(neighborhood, "b g k xyz -> (b g) xyz k"))
-        whole = repeat(reduce(local, "bg c k -> bg c", "max"), "bg c -> bg c k", k=k)
-        tokens = self.second_conv(torch.cat([whole, local], dim=1))
-        pooled: Tensor = reduce(tokens, "(b g) c k -> b g c", "max", b=b)
+        # All points in one row: the convolutions have width one, and a long row is faster than many short ones.
+        local = self.first_conv(rearrange(neighborhood, "b g k xyz -> 1 xyz (b g k)"))
+        whole = reduce(local, "1 c (bg k) -> 1 c bg", "max", k=k)
+        # The second part sees [maximum of the group ; point]. What the maximum adds is the same for all points of a
+        # group, so that half of the first convolution runs once a group.
+        first, *rest = self.second_conv.children()
+        assert isinstance(first, nn.Conv1d)
+        of_whole, of_local = torch.chunk(first.weight, 2, dim=1)
+        points = rearrange(nn.functional.conv1d(local, of_local, first.bias), "1 c (bg k) -> 1 c bg k", k=k)
+        tokens = rearrange(points + nn.functional.conv1d(whole, of_whole)[..., None], "1 c bg k -> 1 c (bg k)")
+        for layer in rest:
+            tokens = layer(tokens)
+        pooled: Tensor = reduce(tokens, "1 c (b g k) -> b g c", "max", b=b, k=k)
         return pooled
 
 
