@@ -201,7 +201,11 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
             continue
         if not path or path in blocks:
             continue
-        inside = [name for name in modules if name.startswith(attention + ".") and linear_shape(modules[name])]
+        # nn.MultiheadAttention reads the weights of its projection and does not call it.
+        called = not isinstance(modules[attention], nn.MultiheadAttention)
+        inside = [
+            name for name in modules if called and name.startswith(attention + ".") and linear_shape(modules[name])
+        ]
         projection = [name for name in inside if name not in qkv]
         children = {f"{path}.{name}" for name, _ in modules[path].named_children()}
         holders = [name for name in children if any(linear.startswith(name + ".") for linear in linears)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from point_peft import AnatomyError, PointPEFTConfig, PointPeftError, describe, 
 from point_peft.anatomy import find_blocks, known_anatomy, linear_shape
 from point_peft.backbones.layers import Encoder, Group
 from point_peft.tracing import trace
-from tests.models import BACKBONES, clouds
+from tests.models import BACKBONES, clouds, supply_pyg_operators
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -118,3 +119,35 @@ def test_linear_layers_are_known_by_what_they_are():
     assert linear_shape(nn.Linear(3, 5)) == linear_shape(pyg.Linear(3, 5)) == (5, 3)
     assert linear_shape(nn.Embedding(5, 3)) is None
     assert linear_shape(nn.LayerNorm(5)) is None
+
+
+@pytest.mark.filterwarnings("ignore:the memory bank is empty")
+@pytest.mark.parametrize(
+    ("module", "name", "layout", "prefix", "stages"),
+    [
+        ("point_bert", "PointBERTClassification", "bgc", 1, 1),
+        ("pointgpt", "PointGPTClassification", "gbc", 2, 1),
+        ("point_m2ae", "PointM2AEClassification", "bgc", 0, 3),
+    ],
+)
+def test_models_of_others_are_traced_and_adapted(module, name, layout, prefix, stages):
+    """torch-pointcloud's, unmodified: sequence first with a causal mask, and three stages of different widths too."""
+    supply_pyg_operators()
+    torch.manual_seed(0)
+    kind = getattr(importlib.import_module(f"torch_pointcloud.models.{module}"), name)
+    backbone = kind(0, 5) if stages == 3 else kind(0, 5, depth=2)
+    positions, samples = torch.rand(3 * 640, 3), torch.arange(3).repeat_interleave(640)
+    anatomy = describe(backbone.eval(), None, positions, samples)
+    assert len(anatomy.stages) == stages
+    assert all((stage.layout, stage.prefix_tokens) == (layout, prefix) for stage in anatomy.stages)
+    with torch.no_grad():
+        plain = backbone(None, positions, samples)
+        model = get_peft_model(backbone, PointPEFTConfig(), example_inputs=(None, positions, samples))
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted = model(None, positions, samples)
+        alone = model(None, positions[640:1280], samples[:640])
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+        assert torch.allclose(adapted[1:2], alone, atol=1e-4)
+        with model.disable_adapter():
+            assert torch.equal(model(None, positions, samples), plain)
