@@ -213,7 +213,7 @@ def figure(path: Path, data: Clouds, other: Clouds, answers: Tensor, others: Ten
         axes.set_aspect("equal")
         right = answers[cell] == labels[cell] and others[cell] == other.test[1][cell]
         title = f"{data.class_names[answers[cell]]} · {other.class_names[others[cell]]}"
-        truth = "" if right else f" (is {data.class_names[labels[cell]]})"
+        truth = "" if right else f" (is {data.class_names[labels[cell]]} · {other.class_names[other.test[1][cell]]})"
         axes.set_title(title + truth, color="black" if right else "crimson")
     top.suptitle(f"{data.name}: test clouds, answers of two adapters on one backbone")
     left, right_axes = bottom.subplots(1, 2)

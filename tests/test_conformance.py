@@ -1200,8 +1200,8 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
     )
-    torch.set_num_threads(1)
     process = PartialState(cpu=True)
+    torch.set_num_threads(1)  # which accelerate has set otherwise; sums in one order, as in tests/conftest.py
     assert process.num_processes == 2 and process.process_index == rank
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name, method in itertools.product(SPREAD, METHOD_NAMES):

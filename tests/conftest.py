@@ -1,0 +1,8 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import torch
+
+# The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
+torch.set_num_threads(1)
