@@ -64,15 +64,8 @@ class Run:
 
 
 def fresh_backbone(classes: int) -> PointTransformer:
-    """The embedded backbone with a new head, and the same class token in every copy.
-
-    Pre-training does not know the class token. Left to chance it would differ between two copies, and with it the
-    tokens that Point-PEFT's prior takes from the frozen backbone: an adapter must meet the backbone it was trained on.
-    """
-    backbone = default_backbone(cls_dim=classes)
-    nn.init.zeros_(backbone.get_parameter("cls_token"))
-    nn.init.zeros_(backbone.get_parameter("cls_pos"))
-    return backbone
+    """The embedded backbone with a new head."""
+    return default_backbone(cls_dim=classes)
 
 
 def augment(points: Tensor, recipe: Recipe) -> Tensor:

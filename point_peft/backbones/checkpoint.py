@@ -113,6 +113,10 @@ def default_backbone(cls_dim: int) -> PointTransformer:
     noise = [name for name in report.missing if not name.startswith(("cls_token", "cls_pos", *HEADS))]
     if noise or report.unexpected:
         raise PointPeftError(f"{weights} and {config.name} do not belong together: {report}")
+    # Pre-training does not know the class token. Left to chance it would differ between two copies, and with it what
+    # the frozen backbone makes of a cloud: an adapter must meet the backbone that it was trained on.
+    for name in ("cls_token", "cls_pos"):
+        torch.nn.init.zeros_(model.get_parameter(name))
     return model
 
 
