@@ -165,8 +165,7 @@ def _assemble(
             if other == path or other.startswith(path + "."):
                 raise AdapterError(
                     f"'{other}' is tuned by {config.tuners[planned[other][0].tuner].method} and lies in '{path}', "
-                    "which "
-                    "modules_to_save trains as a whole: take one of them out"
+                    "which modules_to_save trains as a whole: take one of them out"
                 )
         source = own.get(path)
         head = clean_copy(modules[path]) if source is None else make_head(source, path)

@@ -839,8 +839,7 @@ def _model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[t
         return (batch[0],), {}
     raise AdapterError(
         f"a batch must be a tensor or a tuple that begins with one, not {type(batch).__name__}: pass "
-        "to_inputs=function that "
-        "turns a batch into the model's arguments"
+        "to_inputs=function that turns a batch into the model's arguments"
     )
 
 

@@ -153,6 +153,19 @@ class Backbone:
         return kept
 
 
+def narrowed(
+    paths: Sequence[str], method: str, excluded: str | Sequence[str] | None, blocks: Sequence[Block] | None
+) -> list[str]:
+    """The modules that `exclude_modules` and, where blocks are given, `layers_to_transform` leave; at least one."""
+    kept = [p for p in paths if blocks is None or any(p.startswith(block.path + ".") for block in blocks)]
+    if excluded is not None:
+        out = set(match_names(excluded, kept, field="exclude_modules"))
+        kept = [path for path in kept if path not in out]
+    if not kept:
+        raise AnatomyError(f"{method}: exclude_modules and layers_to_transform leave no module")
+    return kept
+
+
 # ---- tuned tensors of the backbone -----------------------------------------------------------------------------------
 
 

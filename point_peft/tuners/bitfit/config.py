@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig
-from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, block_biases, tuned_biases
+from point_peft.tuners.base import Backbone, Blueprint, block_biases, narrowed, tuned_biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +17,12 @@ class BitFitConfig(TunerConfig):
     method: ClassVar[str] = "BITFIT"
 
     def build(self, backbone: Backbone) -> Blueprint:
-        blocks = backbone.select_blocks(self.method, None, None, self.layers_to_transform)
+        blocks = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
         if self.target_modules is not None:
             paths = list(match_names(self.target_modules, list(backbone.modules)))
-            if self.layers_to_transform is not None:
-                paths = [path for path in paths if any(path.startswith(block.path + ".") for _, block in blocks)]
         else:
-            paths = block_biases(backbone, [block for _, block in blocks])
+            paths = block_biases(backbone, blocks)
             if self.layers_to_transform is None:
                 paths += backbone.known_anatomy(self.method).final_norms
-        if self.exclude_modules is not None:
-            excluded = set(match_names(self.exclude_modules, paths, field="exclude_modules"))
-            paths = [path for path in paths if path not in excluded]
-        if not paths:
-            raise AnatomyError(f"{self.method}: exclude_modules and layers_to_transform leave no module")
-        return Blueprint(parts=tuned_biases(backbone, paths))
+        within = None if self.layers_to_transform is None else blocks
+        return Blueprint(parts=tuned_biases(backbone, narrowed(paths, self.method, self.exclude_modules, within)))

@@ -12,7 +12,7 @@ from point_peft.anatomy import linear_shape
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Args, Backbone, Blueprint, Call, Kwargs, Part
+from point_peft.tuners.base import Args, Backbone, Blueprint, Call, Kwargs, Part, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +43,20 @@ class LoraConfig(TunerConfig):
             plan.parts.append((path, LoraPart(shape, self.r, scale, self.lora_dropout)))
         return plan
 
-    def _targets(self, backbone: Backbone) -> tuple[str, ...]:
-        chosen = None
+    def _targets(self, backbone: Backbone) -> list[str]:
+        blocks = None
         if self.target_modules is None or self.layers_to_transform is not None:
-            chosen = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
-        if self.target_modules is None:
-            paths = [path for block in chosen or () for path in block.qkv]
+            blocks = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
+        if self.target_modules is not None:
+            paths = list(match_names(self.target_modules, list(backbone.modules)))
+        else:
+            paths = [path for block in blocks or () for path in block.qkv]
             if not paths:
                 raise AnatomyError(
-                    f"{self.method}: the attention of the blocks has no query, key and value layers that are "
-                    "called: name "
-                    "linear layers in target_modules"
+                    f"{self.method}: the attention of the blocks has no query, key and value layers that are called: "
+                    "name linear layers in target_modules"
                 )
-        else:
-            paths = list(match_names(self.target_modules, list(backbone.modules)))
-            if chosen is not None:
-                paths = [path for path in paths if any(path.startswith(block.path + ".") for block in chosen)]
-        if self.exclude_modules is not None:
-            excluded = set(match_names(self.exclude_modules, paths, field="exclude_modules"))
-            paths = [path for path in paths if path not in excluded]
-        if not paths:
-            raise AnatomyError(f"{self.method}: exclude_modules and layers_to_transform leave no module")
-        return tuple(paths)
+        return narrowed(paths, self.method, self.exclude_modules, blocks)
 
 
 class LoraPart(Part):
