@@ -10,6 +10,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
+# Other people's models that the tests adapt, unmodified.
+BACKBONES = [
+    "openpoints==0.1.2",
+    "spconv==2.3.8",
+    "timm>=1.0.31",
+    "torch-geometric>=2.8",
+    "torch-pointcloud==0.0.18",
+    "torchvision",
+]
 
 setup(
     name="point-peft",
@@ -52,13 +61,12 @@ setup(
         "examples": EXAMPLES,
         "test": [
             *EXAMPLES,
+            *BACKBONES,
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
-            "torch-geometric>=2.8",
-            "torch-pointcloud==0.0.18",
         ],
     },
 )

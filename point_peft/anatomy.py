@@ -1,35 +1,57 @@
 """What the library understands of a backbone: blocks, stages, token layout, coordinates, heads.
 
-The blocks are found by their structure (an attention, a norm and a linear layer outside the attention), names play no
-part. What structure does not tell, such as where the token coordinates come from, is data: one `Preset` a family of
-models. For a model that no preset describes, `describe` with example inputs traces one forward (see `tracing`).
+The blocks are found by their structure: an attention, a norm and a linear layer outside the attention. What structure
+does not tell, such as where the token coordinates come from, is data for known families (`presets`), or is found in one
+traced forward (`tracing`).
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import groupby, pairwise
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
-from point_peft.errors import AnatomyError
+from point_peft.errors import AnatomyError, quoted
+from point_peft.matching import nearest_names
 
-Layout = Literal["bgc", "gbc"]
-"""How the tokens that a block receives are laid out: (b, g, c) or, sequence first, (g, b, c)."""
+Layout = Literal["bgc", "gbc", "packed"]
+"""How the tokens that a block receives are laid out: (b, g, c), sequence first (g, b, c), or all samples' in (n, c)."""
+
+
+Steps = tuple[int | str, ...]
+"""The way to a tensor inside nested tuples, lists and mappings: numbers and names of items."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A place where a tensor can be seen while the model runs: a module's n-th input or output."""
+    """A place where a tensor can be seen while the model runs: in what a module is called with, or in what it returns.
+
+    The first step into an input is the number of a positional or the name of a keyword argument; an output without
+    steps is the output itself.
+    """
 
     module: str
     side: Literal["input", "output"]
-    index: int = 0
+    steps: Steps = ()
+    """For an input, none means the first positional argument."""
+
+    def __post_init__(self) -> None:
+        if self.side == "input" and not self.steps:
+            object.__setattr__(self, "steps", (0,))
 
     def __str__(self) -> str:
-        return f"{self.side} {self.index} of '{self.module}'"
+        return f"{self.side}{spell_steps(self.steps)} of '{self.module}'"
+
+
+def spell_steps(steps: Steps) -> str:
+    """Steps as one writes them in Python: `[0].coord`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +64,9 @@ class Block:
     projection: str | None
     norms: tuple[str, ...]
     mlp: str | None
-    mlp_linears: tuple[str, ...]
+    """The module that returns what the MLP adds to the tokens."""
+    linears: tuple[str, ...]
+    """The linear layers outside the attention, those of the MLP among them."""
 
     @property
     def attention_kind(self) -> str:
@@ -57,14 +81,33 @@ class Stage:
     blocks: tuple[Block, ...]
     width: int
     layout: Layout = "bgc"
+    tokens: Steps = (0,)
+    """Where the tokens are in what a block is called with."""
+    outputs: tuple[Steps, ...] = ((),)
+    """Where they are in what it returns; all but the first are copies, such as the features of a sparse tensor."""
     prefix_tokens: int | None = None
     """Tokens before the patch tokens (CLS and the like); None: the token count less the number of coordinates."""
     coordinates: Tap | None = None
-    """Where the coordinates (b, g, 3) of the patch tokens are seen, before the first block."""
+    """Where the coordinates of the patch tokens, (b, g, 3) or packed (n, 3), are seen, at the latest by a block."""
+    samples: Tap | None = None
+    """For packed tokens: where it is seen which sample each belongs to, as numbers (n,) or as ends of samples (b,)."""
     patch_tokens: Tap | None = None
     """Where the patch embedding (b, g, c) is seen, before positions are added."""
     position: Literal["every_block", "once"] = "every_block"
     """Whether the positional embedding is added before every block or before the first only."""
+    mask_visible: bool = False
+    """The entry of a boolean attention mask that lets a token be attended; in torch.nn it is False, in SDPA True."""
+    padding_masks: tuple[Steps, ...] = ()
+    """Arguments of a block that say which tokens (b, l) are padding."""
+    prompts: bool = True
+    """Whether prompts can be put among the tokens and are attended there."""
+    unknown: str = ""
+    """What could not be established, so that no method can use it."""
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether prompts can be put among the tokens: not where these are packed, and attended in patches."""
+        return self.prompts and self.layout != "packed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +121,28 @@ class PrefixParameter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Read:
+    """A module that is not called itself: another module reads its weights."""
+
+    module: str
+    reader: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What a backbone is made of. `str()` gives a readable summary."""
+    """What a backbone is made of. `str()` gives a readable summary; `dataclasses.replace` corrects a part of it."""
 
     source: str
-    """The preset that supplied what structure does not tell, or `traced`."""
+    """The preset that supplied what structure does not tell, `traced`, or whatever the user wrote."""
     stages: tuple[Stage, ...]
     stem: tuple[str, ...] = ()
     """Frozen modules ahead of the blocks whose outputs a second pass may reuse: grouping, patch embedding."""
     prefix_parameters: tuple[PrefixParameter, ...] = ()
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = ()
+    uncalled: tuple[str, ...] = ()
+    """Modules with parameters of their own that a traced forward neither called nor read."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -103,14 +157,16 @@ class Anatomy:
     def adaptable(self) -> dict[str, str]:
         """What can be adapted how: kind of part -> where it can go."""
         blocks, total = self.blocks, len(self.blocks)
-        located = sum(len(stage.blocks) for stage in self.stages if stage.coordinates is not None)
-        linears = sum(len(b.qkv) + len(b.mlp_linears) + (b.projection is not None and bool(b.qkv)) for b in blocks)
+        located = [stage for stage in self.stages if stage.coordinates is not None]
+        linears = sum(len(b.qkv) + len(b.linears) + (b.projection is not None) for b in blocks)
         prior = "backbone, stem" if self.stages[0].patch_tokens is not None else "backbone"
+        prompted = [stage for stage in located if stage.takes_prompts]
         return {
-            "prompts, geometry": f"{located} of {total} blocks",
+            "prompts": f"{sum(len(stage.blocks) for stage in prompted)} of {total} blocks",
+            "geometry": f"{sum(len(stage.blocks) for stage in located)} of {total} blocks",
             "adapters after the MLP": f"{sum(b.mlp is not None for b in blocks)} of {total} blocks",
             "low-rank updates": f"{linears} linear layers in blocks",
-            "prior from": prior if located else "none",
+            "prior from": prior if prompted else "none",
         }
 
     def __str__(self) -> str:
@@ -118,14 +174,20 @@ class Anatomy:
         for index, stage in enumerate(self.stages):
             first = stage.blocks[0]
             prefix = "as many as exceed the coordinates" if stage.prefix_tokens is None else stage.prefix_tokens
+            shape = "n, c" if stage.layout == "packed" else ", ".join(stage.layout)
             lines += [
                 f"stage {index}: {len(stage.blocks)} blocks '{first.path}' … '{stage.blocks[-1].path}'",
-                f"  tokens:      ({', '.join(stage.layout)}), c = {stage.width}, prefix tokens: {prefix}",
-                f"  coordinates: {stage.coordinates or 'unknown: no geometry-aware method can be used'}",
+                f"  tokens:      ({shape}), c = {stage.width}, prefix tokens: {prefix}",
+                f"  found in:    input{spell_steps(stage.tokens)}, "
+                + " and ".join(f"output{spell_steps(steps)}" for steps in stage.outputs),
+                f"  coordinates: {stage.coordinates or 'unknown: ' + (stage.unknown or 'not stated')}",
+                *([f"  samples:     {stage.samples or 'unknown'}"] if stage.layout == "packed" else []),
                 f"  patches:     {stage.patch_tokens or 'unknown'}; position added: {stage.position.replace('_', ' ')}",
+                f"  prompts:     {'yes' if stage.takes_prompts else 'no'}"
+                + (", masks let attend where True" if stage.mask_visible else ""),
                 f"  attention:   '{first.attention}', {first.attention_kind} {_list(first.qkv)}",
                 f"  projection:  {_list([first.projection])}",
-                f"  MLP:         {_list([first.mlp])} with linears {_list(first.mlp_linears)}",
+                f"  MLP:         {_list([first.mlp])}; linears outside the attention: {_list(first.linears)}",
                 f"  norms:       {_list(first.norms)}",
             ]
         parameters = [f"{parameter.name} ({parameter.role})" for parameter in self.prefix_parameters]
@@ -134,6 +196,8 @@ class Anatomy:
             f"prefix:        {', '.join(parameters) or 'none'}",
             f"final norms:   {_list(self.final_norms)}",
             f"heads:         {_list(self.heads)}",
+            f"read, not called: {', '.join(f'{read.module!r} by {read.reader!r}' for read in self.reads) or 'none'}",
+            *([f"never called:  {_list(self.uncalled)}"] if self.uncalled else []),
             "can be adapted:",
             *(f"  {kind}: {where}" for kind, where in self.adaptable.items()),
         ]
@@ -163,21 +227,32 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
+_SPLIT = frozenset({"q", "k", "v", "kv", "qk", "src", "dst", "query", "key", "value", "queries", "keys", "values"})
+
+
 def _attentions(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Paths of the attention modules, each with the paths of its query, key and value projections."""
-    split = re.compile(r"(lin_|to_|w_?)?(q|k|v|kv|qk|src|dst|query|key|value)(_proj|_lin)?$")
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             yield path, ()
             continue
         linears = {name: shape for name, child in module.named_children() if (shape := linear_shape(child))}
-        fused = [name for name, (out, width) in linears.items() if out == 3 * width]
-        if len(fused) == 1 and len(linears) >= 2:
+        # An MLP that widens threefold is told from a fused projection by the layer that narrows again.
+        widths = {width for _, width in linears.values()}
+        fused = [name for name, (out, width) in linears.items() if out == 3 * width and out not in widths]
+        split = [name for name, child in module.named_children() if _SPLIT & set(name.split("_")) and _linears(child)]
+        if len(fused) == 1 and len(_linears(module)) >= 2:
             yield path, (f"{path}.{fused[0]}",)
-        elif not fused:
-            projections = [name for name in linears if split.match(name)]
-            if len(projections) >= 2:
-                yield path, tuple(f"{path}.{name}" for name in projections)
+        elif not fused and len(split) >= 2:
+            # In torch_geometric's convolutions the layer for the values has no name but `lin`.
+            values = [name for name in linears if name == "lin" and {"lin_src", "lin_dst"} <= set(split)]
+            projections = [child for name in (*split, *values) for child in _linears(module.get_submodule(name), name)]
+            yield path, tuple(f"{path}.{name}" for name in projections)
+
+
+def _linears(module: nn.Module, path: str = "") -> list[str]:
+    """The paths of the linear layers of a module, itself among them, which has the path `path`."""
+    return [name for name, child in module.named_modules(prefix=path) if linear_shape(child)]
 
 
 def find_blocks(model: nn.Module) -> dict[str, Block]:
@@ -201,132 +276,64 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
             continue
         if not path or path in blocks:
             continue
-        # nn.MultiheadAttention reads the weights of its projection and does not call it.
-        called = not isinstance(modules[attention], nn.MultiheadAttention)
-        inside = [
-            name for name in modules if called and name.startswith(attention + ".") and linear_shape(modules[name])
-        ]
-        projection = [name for name in inside if name not in qkv]
-        children = {f"{path}.{name}" for name, _ in modules[path].named_children()}
-        holders = [name for name in children if any(linear.startswith(name + ".") for linear in linears)]
+        inside = [name for name in _linears(modules[attention], attention) if name not in qkv]
+        direct = [name for name in inside if name.rpartition(".")[0] == attention]
+        projection = direct if len(direct) == 1 else inside
         blocks[path] = Block(
             path=path,
             attention=attention,
             qkv=qkv,
             projection=projection[0] if len(projection) == 1 else None,
-            norms=tuple(name for name in norms if name in children),
-            mlp=holders[0] if len(holders) == 1 else None,
-            mlp_linears=tuple(name for name in linears if len(holders) == 1 and name.startswith(holders[0] + ".")),
+            norms=norms,
+            mlp=_mlp(modules, path, attention, linears),
+            linears=linears,
         )
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
 
 
+def _mlp(modules: Mapping[str, nn.Module], block: str, attention: str, linears: Sequence[str]) -> str | None:
+    """The first child of a block whose linear layers widen and narrow again; or the layer that ends such a pair."""
+    for name, _ in modules[block].named_children():
+        child = f"{block}.{name}"
+        shapes = [linear_shape(modules[path]) for path in linears if path.startswith(child + ".")]
+        first, last = (shapes[0], shapes[-1]) if shapes else (None, None)
+        is_attention = any(_SPLIT & set(part.split("_")) for part, _ in modules[child].named_children())
+        if len(shapes) >= 2 and first and last and first[1] == last[0] and not is_attention:
+            return _innermost(modules, child)
+    own = [path for path in linears if path.rpartition(".")[0] == block]
+    for one, two in pairwise(own):
+        (wide, width), (out, hidden) = linear_shape(modules[one]) or (0, 0), linear_shape(modules[two]) or (0, 0)
+        if wide == hidden and width == out and wide > width:
+            return two
+    return None
+
+
+def _innermost(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Down from containers of one module: those of some models do not return tokens as a tensor."""
+    inner = [name for name, child in modules[path].named_children() if _linears(child)]
+    if len(inner) != 1 or isinstance(modules[f"{path}.{inner[0]}"], (nn.ModuleList, nn.ModuleDict)):
+        return path
+    return _innermost(modules, f"{path}.{inner[0]}")
+
+
 def block_width(model: nn.Module, block: Block) -> int:
-    """The number of channels c of a block's tokens, read from its norms."""
-    for path in block.norms:
+    """The number of channels c of a block's tokens, read from its norms, its own before those of its children."""
+    for path in sorted(block.norms, key=lambda path: path.count(".")):
         weight = model.get_submodule(path)._parameters.get("weight")
         if weight is not None:
             return weight.shape[0]
     raise AnatomyError(f"cannot tell the token width of block '{block.path}': none of its norms has a weight")
 
 
-# ---- presets ---------------------------------------------------------------------------------------------------------
+def stage_groups(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """Blocks in order, grouped into stages: neighbours of one container, class and width."""
 
+    def kind(block: Block) -> tuple[str, type[nn.Module], int]:
+        container = re.sub(r"\d+$", "", block.path)
+        return container, type(model.get_submodule(block.path)), block_width(model, block)
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """What the structure of a family of models does not tell. Paths that a model lacks are left out."""
-
-    name: str
-    requires: tuple[str, ...]
-    """Modules that a model must have to be of this family."""
-    absent: tuple[str, ...] = ()
-    blocks: str
-    """A regular expression for the paths of the blocks."""
-    coordinates: Tap
-    patch_tokens: tuple[str, ...]
-    """Modules whose output is the patch embedding; the last that exists counts."""
-    stem: tuple[str, ...]
-    tokens: tuple[str, ...]
-    positions: tuple[str, ...]
-    final_norms: tuple[str, ...]
-    heads: tuple[str, ...]
-    layout: Layout = "bgc"
-    position: Literal["every_block", "once"] = "every_block"
-
-
-_PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
-
-PRESETS: tuple[Preset, ...] = (
-    # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
-    Preset(
-        name="Point-MAE family",
-        requires=("group_divider", "encoder", "pos_embed", "blocks.blocks.0", "norm"),
-        absent=("h_encoder", "generator_blocks"),
-        blocks=r"blocks\.blocks\.\d+",
-        coordinates=Tap(module="group_divider", side="output", index=1),
-        patch_tokens=("encoder", "reduce_dim"),
-        stem=("group_divider", "encoder", "reduce_dim"),
-        tokens=("cls_token", "img_token", "text_token"),
-        positions=("cls_pos", "img_pos", "text_pos"),
-        final_norms=("norm",),
-        heads=("cls_head_finetune", *_PART_SEGMENTATION),
-    ),
-    # torch-pointcloud's Point-MAE and Point-BERT: grouping is a function, seen first as the input of pos_embed.
-    Preset(
-        name="torch-pointcloud ViT",
-        requires=("encoder", "pos_embed", "blocks.blocks.0", "norm_f", "head"),
-        absent=("group_divider",),
-        blocks=r"blocks\.blocks\.\d+",
-        coordinates=Tap(module="pos_embed", side="input", index=0),
-        patch_tokens=("encoder", "reduce_dim"),
-        stem=("encoder", "reduce_dim"),
-        tokens=("cls_token",),
-        positions=("cls_pos",),
-        final_norms=("norm_f",),
-        heads=("label_conv", "propagation_0", "head"),
-    ),
-)
-
-
-def from_preset(model: nn.Module, preset: Preset) -> Anatomy | None:
-    """The anatomy of a model of this family, None if the model is not of it."""
-    modules = dict(model.named_modules())
-    fits = all(path in modules for path in preset.requires) and not any(path in modules for path in preset.absent)
-    found = find_blocks(model)
-    blocks = [block for path, block in found.items() if re.fullmatch(preset.blocks, path)]
-    if not fits or not blocks:
-        return None
-    parameters: list[PrefixParameter] = []
-    role: Literal["token", "position"]
-    for role, names in (("token", preset.tokens), ("position", preset.positions)):
-        row = 0
-        for name in names:
-            tensor = dict(model.named_parameters(recurse=False)).get(name)
-            if tensor is not None:
-                parameters.append(PrefixParameter(name=name, role=role, row=row))
-                row += prefix_rows(tensor)
-    prefix = sum(prefix_rows(model.get_parameter(p.name)) for p in parameters if p.role == "token")
-    patches = [path for path in preset.patch_tokens if path in modules]
-    return Anatomy(
-        source=f"preset {preset.name}",
-        stages=(
-            Stage(
-                blocks=tuple(blocks),
-                width=block_width(model, blocks[0]),
-                layout=preset.layout,
-                prefix_tokens=prefix,
-                coordinates=preset.coordinates,
-                patch_tokens=Tap(module=patches[-1], side="output") if patches else None,
-                position=preset.position,
-            ),
-        ),
-        stem=tuple(path for path in preset.stem if path in modules),
-        prefix_parameters=tuple(parameters),
-        final_norms=tuple(path for path in preset.final_norms if path in modules),
-        heads=tuple(path for path in preset.heads if path in modules),
-    )
+    return [tuple(group) for _, group in groupby(blocks, kind)]
 
 
 def prefix_rows(tensor: Tensor) -> int:
@@ -334,10 +341,77 @@ def prefix_rows(tensor: Tensor) -> int:
     return tensor.numel() // tensor.shape[-1]
 
 
-def known_anatomy(model: nn.Module) -> Anatomy | None:
-    """The anatomy by the first preset that fits, None if none does."""
-    for preset in PRESETS:
-        anatomy = from_preset(model, preset)
-        if anatomy is not None:
-            return anatomy
-    return None
+# ---- as JSON ---------------------------------------------------------------------------------------------------------
+
+
+def to_json(anatomy: Anatomy) -> dict[str, Any]:
+    """An anatomy as JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(anatomy)))
+    return plain
+
+
+def from_json(data: Any) -> Anatomy:
+    """The anatomy that `to_json` gave; raises `AnatomyError` for anything else."""
+    found: Anatomy = _build(Anatomy, data)
+    return found
+
+
+def _build(hint: Any, value: Any) -> Any:
+    """A JSON value as what an annotation asks for."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in options:
+            return None
+        chosen = [option for option in options if option is not types.NoneType]
+        if len(chosen) == 1:
+            return _build(chosen[0], value)
+        if type(value) in chosen:
+            return value
+    elif origin is Literal:
+        if value in options:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_build(options[0], item) for item in value)
+    elif is_dataclass(hint) and isinstance(hint, type):
+        names = {item.name for item in fields(hint)}
+        if isinstance(value, dict) and set(value) == names:
+            hints = get_type_hints(hint)
+            return hint(**{name: _build(hints[name], item) for name, item in value.items()})
+    elif type(value) is hint:
+        return value
+    raise AnatomyError(f"an anatomy holds {quoted(value)} where {getattr(hint, '__name__', hint)} is expected")
+
+
+def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
+    """Raise `AnatomyError` if an anatomy names a module or parameter that the model has not."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named: list[str | None] = [*anatomy.stem, *anatomy.final_norms, *anatomy.heads]
+    named += [path for read in anatomy.reads for path in (read.module, read.reader)]
+    if not anatomy.stages or not all(stage.blocks for stage in anatomy.stages):
+        raise AnatomyError("an anatomy needs at least one stage, and every stage at least one block")
+    for stage in anatomy.stages:
+        named += [tap.module for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap is not None]
+        for block in stage.blocks:
+            named += [
+                block.path,
+                block.attention,
+                *block.qkv,
+                block.projection,
+                *block.norms,
+                block.mlp,
+                *block.linears,
+            ]
+    for path in named:
+        if path is not None and path not in modules:
+            near = nearest_names(path, list(modules))
+            raise AnatomyError(
+                f"the anatomy names {quoted(path)}, which {type(model).__name__} has not; nearest: {near}"
+            )
+    parameters = dict(model.named_parameters())
+    for parameter in anatomy.prefix_parameters:
+        if parameter.name not in parameters:
+            near = nearest_names(parameter.name, list(parameters), what="parameter")
+            raise AnatomyError(
+                f"the anatomy names the parameter {quoted(parameter.name)}, which is not there; nearest: {near}"
+            )

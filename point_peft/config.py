@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from point_peft.anatomy import Anatomy
+from point_peft.anatomy import from_json as anatomy_from_json
+from point_peft.anatomy import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
 from point_peft.tuners.base import Backbone, Blueprint
 
@@ -38,6 +41,8 @@ class TunerConfig(ABC):
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: Sequence[int] | None = None
     modules_to_save: str | Sequence[str] | None = None
+    anatomy: Anatomy | None = None
+    """What the backbone is made of, stated or corrected; None: what is found."""
 
     def __init_subclass__(cls) -> None:
         name = cls.__dict__.get("method")
@@ -65,7 +70,7 @@ class TunerConfig(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, with the method's name."""
-        return {"method": self.method, **{item.name: _to_json(getattr(self, item.name)) for item in fields(self)}}
+        return {"method": self.method, **_values(self)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> TunerConfig:
@@ -82,11 +87,12 @@ class PeftConfig:
     """Configuration of one adapter: one or more methods, and what they are applied to.
 
     `base_model_name_or_path` and `revision` say which backbone the adapter belongs to; they are kept as given.
-    `modules_to_save` overrides what the methods' own fields say.
+    `modules_to_save` and `anatomy` override what the methods' own fields say.
     """
 
     tuners: Sequence[TunerConfig]
     modules_to_save: str | Sequence[str] | None = None
+    anatomy: Anatomy | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -103,6 +109,16 @@ class PeftConfig:
         if isinstance(config, TunerConfig):
             return PeftConfig(tuners=(config,))
         raise PointPeftError(f"config must be a method's configuration or a PeftConfig, not {type(config).__name__}")
+
+    @property
+    def stated_anatomy(self) -> Anatomy | None:
+        """What this field says of the backbone, else those of the methods, which must agree; None: what is found."""
+        if self.anatomy is not None:
+            return self.anatomy
+        stated = {tuner.anatomy for tuner in self.tuners if tuner.anatomy is not None}
+        if len(stated) > 1:
+            raise PointPeftError("anatomy: the methods of one adapter state different ones; state it in PeftConfig")
+        return next(iter(stated), None)
 
     @property
     def saved_modules(self) -> str | tuple[str, ...] | None:
@@ -127,7 +143,7 @@ class PeftConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
+        return _values(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PeftConfig:
@@ -209,9 +225,17 @@ def _spell(hint: Any) -> str:
     return words.get(hint, str(getattr(hint, "__name__", hint)))
 
 
+def _values(config: Any) -> dict[str, Any]:
+    """The fields of a configuration as JSON values; an anatomy only where one is stated."""
+    found = {item.name: _to_json(getattr(config, item.name)) for item in fields(config)}
+    return {name: value for name, value in found.items() if name != "anatomy" or value is not None}
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, TunerConfig):
         return value.to_json()
+    if isinstance(value, Anatomy):
+        return anatomy_to_json(value)
     return [_to_json(entry) for entry in value] if isinstance(value, tuple) else value
 
 
@@ -222,4 +246,5 @@ def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
         raise PointPeftError(
             f"{kind.__name__} has no field {quoted(unknown[0])}; a newer version of point_peft may have written it"
         )
-    return dict(data)
+    anatomy = data.get("anatomy")
+    return dict(data) if anatomy is None else {**data, "anatomy": anatomy_from_json(anatomy)}

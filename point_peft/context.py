@@ -40,7 +40,7 @@ class Root(Protocol):
     base_model: nn.Module
     adapters: nn.ModuleDict
 
-    def backbone_tokens(self, forward: Forward, source: str) -> Tensor: ...
+    def backbone_tokens(self, forward: Forward, source: str, adapter: str) -> Tensor: ...
 
 
 class Forward:
@@ -55,7 +55,9 @@ class Forward:
         self.method: str | None = None
         """The method that was called instead of the model itself."""
         self.coordinates: dict[int, Tensor] = {}
-        """Stage -> coordinates (b, g, 3) of its patch tokens, in token order."""
+        """Stage -> coordinates (b, g, 3) of its patch tokens, in token order; of packed tokens (n, 3)."""
+        self.samples: dict[int, Tensor] = {}
+        """Stage -> for packed tokens, which sample each belongs to: numbers (n,) or ends of samples (b,)."""
         self.patches: dict[int, Tensor] = {}
         """Stage -> patch embedding (b, g, c), before positions are added."""
         self.cache: dict[Hashable, Any] = {}
@@ -63,6 +65,10 @@ class Forward:
         """Stem module -> its inputs, the versions of its output tensors, its output."""
         self.stop_at: str | None = None
         """While a second pass runs: what it is run for, "stem" or "backbone"."""
+        self.stop_owner: str | None = None
+        """And the adapter that it is run for, if that was made for another base's values of prefix tokens."""
+        self.owner: str | None = None
+        """The same adapter, in the second pass itself."""
         self.ran: set[tuple[str, str]] | None = None
         """The (adapter, site) pairs that ran, while that is still to be proved."""
         self.task = graph_task()
@@ -176,6 +182,8 @@ def open_forward(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
         root = _replica.get(root.key) or root
     second = parent is not None and parent.stop_at is not None
     forward = Forward(root, () if second else active_adapters(root), parent)
+    if second and parent is not None:
+        forward.owner = parent.stop_owner
     forward.inputs = (args, kwargs)
     reopen(root, forward)
     return forward
@@ -221,6 +229,7 @@ def current_forward(root: Root) -> Forward:
         fresh = Forward(_replica.get(root.key) or root, active)
         if direct is not None:
             fresh.coordinates, fresh.patches = dict(direct.coordinates), dict(direct.patches)
+            fresh.samples = dict(direct.samples)
         _direct.set(root.key, fresh)
         return fresh
     return direct

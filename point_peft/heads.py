@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from point_peft.errors import AdapterError, AdapterFileError, quoted
-from point_peft.tuners.base import Args, Call, Kwargs, Part
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Call, Part
 
 HeadSource = nn.Module | Callable[[], nn.Module]
 """A head, or a function without arguments that makes one."""

@@ -7,7 +7,7 @@ state, and in its `__dict__` a `Site` that says who it is. Everything else is fo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from point_peft import context
+from point_peft import context, reading
 from point_peft import tokens as token_ops
 from point_peft.anatomy import Anatomy, Stage, Tap
 from point_peft.config import PeftConfig
@@ -25,7 +25,8 @@ from point_peft.context import Forward, Root
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.heads import HeadSource, OwnModule, make_head
 from point_peft.matching import match_names
-from point_peft.tuners.base import Args, Backbone, Bank, Call, Kwargs, Part, SharedState, TunedCopy
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Backbone, Bank, Call, Part, SharedState, TunedCopy, TunedTokens
 
 SITE = "_point_peft_site"
 CHILD = "point_peft"
@@ -52,6 +53,8 @@ class Adapter(nn.Module):
         """One ModuleDict of shared state for each of the configuration's tuners."""
         self.saved: tuple[str, ...] = ()
         """Paths of the modules that the adapter has to itself."""
+        self.readers: dict[str, list[str]] = {}
+        """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
         self.merged: dict[str, Tensor] | None = None
         """While merged: the base's tensors as they were, by name."""
 
@@ -60,6 +63,12 @@ class Adapter(nn.Module):
         for key, parts in self.parts.items():
             assert isinstance(parts, nn.ModuleList)
             yield key.replace("/", "."), parts
+
+    def called(self) -> Iterator[str]:
+        """The sites with parts that act when their module is called."""
+        for path, part in self.all_parts():
+            if not part.by_weight:
+                yield path
 
     def all_parts(self) -> Iterator[tuple[str, Part]]:
         """(module path, part)"""
@@ -172,9 +181,9 @@ def _assemble(
         head.requires_grad_(True)
         planned.setdefault(path, []).append(OwnModule(head))
     for path, parts in planned.items():
-        if isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
-            kind = type(modules[path]).__name__
-            raise AdapterError(f"'{path}' is a {kind}, which is never called: name what it holds")
+        reader = _plan_reads(backbone, path, parts)
+        if reader is not None:
+            adapter.readers.setdefault(reader, []).append(path)
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
     adapter.tensors()
     return adapter
@@ -189,6 +198,34 @@ def _plan(parts: list[Part], part: Part) -> None:
             return
         parts[:] = [other for other in parts if other not in copies or not set(other.state_dict()) < own]
     parts.append(part)
+
+
+def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | None:
+    """Who reads the weights that the parts of a module change, where it is not called; None if it is."""
+    module, anatomy = backbone.modules[path], backbone.anatomy
+    kind = type(module).__name__
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        raise AdapterError(f"'{path}' is a {kind}, which is never called: name what it holds")
+    if anatomy is not None and path in anatomy.uncalled:
+        raise AdapterError(
+            f"'{path}' ({kind}) was neither called nor read in the traced forward: nothing that is put there can have "
+            "an effect; leave it out"
+        )
+    reader = reader_of(backbone.modules, anatomy, path)
+    if reader is None:
+        return path if any(part.by_weight for part in parts) else None
+    for part in parts:
+        part.act_by_weight(path)
+    return reader
+
+
+def reader_of(modules: Mapping[str, nn.Module], anatomy: Anatomy | None, path: str) -> str | None:
+    """The module that reads the weights of another, which is not called; None if that is called as usual."""
+    for read in () if anatomy is None else anatomy.reads:
+        if read.module == path:
+            return read.reader
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else None
 
 
 def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
@@ -212,9 +249,7 @@ def backbone_modules(root: Root) -> dict[str, nn.Module]:
     }
 
 
-def _saved_modules(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None
-) -> tuple[str, ...]:
+def _saved_modules(backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> tuple[str, ...]:
     """Paths of the modules that the adapter gets to itself, outer ones only."""
     names, stated = list(backbone.modules), config.saved_modules
     if stated is None:
@@ -269,7 +304,7 @@ def attach_model(root: Root) -> None:
         module = _site(root, path)
         module.register_forward_pre_hook(_reuse_stem, with_kwargs=True)
         module.register_forward_hook(_keep_stem, with_kwargs=True)
-    taps = [tap for stage in anatomy.stages for tap in (stage.coordinates, stage.patch_tokens) if tap is not None]
+    taps = [tap for stage in anatomy.stages for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap]
     for path in dict.fromkeys(tap.module for tap in taps):
         module = _site(root, path)
         module.register_forward_pre_hook(_tap_input, with_kwargs=True)
@@ -279,20 +314,28 @@ def attach_model(root: Root) -> None:
     _site(root, anatomy.blocks[-1].path).register_forward_hook(_end_second_pass)
 
 
-def attach_sites(root: Root, paths: Iterator[str] | Sequence[str]) -> None:
-    """Hook modules that have parts, unless they are hooked already."""
-    for path in paths:
+def attach_sites(root: Root, adapter: Adapter) -> None:
+    """Hook what an adapter needs hooks at, unless it is hooked already."""
+    for path in adapter.called():
         module = _site(root, path)
         if _before_parts not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_parts, with_kwargs=True)
             module.register_forward_hook(_after_parts, with_kwargs=True)
+    for path in adapter.readers:
+        module = _site(root, path)
+        if _begin_reading not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_begin_reading)
+            module.register_forward_hook(_end_reading, always_call=True)
 
 
-def detach_sites(root: Root, paths: Sequence[str]) -> None:
-    """Unhook modules that no longer have parts."""
-    for path in paths:
+def detach_sites(root: Root, gone: Adapter, others: Sequence[Adapter]) -> None:
+    """Unhook what only an adapter that is gone needed hooks at."""
+    called = {path for other in others for path in other.called()}
+    read = {path for other in others for path in other.readers}
+    for path in {*gone.called(), *gone.readers}:
         module = root.base_model.get_submodule(path)
-        _remove_hooks(module, (_before_parts, _after_parts))
+        _remove_hooks(module, () if path in called else (_before_parts, _after_parts))
+        _remove_hooks(module, () if path in read else (_begin_reading, _end_reading))
         left = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {_hold_eval}
         if left.isdisjoint(_HOOKS):
             module.__dict__.pop(SITE, None)
@@ -397,10 +440,16 @@ def _prove(forward: Forward) -> None:
 def _before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     site: Site = module.__dict__[SITE]
     forward = context.current_forward(site.root)
+    if forward.owner is not None:
+        for part, call in _calls(forward, (forward.owner,), site.path, module):
+            if part.in_second_pass:
+                args, kwargs = part.before_second(call, args, kwargs)
+        return args, kwargs
     if not forward.active:
         return None
-    for part, call in _calls(forward, site.path, module):
-        args, kwargs = part.before(call, args, kwargs)
+    for part, call in _calls(forward, forward.active, site.path, module):
+        if not part.by_weight:
+            args, kwargs = part.before(call, args, kwargs)
     return args, kwargs
 
 
@@ -409,7 +458,9 @@ def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> 
     forward = context.current_forward(site.root)
     if not forward.active:
         return None
-    for part, call in reversed(_calls(forward, site.path, module)):
+    for part, call in reversed(_calls(forward, forward.active, site.path, module)):
+        if part.by_weight:
+            continue
         output = part.after(call, args, kwargs, output)
         if forward.ran is not None:
             forward.ran.add((call.adapter, site.path))
@@ -418,11 +469,50 @@ def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> 
     return output
 
 
-def _calls(forward: Forward, path: str, module: nn.Module) -> list[tuple[Part, Call]]:
-    """The parts of the active adapters at a site, in order, each with what it is told."""
+def _begin_reading(module: nn.Module, args: Args) -> None:
+    """While this module runs, it reads the adapted weights of others."""
+    site: Site = module.__dict__[SITE]
+    adapted = _read_weights(context.current_forward(site.root), site)
+    if adapted:
+        reading.enter(module, {id(base): value for base, value in adapted.values()})
+
+
+def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
+    site: Site = module.__dict__[SITE]
+    used = reading.leave(module)
+    forward = context.current_forward(site.root)
+    if forward.ran is None or output is None:
+        return
+    for name in forward.active:
+        for path in get_adapter(forward.root, name).readers.get(site.path, ()):
+            own = forward.root.base_model.get_submodule(path)._parameters.values()
+            if any(id(tensor) in used for tensor in own):
+                forward.ran.add((name, path))
+
+
+def _read_weights(forward: Forward, site: Site) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """(module, tensor) -> the base's tensor and the adapted one, for what the module of a site reads of others."""
+    found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    base_model = forward.root.base_model
+    for path in dict.fromkeys(
+        p for n in forward.active for p in get_adapter(forward.root, n).readers.get(site.path, ())
+    ):
+        module = base_model.get_submodule(path)
+        for part, _ in _calls(forward, forward.active, path, module):
+            if not part.by_weight:
+                continue
+            for name, value in part.weights(module).items():
+                base = getattr(module, name)
+                before = found.get((path, name), (base, base))[1]
+                found[path, name] = base, value if before is base else before + (value - base)
+    return found
+
+
+def _calls(forward: Forward, names: Sequence[str], path: str, module: nn.Module) -> list[tuple[Part, Call]]:
+    """The parts of some adapters at a site, in order, each with what it is told."""
     key = path.replace(".", "/")
     found: list[tuple[Part, Call]] = []
-    for name in forward.active:
+    for name in names:
         adapter: Any = forward.root.adapters._modules[name]
         for part in adapter.parts._modules.get(key, ()):
             shared = adapter.shared[part.tuner]
@@ -436,16 +526,11 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     forward = context.current_forward(site.root)
     if forward.parent is not None and forward.parent.stop_at == "stem":
         raise context.Stop(forward.patches[0])
-    parts = [part for part, _ in _calls(forward, site.path, module)]
+    parts = [part for part, _ in _calls(forward, forward.active, site.path, module)]
     if not parts:
         return
     index, stage = _stage(_known(site.root), site.path)
-    tokens = args[0] if args else None
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != stage.width:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise AnatomyError(
-            f"block '{site.path}' should get tokens ({', '.join(stage.layout)}), c = {stage.width}; got {got}"
-        )
+    tokens = token_ops.block_tokens(stage, site.path, args, kwargs)
     if not any(part.needs_coordinates for part in parts):
         return
     if index not in forward.coordinates:
@@ -453,15 +538,22 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             f"block '{site.path}' runs before the coordinates of its tokens were seen at the {stage.coordinates}: call "
             "the model, or a method that runs its grouping too"
         )
-    b, g, _ = forward.coordinates[index].shape
+    shape = tuple(forward.coordinates[index].shape)
+    if stage.layout == "packed":
+        if shape[0] != len(tokens) or index not in forward.samples:
+            raise AnatomyError(
+                f"block '{site.path}' should get one token for each of the coordinates {shape} and be told which "
+                f"sample each belongs to at the {stage.samples}; it got tokens {tuple(tokens.shape)}"
+            )
+        return
     length = tokens.shape[token_ops.token_dim(stage.layout)]
     batch = tokens.shape[1 - token_ops.token_dim(stage.layout)]
-    prefix = length - g
-    if batch != b or prefix < 0 or (stage.prefix_tokens is not None and prefix != stage.prefix_tokens):
+    prefix = length - shape[1]
+    if batch != shape[0] or prefix < 0 or (stage.prefix_tokens is not None and prefix != stage.prefix_tokens):
         expected = "some" if stage.prefix_tokens is None else stage.prefix_tokens
         raise AnatomyError(
             f"block '{site.path}' should get {expected} prefix tokens and one token for each of the coordinates "
-            f"{tuple(forward.coordinates[index].shape)}; it got tokens {tuple(tokens.shape)}"
+            f"{shape}; it got tokens {tuple(tokens.shape)}"
         )
 
 
@@ -475,32 +567,40 @@ def _stage(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
 
 
 def _tap_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    _tap(module.__dict__[SITE], "input", args)
+    _tap(module.__dict__[SITE], "input", lambda tap: token_ops.fetch_argument(args, kwargs, tap.steps))
 
 
 def _tap_output(module: nn.Module, args: Args, output: Any) -> None:
-    _tap(module.__dict__[SITE], "output", output if isinstance(output, (tuple, list)) else (output,))
+    _tap(module.__dict__[SITE], "output", lambda tap: token_ops.fetch(output, tap.steps))
 
 
-def _tap(site: Site, side: str, values: Sequence[Any]) -> None:
+def _tap(site: Site, side: str, find: Callable[[Tap], Any]) -> None:
     for index, stage in enumerate(_known(site.root).stages):
-        for tap, coordinates in ((stage.coordinates, True), (stage.patch_tokens, False)):
-            if tap is None or tap.module != site.path or tap.side != side:
-                continue
-            value = values[tap.index] if tap.index < len(values) else None
-            if coordinates:
-                _check_coordinates(value, tap)
-                context.restart_direct(site.root, index)
-            forward = context.current_forward(site.root)
-            seen = forward.coordinates if coordinates else forward.patches
+        taps = stage.coordinates, stage.samples, stage.patch_tokens
+        coordinates, samples, patches = (
+            find(tap) if tap is not None and tap.module == site.path and tap.side == side else None for tap in taps
+        )
+        tap = stage.coordinates
+        if tap is not None and tap.module == site.path and tap.side == side:
+            coordinates = _coordinates(coordinates, tap, stage)
+            context.restart_direct(site.root, index)
+        forward = context.current_forward(site.root)
+        for seen, value in (
+            (forward.coordinates, coordinates),
+            (forward.samples, samples),
+            (forward.patches, patches),
+        ):
             if isinstance(value, Tensor):
                 seen.setdefault(index, value)
 
 
-def _check_coordinates(value: Any, tap: Tap) -> None:
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[2] != 3:
+def _coordinates(value: Any, tap: Tap, stage: Stage) -> Tensor:
+    dims, shape = (2, "(n, 3)") if stage.layout == "packed" else (3, "(b, g, 3)")
+    if not isinstance(value, Tensor) or value.ndim != dims or value.shape[-1] != 3:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise AnatomyError(f"the {tap} should be the coordinates (b, g, 3) of the tokens; it is {got}")
+        raise AnatomyError(f"the {tap} should be the coordinates {shape} of the tokens; it is {got}")
+    # Whole numbers are cells of a grid.
+    return value if value.is_floating_point() else value.float()
 
 
 def _hold_eval(module: nn.Module, args: Args) -> None:
@@ -511,27 +611,31 @@ def _hold_eval(module: nn.Module, args: Args) -> None:
 # ---- the second pass -------------------------------------------------------------------------------------------------
 
 
-def backbone_tokens(root: Root, forward: Forward, source: str) -> Tensor:
+def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> Tensor:
     """Patch tokens (b, g, c) of the frozen backbone without adapters, once per forward.
 
     `source` is "stem" for the patch embedding, "backbone" for the tokens of the last block after the final norm; those
-    take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block.
+    take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block. An
+    adapter that was made for other random values of prefix tokens gets a second pass with those.
     """
     if source == "stem" and 0 in forward.patches:
         return forward.patches[0].detach()
-    if forward.inputs is None and ("tokens", source) not in forward.cache:
+    tokens = [state for state in get_adapter(forward.root, adapter).shared_states() if isinstance(state, TunedTokens)]
+    owner = adapter if any(state.other_base(forward.root.base_model) for state in tokens) else None
+    key = "tokens", source, owner
+    if forward.inputs is None and key not in forward.cache:
         hint = ', or use prior="stem"' if source == "backbone" else ", or run its patch embedding first"
         raise AdapterError(
             f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a "
             f"direct call of a part of it: call the model{hint}"
         )
-    return forward.once(("tokens", source), lambda: _second_pass(root, forward, source))
+    return forward.once(key, lambda: _second_pass(root, forward, source, owner))
 
 
-def _second_pass(root: Root, forward: Forward, source: str) -> Tensor:
+def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor:
     assert forward.inputs is not None
     args, kwargs = forward.inputs
-    with _second(root, forward, source), torch.no_grad():
+    with _second(root, forward, source, owner), torch.no_grad():
         try:
             if forward.method is None:
                 root.base_model(*args, **kwargs)
@@ -545,16 +649,16 @@ def _second_pass(root: Root, forward: Forward, source: str) -> Tensor:
 
 
 @contextmanager
-def _second(root: Root, forward: Forward, source: str) -> Iterator[None]:
+def _second(root: Root, forward: Forward, source: str, owner: str | None) -> Iterator[None]:
     """In here, the model runs without adapters and, but for the stem, in eval mode."""
     stem = {m for path in _known(root).stem for m in root.base_model.get_submodule(path).modules()}
     others = [module for module in backbone_modules(root).values() if module not in stem]
-    forward.stop_at = source
+    forward.stop_at, forward.stop_owner = source, owner
     try:
         with context.eval_mode(others), _own_random_numbers(root):
             yield
     finally:
-        forward.stop_at = None
+        forward.stop_at, forward.stop_owner = None, None
         context.reopen(forward.root, forward)
 
 
@@ -576,7 +680,7 @@ def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
         return
     anatomy = _known(site.root)
     stage = anatomy.stages[-1]
-    tokens = token_ops.batch_first(output, stage.layout)
+    tokens = token_ops.batch_first(token_ops.output_tokens(stage, site.path, output), stage.layout)
     for path in anatomy.final_norms:
         tokens = forward.root.base_model.get_submodule(path)(tokens)
     g = forward.coordinates[len(anatomy.stages) - 1].shape[1]
@@ -642,6 +746,8 @@ _HOOKS = (
     _end_second_pass,
     _before_parts,
     _after_parts,
+    _begin_reading,
+    _end_reading,
 )
 
 

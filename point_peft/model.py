@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,14 +19,15 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from point_peft import context, injection, state
-from point_peft.anatomy import Anatomy, known_anatomy
+from point_peft import context, injection, reading, state
+from point_peft.anatomy import Anatomy, check_anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.context import Forward, Key
 from point_peft.errors import AdapterError, AdapterFileError, PointPeftError, quoted
 from point_peft.heads import HeadSource, build_head, describe_head, make_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
+from point_peft.presets import known_anatomy
 from point_peft.tracing import trace
 from point_peft.tuners.base import Backbone, Bank
 from point_peft.version import __version__
@@ -96,9 +97,9 @@ class AdapterSet(nn.Module):
     def _hold(self, model: nn.Module) -> None:
         self.__dict__["base_model"] = model  # not as a child: the model holds this module
 
-    def backbone_tokens(self, forward: Forward, source: str) -> Tensor:
+    def backbone_tokens(self, forward: Forward, source: str, adapter: str) -> Tensor:
         """Patch tokens (b, g, c) of the frozen backbone without adapters, see `injection.backbone_tokens`."""
-        return injection.backbone_tokens(self, forward, source)
+        return injection.backbone_tokens(self, forward, source, adapter)
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -151,18 +152,33 @@ class AdapterSet(nn.Module):
         self._check_unmerged("adapters cannot be added")
 
     def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
-        return injection.build_adapter(self._backbone(), config, heads)
+        return injection.build_adapter(self._backbone(config), config, heads)
 
-    def _backbone(self) -> Backbone:
-        return Backbone(model=self.base_model, modules=injection.backbone_modules(self), anatomy=self.anatomy)
+    def _backbone(self, config: PeftConfig) -> Backbone:
+        modules = injection.backbone_modules(self)
+        return Backbone(model=self.base_model, modules=modules, anatomy=self._anatomy_for(config))
+
+    def _anatomy_for(self, config: PeftConfig) -> Anatomy | None:
+        """The anatomy that a further adapter goes by: what its configuration states, or what is known."""
+        stated = config.stated_anatomy
+        if stated is None:
+            return self.anatomy
+        check_anatomy(self.base_model, stated)
+        if self.adapters and self.anatomy is not None and replace(stated, source=self.anatomy.source) != self.anatomy:
+            raise AdapterError(
+                "the configuration states another anatomy than the one that the adapters of this model go by: leave it "
+                "out, or begin with a model without adapters"
+            )
+        return stated
 
     def _attach(self, name: str, adapter: Adapter) -> None:
         if not self.adapters:
+            self.anatomy = self._anatomy_for(adapter.config)
             self._attach_first()
         adapter.train(self.training)
         self.adapters._modules[name] = adapter
         self.unproven.add(name)
-        injection.attach_sites(self, [path for path, _ in adapter.sites()])
+        injection.attach_sites(self, adapter)
         if not self.default and len(self.adapters) == 1:
             self.set_adapter(name)
 
@@ -188,8 +204,7 @@ class AdapterSet(nn.Module):
         chosen = context.chosen_adapters(self)
         if chosen is not None:
             context.choose_adapters(self, tuple(name for name in chosen if name != adapter_name))
-        still = {path for other in self.adapters for path, _ in get_adapter(self, other).sites()}
-        injection.detach_sites(self, [path for path, _ in adapter.sites() if path not in still])
+        injection.detach_sites(self, adapter, [get_adapter(self, other) for other in self.adapters])
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the backbone as it was: hooks, requires_grad and train flags too."""
@@ -405,7 +420,8 @@ class AdapterSet(nn.Module):
         merged: list[tuple[Tensor, Tensor, str]] = []
         for path, part in adapter.all_parts():
             module = self.base_model.get_submodule(path)
-            for own, value in part.merge(module).items():
+            for own, value in part.weights(module).items():
+                value = value.detach()
                 if not bool(torch.isfinite(value).all()):
                     raise AdapterError(f"merging '{name}' would give '{path}.{own}' values that are not finite")
                 merged.append((module.get_parameter(own), value, f"{path}.{own}"))
@@ -479,7 +495,7 @@ class AdapterSet(nn.Module):
         )
         with context.eval_mode(self.base_model.modules()):
             for batch in progress:
-                tokens = self._features(_model_inputs(batch, to_inputs), bank.source)
+                tokens = self._features(_model_inputs(batch, to_inputs), bank.source, name)
                 features.append(bank.query(tokens).float().cpu())
                 label = _labels(batch, len(features[-1]))
                 if label is not None:
@@ -506,12 +522,12 @@ class AdapterSet(nn.Module):
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
         raise AdapterError(f"adapter '{name}' ({methods}) has no memory bank")
 
-    def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str) -> Tensor:
+    def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str, adapter: str) -> Tensor:
         args, kwargs = inputs
         with torch.no_grad(), self._chosen(()):
             forward = context.open_forward(self, args, kwargs)
             try:
-                return self.backbone_tokens(forward, source)
+                return self.backbone_tokens(forward, source, adapter)
             finally:
                 context.close_forward(forward)
 
@@ -540,11 +556,18 @@ class AdapterSet(nn.Module):
             "peft_type": state.PEFT_TYPE,
             "format_version": state.FORMAT_VERSION,
             "point_peft_version": __version__,
-            **adapter.config.to_json(),
+            **self._stated(adapter.config).to_json(),
             "heads": {path: describe_head(module) for path, module in adapter.own_modules()},
             "adapted_modules": sorted(path for path, _ in adapter.sites()),
             "base_fingerprint": self._fingerprint(adapter),
         }
+
+    def _stated(self, config: PeftConfig) -> PeftConfig:
+        """The configuration with the anatomy in it, unless the model alone tells it wherever the file is read."""
+        alone = (
+            self.anatomy is None or config.stated_anatomy is not None or self.anatomy == known_anatomy(self.base_model)
+        )
+        return config if alone else replace(config, anatomy=self.anatomy)
 
     def _fingerprint(self, adapter: Adapter) -> dict[str, Any]:
         """The fingerprint of what the adapter takes from the base: all but the tensors that it has of its own."""
@@ -620,7 +643,10 @@ class AdapterSet(nn.Module):
             config = PeftConfig.from_json(about)
         except PointPeftError as error:
             raise AdapterFileError(f"'{folder / state.CONFIG_FILE}': {error}") from error
-        backbone = self._backbone()
+        try:
+            backbone = self._backbone(config)
+        except PointPeftError as error:
+            raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
         for path in described:
             if not path or path not in backbone.modules:
                 near = nearest_names(path, list(backbone.modules))
@@ -638,7 +664,7 @@ class AdapterSet(nn.Module):
         state.copy_tensors(files.tensors, adapter, adapter.tensors(), keep_types=warning is None)
         for shared in adapter.shared_states():
             try:
-                shared.check()
+                shared.check(self.base_model)
             except AdapterError as error:
                 raise AdapterFileError(f"the adapter in '{folder}': {error}") from error
         adapter.requires_grad_(is_trainable)
@@ -682,7 +708,7 @@ class PointPeftModel(AdapterSet):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the backbone with the active adapters; arguments and result are the backbone's."""
-        before = context.opened(self)
+        before, reads = context.opened(self), reading.depth()
         try:
             if self.__dict__.get("_is_replica", False):
                 with context.replica(self):
@@ -691,6 +717,7 @@ class PointPeftModel(AdapterSet):
         finally:
             # Hooks end a forward, but not one that Ctrl-C ends.
             context.reopen(self, before)
+            reading.unwind(reads)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,17 +1,162 @@
-"""Pure functions on the tokens that a block receives: inserting prompts, taking them out, growing masks.
+"""Pure functions on the tokens that a block receives: finding them, inserting prompts, taking them out, growing masks.
 
-Tokens are (b, l, c) in layout "bgc" and (l, b, c) in layout "gbc"; l counts prefix, prompt and patch tokens.
+Tokens are (b, l, c) in layout "bgc" and (l, b, c) in layout "gbc"; l counts prefix, prompt and patch tokens. Packed
+tokens (n, c) are those of all samples one after another; they take no prompts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from point_peft.anatomy import Layout
+from point_peft.anatomy import Layout, Stage, Steps, spell_steps
+from point_peft.errors import AnatomyError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@runtime_checkable
+class SparseTensor(Protocol):
+    """What sparse convolutions compute on: features (n, c), which are replaced in a copy (spconv and the like)."""
+
+    features: Tensor
+
+    def replace_feature(self, feature: Tensor) -> SparseTensor: ...
+
+
+# ---- where tokens are ------------------------------------------------------------------------------------------------
+
+
+def leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Tensor]]:
+    """Every tensor in nested tuples, lists, mappings and sparse tensors, with the steps that lead to it."""
+    if isinstance(value, Tensor):
+        yield steps, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from leaves(item, (*steps, key))
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            yield from leaves(item, (*steps, number))
+    elif isinstance(value, SparseTensor):
+        yield (*steps, "features"), value.features
+
+
+def fetch(value: Any, steps: Steps) -> Any:
+    """What the steps lead to, None if they lead nowhere."""
+    for step in steps:
+        if isinstance(step, int):
+            value = value[step] if isinstance(value, (tuple, list)) and step < len(value) else None
+        elif isinstance(value, Mapping):
+            value = value.get(step)
+        else:
+            value = value.features if isinstance(value, SparseTensor) and step == "features" else None
+    return value
+
+
+def put(value: Any, steps: Steps, new: Tensor) -> Any:
+    """`value` with `new` where the steps lead.
+
+    Tuples and sparse tensors are copied. Lists and mappings are changed in place: a model may hold them elsewhere too.
+    """
+    if not steps:
+        return new
+    step, *rest = steps
+    if isinstance(value, SparseTensor) and step == "features":
+        return value.replace_feature(new)
+    inner = put(fetch(value, (step,)), tuple(rest), new)
+    if isinstance(value, tuple) and isinstance(step, int):
+        changed = [*value[:step], inner, *value[step + 1 :]]
+        return type(value)(*changed) if type(value) is not tuple else tuple(changed)
+    value[step] = inner
+    return value
+
+
+def fetch_argument(args: Args, kwargs: Kwargs, steps: Steps) -> Any:
+    """What the steps lead to in the arguments of a call."""
+    first, *rest = steps
+    if isinstance(first, int):
+        return fetch(args, steps)
+    return fetch(kwargs.get(first), tuple(rest))
+
+
+def put_argument(args: Args, kwargs: Kwargs, steps: Steps, new: Tensor) -> tuple[Args, Kwargs]:
+    """The arguments of a call with `new` where the steps lead; lists and mappings in them are copied first."""
+    first, *rest = steps
+    if isinstance(first, int):
+        inner = put(_shallow(args[first]) if rest else None, tuple(rest), new)
+        return (*args[:first], inner, *args[first + 1 :]), kwargs
+    return args, {**kwargs, first: put(_shallow(kwargs[first]) if rest else None, tuple(rest), new)}
+
+
+def _shallow(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(value)
+    return value.copy() if isinstance(value, dict) else value
+
+
+def block_tokens(stage: Stage, path: str, args: Args, kwargs: Kwargs) -> Tensor:
+    """The tokens that a block of a stage is called with; `AnatomyError` if they are not laid out as the stage says."""
+    tokens = fetch_argument(args, kwargs, stage.tokens)
+    _check(stage, path, tokens, f"input{spell_steps(stage.tokens)}", "get")
+    found: Tensor = tokens
+    return found
+
+
+def output_tokens(stage: Stage, path: str, output: Any) -> Tensor:
+    """The tokens that a block of a stage returns."""
+    tokens = fetch(output, stage.outputs[0])
+    _check(stage, path, tokens, f"output{spell_steps(stage.outputs[0])}", "return")
+    found: Tensor = tokens
+    return found
+
+
+def put_output_tokens(stage: Stage, output: Any, tokens: Tensor, *, inserted: int = 0, at: int = 0) -> Any:
+    """A block's output with other tokens, without the `inserted` prompts at row `at`.
+
+    Copies of the tokens change by as much as these do; what else is shaped like the tokens loses the prompts too.
+    """
+    first, *copies = stage.outputs
+    before = fetch(output, first)
+    change = tokens - before if copies else None
+    for steps in copies:
+        output = put(output, steps, fetch(output, steps) + change)
+    for steps, value in list(leaves(output)) if inserted and first else ():
+        if steps not in stage.outputs:
+            output = put(output, steps, _without(value, before, inserted, at, stage.layout))
+    return put(output, first, tokens)
+
+
+def _without(value: Tensor, tokens: Tensor, count: int, at: int, layout: Layout) -> Tensor:
+    """What a block returns beside its tokens, such as an attention map, without what `count` prompts added to it."""
+    length, batch = tokens.shape[token_dim(layout)], tokens.shape[1 - token_dim(layout)]
+    if value.shape == tokens.shape:
+        return remove(value, count, at, layout)
+    square = value.ndim >= 2 and value.shape[-2:] == (length, length)
+    for dim in (-1, -2) if square else (-1,) if value.shape == (batch, length) else ():
+        head, _, tail = torch.split(value, [at, count, length - at - count], dim=dim)
+        value = torch.cat([head, tail], dim=dim)
+    return value
+
+
+def _check(stage: Stage, path: str, tokens: Any, where: str, verb: str) -> None:
+    dims = 2 if stage.layout == "packed" else 3
+    if not isinstance(tokens, Tensor) or tokens.is_nested or tokens.ndim != dims or tokens.shape[-1] != stage.width:
+        shape = "n, c" if stage.layout == "packed" else ", ".join(stage.layout)
+        got = type(tokens).__name__ if not isinstance(tokens, Tensor) else tuple(tokens.shape)
+        if isinstance(tokens, Tensor) and tokens.is_nested:
+            got = "a nested tensor: make nn.TransformerEncoder with enable_nested_tensor=False"
+        raise AnatomyError(
+            f"block '{path}' should {verb} tokens ({shape}), c = {stage.width}, at its {where}; got {got}"
+        )
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def token_dim(layout: Layout) -> int:
@@ -20,15 +165,24 @@ def token_dim(layout: Layout) -> int:
 
 
 def batch_first(tokens: Tensor, layout: Layout) -> Tensor:
-    """Tokens of either layout as (b, l, c); the same call turns (b, l, c) back."""
+    """Dense tokens of either layout as (b, l, c), packed ones as (1, n, c); `as_layout` turns them back."""
+    if layout == "packed":
+        return rearrange(tokens, "n c -> 1 n c")
     return tokens if layout == "bgc" else rearrange(tokens, "l b c -> b l c")
+
+
+def as_layout(tokens: Tensor, layout: Layout) -> Tensor:
+    """What `batch_first` gave, laid out as before."""
+    if layout == "packed":
+        return rearrange(tokens, "1 n c -> n c")
+    return tokens if layout == "bgc" else rearrange(tokens, "b l c -> l b c")
 
 
 def insert(tokens: Tensor, prompts: Tensor, at: int, layout: Layout) -> Tensor:
     """Tokens with prompts (b, p, c) put in before row `at`."""
     dim = token_dim(layout)
     head, tail = torch.split(tokens, [at, tokens.shape[dim] - at], dim=dim)
-    return torch.cat([head, batch_first(prompts, layout).to(tokens.dtype), tail], dim=dim)
+    return torch.cat([head, as_layout(prompts, layout).to(tokens.dtype), tail], dim=dim)
 
 
 def remove(tokens: Tensor, count: int, at: int, layout: Layout) -> Tensor:
@@ -38,25 +192,70 @@ def remove(tokens: Tensor, count: int, at: int, layout: Layout) -> Tensor:
     return torch.cat([head, tail], dim=dim)
 
 
-def grow_masks(value: Any, length: int, count: int, at: int) -> Any:
-    """An argument of a block; if it is an attention mask (..., l, l), with `count` rows and columns put in at `at`.
+def insert_prompts(
+    stage: Stage, path: str, args: Args, kwargs: Kwargs, prompts: Tensor, at: int
+) -> tuple[Args, Kwargs]:
+    """The arguments of a block with prompts (b, p, c) put in before token `at`, and all that goes by tokens grown.
 
-    The new rows and columns are zero or False: in an additive mask, and in a boolean one that marks what is blocked,
-    the prompts see all and are seen by all.
+    Positions that are given beside the tokens are zero for prompts, as is the rest of what is shaped like tokens.
     """
-    if not isinstance(value, Tensor) or value.shape[-2:] != (length, length):
-        return value
-    for dim in (-1, -2):
+    tokens = block_tokens(stage, path, args, kwargs)
+    dim, count = token_dim(stage.layout), prompts.shape[1]
+    length, batch = tokens.shape[dim], tokens.shape[1 - dim]
+
+    def grown(value: Any, steps: Steps) -> Any:
+        if steps == stage.tokens:
+            return insert(value, prompts, at, stage.layout)
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == tokens.shape:
+            return insert(value, value.new_zeros(batch, count, value.shape[2]), at, stage.layout)
+        # A mask (l, l) for a batch of l clouds: only where a padding mask was seen before, it is one.
+        padding = _is_padding(value, batch, length) and (batch != length or steps in stage.padding_masks)
+        return grow_masks(value, length, count, at, padding=padding, visible=stage.mask_visible)
+
+    if len(stage.tokens) == 1:
+        return (
+            tuple(grown(value, (number,)) for number, value in enumerate(args)),
+            {name: grown(value, (name,)) for name, value in kwargs.items()},
+        )
+    for steps, value in [*leaves(args), *leaves(kwargs)]:
+        args, kwargs = put_argument(args, kwargs, steps, grown(value, steps))
+    return args, kwargs
+
+
+def _is_padding(value: Tensor, batch: int, length: int) -> bool:
+    """Whether a tensor is shaped like a padding mask (b, l), which may be spread out as (b, 1, 1, l)."""
+    return value.ndim >= 2 and (value.shape[0], value.shape[-1]) == (batch, length) and value.numel() == batch * length
+
+
+def grow_masks(
+    value: Tensor, length: int, count: int, at: int, *, padding: bool = False, visible: bool = False
+) -> Tensor:
+    """A tensor that a block gets beside its tokens; if it is a mask, with `count` entries put in at `at`.
+
+    Attention masks (..., l, l) grow by rows and columns, `padding` masks (b, l) by columns. In the new entries the
+    prompts see all and are seen by all: they hold `visible`, which is zero in a mask that is added.
+    """
+    square = value.ndim >= 2 and value.shape[-2:] == (length, length)
+    dims = (-1,) if padding else (-1, -2) if square else ()
+    for dim in dims:
         shape = list(value.shape)
         shape[dim] = count
         head, tail = torch.split(value, [at, length - at], dim=dim)
-        value = torch.cat([head, value.new_zeros(shape), tail], dim=dim)
+        value = torch.cat([head, value.new_full(shape, float(visible)), tail], dim=dim)
     return value
 
 
 def shift_rows(tokens: Tensor, shift: Tensor, at: int, layout: Layout) -> Tensor:
     """Tokens with `shift` (rows, c) added to the rows from row `at` on."""
     dim = token_dim(layout)
-    rows = batch_first(shift.to(tokens.dtype)[None], layout)
+    rows = as_layout(shift.to(tokens.dtype)[None], layout)
     head, body, tail = torch.split(tokens, [at, len(shift), tokens.shape[dim] - at - len(shift)], dim=dim)
     return torch.cat([head, body + rows, tail], dim=dim)
+
+
+def all_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Steps, Tensor]]:
+    """Every tensor among the arguments of a call, with the steps that lead to it."""
+    yield from leaves(tuple(args))
+    yield from leaves(kwargs)

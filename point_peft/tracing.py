@@ -1,196 +1,470 @@
-"""The anatomy of a backbone that no preset describes, from one traced forward.
+"""The anatomy of a backbone that no preset describes, from one traced forward; what is not verified is refused.
 
-Names play no part. Coordinates are a tensor (b, g, 3) whose points are all points of the input cloud; the patch and the
-positional embedding are two outputs whose sum is what the first block gets; prefix tokens are what that has more than
-there are coordinates.
+Names play no part. Coordinates of dense tokens are a tensor (b, g, 3) whose points are all points of the input cloud.
+That they are in the order of the tokens is verified: they are what the positional embedding is made from, whose sum
+with the patch embedding is what the first block gets, or else the gradient of each token to the coordinates lies on its
+own. What is added to prefix tokens is told by its gradient too. Then prompts are tried.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from point_peft import tokens as token_ops
 from point_peft.anatomy import (
     Anatomy,
     Block,
     Layout,
     PrefixParameter,
+    Read,
     Stage,
+    Steps,
     Tap,
     block_width,
     find_blocks,
     is_norm,
     prefix_rows,
+    stage_groups,
 )
 from point_peft.context import eval_mode
 from point_peft.errors import AnatomyError
+from point_peft.ragged import as_offset
+
+MAX_PREFIX = 16
+"""More tokens than this before the patches are not taken for prefix tokens."""
+PROBES = 4
+"""Prompts that are put in on trial."""
+
+
+@dataclass
+class _Call:
+    """One call of a module: tensors by the steps that lead to them, as they were and as they are in the graph."""
+
+    when: int
+    inputs: dict[Steps, Tensor]
+    outputs: dict[Steps, Tensor] = field(default_factory=dict)
+    live_inputs: dict[Steps, Tensor] = field(default_factory=dict)
+    live_outputs: dict[Steps, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Trace:
-    """What was seen while a model ran, by module path and in order."""
+    """What was seen while a model ran."""
 
-    order: dict[str, int] = field(default_factory=dict)
-    """Path -> when the module was first called."""
-    inputs: dict[str, list[Any]] = field(default_factory=dict)
-    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    """Module path -> its calls, in the order in which modules were first called."""
+    clouds: list[Tensor] = field(default_factory=list)
+    """Coordinates (n, 3) of all points that the model was given, by input."""
+    grid: list[Tensor] = field(default_factory=list)
+    """The same for inputs of whole numbers."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """Module whose weights were read without a call -> the module that read them."""
+    samples: int = 0
+    """How many clouds the example holds, as far as packed inputs tell."""
+    output: Any = None
+
+    def first(self, path: str) -> _Call:
+        return self.calls[path][0]
+
+    def before(self, when: int) -> Iterator[tuple[str, _Call]]:
+        """The first calls of the modules that began before, in order."""
+        for path, calls in self.calls.items():
+            if calls[0].when < when:
+                yield path, calls[0]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
-    """Run the model once, in eval mode and without gradient, and say how it is built; the model is not changed.
+    """Run the model a few times in eval mode and say how it is built; the model is not changed.
 
     The example should hold two or more different clouds. What cannot be established raises `AnatomyError`.
     """
+    name = type(model).__name__
     blocks = find_blocks(model)
     if not blocks:
         raise AnatomyError(
-            f"no transformer block was found in {type(model).__name__}: no module has an attention, a norm and a "
-            "linear "
-            "layer outside the attention"
+            f"no transformer block was found in {name}: no module has an attention, a norm and a linear layer outside "
+            "the attention"
         )
-    seen = _run(model, args, kwargs)
-    called = {path: block for path, block in blocks.items() if path in seen.order}
-    if not called:
-        raise AnatomyError(f"the blocks of {type(model).__name__} ('{next(iter(blocks))}' …) were never called")
-    clouds = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
-    stages = [_stage(model, list(group), seen, clouds) for group in _groups(model, called, seen)]
-    first = stages[0]
-    last = seen.order[stages[-1].blocks[-1].path]
-    inside = tuple(block.path + "." for block in called.values())
-    after = [path for path, when in seen.order.items() if when > last and path and not path.startswith(inside)]
-    final_norms = tuple(p for p in after if _is_final_norm(model, p, stages[-1].width))
-    before = [path for path, when in seen.order.items() if path and when < seen.order[first.blocks[0].path]]
-    tops = [
-        path
-        for path in after
-        if next(model.get_submodule(path).parameters(), None) is not None and path not in final_norms
-    ]
-    return Anatomy(
-        source="traced",
-        stages=tuple(stages),
-        stem=_outermost(before, called),
-        prefix_parameters=tuple(_prefix_parameters(model, first, seen)),
-        final_norms=final_norms[:1],
-        heads=_outermost(tops, called),
-    )
+    with _gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices=[]):
+        state = torch.random.get_rng_state()
+        seen = _run(model, args, kwargs)
+        called = [path for path in seen.calls if path in blocks]
+        if not called:
+            raise AnatomyError(
+                f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are called one by one"
+            )
+        live = _reaching(seen, called)
+        if not live:
+            raise AnatomyError(f"no block of {name} ('{called[0]}' …) has an influence on what the model returns")
+        groups = stage_groups(model, [blocks[path] for path in live])
+        stages = [_stage(model, group, seen) for group in groups]
+        order = [seen.first(stage.blocks[0].path).when for stage in stages]
+        stages = [stage for _, stage in sorted(zip(order, stages, strict=True), key=lambda pair: pair[0])]
+
+        def again(probe: _Probe) -> None:
+            torch.random.set_rng_state(state)
+            with torch.no_grad():
+                _probed(model, args, kwargs, probe)
+
+        stages = [_with_prompts(stage, again) for stage in stages]
+    return _anatomy(model, stages, seen, dead=[path for path in called if path not in live])
 
 
-def _outermost(paths: Sequence[str], blocks: dict[str, Block]) -> tuple[str, ...]:
-    """Those of the modules that hold no block and lie in no other of them."""
-    free = [path for path in paths if not any(block.startswith(path + ".") for block in blocks)]
-    return tuple(path for path in free if not any(path.startswith(other + ".") for other in free))
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    """In here every parameter takes part in the graph; afterwards those that did before."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which parameters are used while another module than their own runs."""
+
+    def __init__(self, model: nn.Module, running: list[str]) -> None:
+        super().__init__()
+        self.owners = {
+            id(tensor): path for path, module in model.named_modules() for tensor in module._parameters.values()
+        }
+        self.running = running
+        self.found: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            owner = self.owners.get(id(value)) if isinstance(value, nn.Parameter) else None
+            if owner and self.running and owner not in self.running:
+                self.found.setdefault(owner, self.running[-1])
+        return func(*args, **kwargs)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
     seen = _Trace()
     paths = {module: path for path, module in model.named_modules()}
+    count = 0
+    running: list[str] = []
+    open_calls: list[_Call] = []
 
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        path = paths[module]
-        if path not in seen.order:
-            seen.order[path] = len(seen.order)
-            seen.inputs[path] = [_kept(value) for value in (*inputs, *named.values())]
+        nonlocal count
+        live = dict(token_ops.all_arguments(inputs, named))
+        call = _Call(count, {steps: _kept(value) for steps, value in live.items()}, live_inputs=live)
+        count += 1
+        running.append(paths[module])
+        open_calls.append(call)
+        seen.calls.setdefault(paths[module], []).append(call)
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        values = output if isinstance(output, (tuple, list)) else (output,)
-        seen.outputs.setdefault(paths[module], [_kept(value) for value in values])
+        running.pop()
+        call = open_calls.pop()
+        call.live_outputs = dict(token_ops.leaves(output))
+        call.outputs = {steps: _kept(value) for steps, value in call.live_outputs.items()}
 
+    args, kwargs = _attached(args, kwargs)
+    for value in _tensors((args, kwargs)):
+        _note_cloud(seen, value.detach())
+    reads = _Reads(model, running)
     handles = []
-    with eval_mode(model.modules()), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            for module in paths:
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
-            model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    try:
+        for module in paths:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        with reads:
+            seen.output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen.reads = {owner: reader for owner, reader in reads.found.items() if owner not in seen.calls}
     return seen
 
 
-def _kept(value: Any) -> Any:
-    """Tokens and coordinates are kept as they are now, whatever is done to them in place later."""
-    return value.clone() if isinstance(value, Tensor) and value.ndim == 3 else None
+def _attached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the arguments whose floating tensors take part in the graph, so that coordinates in it do."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            own = value.detach().clone()
+            # Not a leaf: a model may write into its input.
+            return own.requires_grad_().clone() if own.is_floating_point() else own
+        if isinstance(value, dict):
+            fresh = value.copy()
+            fresh.update({key: copied(item) for key, item in value.items()})
+            return fresh
+        if isinstance(value, list):
+            return [copied(item) for item in value]
+        if type(value) is tuple:
+            return tuple(copied(item) for item in value)
+        return value
+
+    return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
 
 
-def _groups(model: nn.Module, blocks: dict[str, Block], seen: _Trace) -> Iterator[list[Block]]:
-    """The blocks in the order in which they ran, grouped into stages: same container, class and width."""
-    group: list[Block] = []
-    kind: tuple[str, type[nn.Module], int] | None = None
-    for block in sorted(blocks.values(), key=lambda block: seen.order[block.path]):
-        container = re.sub(r"\.?\d+$", "", block.path)
-        own = (container, type(model.get_submodule(block.path)), block_width(model, block))
-        if group and own != kind:
-            yield group
-            group = []
-        group.append(block)
-        kind = own
-    yield group
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for _, tensor in token_ops.leaves(value):
+        yield tensor
 
 
-def _stage(model: nn.Module, blocks: list[Block], seen: _Trace, clouds: list[Tensor]) -> Stage:
-    width = block_width(model, blocks[0])
-    tokens = seen.inputs[blocks[0].path][0] if seen.inputs[blocks[0].path] else None
-    if tokens is None or tokens.shape[2] != width:
+def _note_cloud(seen: _Trace, value: Tensor) -> None:
+    """Keep what may be coordinates: the first three of the channels, which come last or, in (b, c, n), second."""
+    if value.ndim == 1 and not value.is_floating_point() and len(value):
+        seen.samples = max(seen.samples, _sample_count(value))
+    views = [value] if value.ndim in (2, 3) and 3 <= value.shape[-1] <= 16 else []
+    if value.ndim == 3 and 3 <= value.shape[1] <= 16:
+        views.append(rearrange(value, "b c n -> b n c"))
+    for view in views:
+        points = rearrange(view[..., :3], "... xyz -> (...) xyz")
+        (seen.clouds if value.is_floating_point() else seen.grid).append(points)
+
+
+def _sample_count(value: Tensor) -> int:
+    """How many samples numbers (n,) or ends (b,) of samples speak of, 0 if they do neither."""
+    steps = value.diff()
+    if bool((steps < 0).any()) or int(value[0]) < 0:
+        return 0
+    if int(value[0]) == 0 and bool((steps <= 1).all()):
+        count = int(value[-1]) + 1
+        return count if count < len(value) else 0
+    return len(value) if bool((steps > 0).all()) and len(value) <= 64 else 0
+
+
+def _kept(value: Tensor) -> Tensor:
+    """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
+    return value.detach().clone() if value.ndim <= 4 else value.detach()
+
+
+def _reaching(seen: _Trace, blocks: Sequence[str]) -> list[str]:
+    """The blocks that have an influence on what the model returns first, losses apart."""
+    results = _results(seen)[:1]
+    outputs = {path: list(seen.calls[path][-1].live_outputs.values()) for path in blocks}
+    flat = [(path, value) for path, values in outputs.items() for value in values if value.grad_fn is not None]
+    return sorted({flat[number][0] for number in _connected(results, [value for _, value in flat])}, key=blocks.index)
+
+
+def _results(seen: _Trace) -> list[Tensor]:
+    """What the model returns, losses apart."""
+    return [value for value in _tensors(seen.output) if value.ndim and value.grad_fn is not None]
+
+
+def _connected(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of the tensors that the results depend on."""
+    if not results or not tensors:
+        return []
+    total = torch.stack([value.sum() for value in results]).sum()
+    return [number for number, gradient in enumerate(_gradients_of(total, tensors)) if gradient is not None]
+
+
+def _gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradient of a number to each of the tensors, None where it does not depend on it."""
+    return torch.autograd.grad(value, list(tensors), retain_graph=True, allow_unused=True)
+
+
+def _direction(like: Tensor) -> Tensor:
+    """Weights (c,) that tell channels apart."""
+    return torch.linspace(0.5, 1.5, like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: _Trace) -> Stage:
+    path, width = blocks[0].path, block_width(model, blocks[0])
+    call = seen.first(path)
+    candidates = [
+        (steps, value)
+        for steps, value in call.inputs.items()
+        if value.is_floating_point() and value.ndim in (2, 3) and value.shape[-1] == width
+    ]
+    if not candidates:
         raise AnatomyError(
-            f"block '{blocks[0].path}' does not get dense tokens (b, g, {width}) as its first argument, so its "
-            "tokens and "
-            "their coordinates cannot be told"
+            f"block '{path}' gets no tokens of its width {width}, neither (b, g, {width}) nor packed (n, {width})"
         )
-    found = _coordinates(blocks, seen, clouds, tokens)
-    if found is None:
-        raise AnatomyError(
-            f"the coordinates of the tokens of '{blocks[0].path}' {tuple(tokens.shape)} were not found: no tensor "
-            "(b, g, 3) "
-            "seen before it consists of points of the input cloud"
+    steps, tokens = candidates[0]
+    outputs = tuple(
+        found for found, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
+    )
+    if not outputs:
+        raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
+    # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
+    outputs = (outputs[0], *(found for found in outputs[1:] if found[-1:] == ("features",)))
+    stage = Stage(blocks=blocks, width=width, tokens=steps, outputs=outputs)
+    return _packed(stage, seen, tokens) if tokens.ndim == 2 else _dense(stage, seen, tokens)
+
+
+def _packed(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
+    """A stage with packed tokens (n, c): coordinates and sample numbers are seen by the block, or just before it."""
+    path, n = stage.blocks[0].path, len(tokens)
+    packed = replace(stage, layout="packed", prefix_tokens=0, prompts=False)
+    coordinates = _latest(seen, path, lambda value: value.shape == (n, 3) and _inside(value, seen))
+    if coordinates is None:
+        return replace(
+            packed,
+            unknown=(
+                f"the coordinates ({n}, 3) of the packed tokens {tuple(tokens.shape)} of '{path}' were not found, no "
+                "such tensor within the bounds of the input cloud was seen before or by it; state them in "
+                "config.anatomy"
+            ),
         )
-    tap, coordinates = found
-    layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
-    if layout == "gbc":
-        tokens = rearrange(tokens, "l b c -> b l c")
-    prefix = tokens.shape[1] - coordinates.shape[1]
-    position: Literal["every_block", "once"] = "every_block"
-    if len(blocks) > 1:
-        between = seen.inputs[blocks[1].path][0], seen.outputs[blocks[0].path][0]
-        if all(isinstance(value, Tensor) for value in between) and torch.equal(*between):
-            position = "once"
-    return Stage(
-        blocks=tuple(blocks),
-        width=width,
-        layout=layout,
-        prefix_tokens=prefix,
-        coordinates=tap,
-        patch_tokens=_patch_tokens(seen, blocks[0], tokens[:, prefix:]),
-        position=position,
+    samples = _latest(seen, path, lambda value: seen.samples > 1 and _tells_samples(value, n, seen.samples))
+    if samples is None:
+        return replace(
+            packed,
+            unknown=(
+                f"which sample each of the packed tokens {tuple(tokens.shape)} of '{path}' belongs to was not found; "
+                "pass an example of two or more clouds, or state it in config.anatomy"
+            ),
+        )
+    return replace(packed, coordinates=coordinates, samples=samples)
+
+
+def _latest(seen: _Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | None:
+    """Where a tensor that fits is seen: by the block itself, else where it was last seen before the block."""
+    call = seen.first(block)
+    fitting = sorted(
+        (not value.is_floating_point(), number) for number, value in enumerate(call.inputs.values()) if fits(value)
+    )
+    if fitting:
+        steps = list(call.inputs)[fitting[0][1]]
+        return Tap(module=block, side="input", steps=steps)
+    found: Tap | None = None
+    latest = -1
+    for path, other in seen.before(call.when):
+        # What holds the block is still running when that begins, and has not returned yet.
+        sides: list[tuple[Literal["input", "output"], dict[Steps, Tensor]]] = [("input", other.inputs)]
+        if path and not block.startswith(path + "."):
+            sides.append(("output", other.outputs))
+        for side, values in sides:
+            for steps, value in values.items():
+                if other.when >= latest and fits(value):
+                    found, latest = Tap(module=path, side=side, steps=steps), other.when
+    return found
+
+
+def _inside(value: Tensor, seen: _Trace) -> bool:
+    """Whether points lie within the bounds of an input cloud, as means of its points do; or whole numbers do."""
+    clouds = seen.clouds if value.is_floating_point() else seen.grid
+    return (
+        any(bool((value >= cloud.amin(0) - 1e-4).all() and (value <= cloud.amax(0) + 1e-4).all()) for cloud in clouds)
+        and len(torch.unique(value, dim=0)) > 1
     )
 
 
-def _coordinates(
-    blocks: Sequence[Block], seen: _Trace, clouds: list[Tensor], tokens: Tensor
-) -> tuple[Tap, Tensor] | None:
-    """Where points of the input cloud are first seen, as many as there are tokens less a prefix of at most 8."""
-    limit = seen.order[blocks[0].path]
-    points = [rearrange(cloud, "... xyz -> (...) xyz") for cloud in clouds if cloud.shape[-1] == 3]
-    points += [rearrange(cloud, "b xyz n -> (b n) xyz") for cloud in clouds if cloud.ndim == 3 and cloud.shape[1] == 3]
-    for side, values in (("output", seen.outputs), ("input", seen.inputs)):
-        for path, when in seen.order.items():
-            if when >= limit or not path:
+def _tells_samples(value: Tensor, n: int, samples: int) -> bool:
+    if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool or len(value) not in (n, samples):
+        return False
+    try:
+        return len(as_offset(value, n)) == samples
+    except ValueError:
+        return False
+
+
+def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
+    path = stage.blocks[0].path
+    found = _coordinates(stage, seen, tokens)
+    if found is None:
+        return replace(
+            stage,
+            prompts=False,
+            unknown=(
+                f"the coordinates of the tokens of '{path}' {tuple(tokens.shape)} were not found, no tensor (b, g, 3) "
+                "seen before or by it consists of points of the input cloud in the order of the tokens; state them in "
+                "config.anatomy"
+            ),
+        )
+    tap, coordinates, patches = found
+    layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
+    rows = token_ops.batch_first(tokens, layout)
+    g = coordinates.shape[1]
+    prefix = rows.shape[1] - g
+    if prefix and patches is None and bool((rows[:, :prefix] != rows[:1, :prefix]).any()):
+        return replace(
+            stage,
+            layout=layout,
+            prompts=False,
+            unknown=(
+                f"block '{path}' gets {prefix} tokens more than there are coordinates, and they are not at the front, "
+                "where they would be the same for every cloud"
+            ),
+        )
+    call = seen.first(path)
+    dims = {layout: (len(rows), rows.shape[1])}
+    return replace(
+        stage,
+        layout=layout,
+        prefix_tokens=prefix,
+        coordinates=tap,
+        patch_tokens=patches,
+        position="once" if _position_once(stage, seen) else "every_block",
+        padding_masks=tuple(
+            steps for steps, value in call.inputs.items() if value.shape == dims[layout] and steps != stage.tokens
+        ),
+    )
+
+
+def _position_once(stage: Stage, seen: _Trace) -> bool:
+    """Whether the second block gets what the first returned, and nothing was added in between."""
+    if len(stage.blocks) < 2:
+        return False
+    made = seen.first(stage.blocks[0].path).outputs[stage.outputs[0]]
+    given = seen.first(stage.blocks[1].path).inputs.get(stage.tokens)
+    return given is not None and torch.equal(made, given)
+
+
+def _coordinates(stage: Stage, seen: _Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None] | None:
+    """Where the coordinates are seen, what they are, and where the patch embedding is seen.
+
+    They are points of the input cloud, as many as there are tokens less a prefix, in the order of the tokens.
+    """
+    path = stage.blocks[0].path
+    call = seen.first(path)
+    candidates: list[tuple[Tap, Tensor, Tensor]] = []
+    for side in ("output", "input"):
+        for module, other in [*seen.before(call.when), (path, call)]:
+            if not module or (side == "output" and (module == path or path.startswith(module + "."))):
                 continue
-            for index, value in enumerate(values.get(path, ())):
-                if not isinstance(value, Tensor) or value.shape[2] != 3 or not value.is_floating_point():
-                    continue
-                b, g, _ = value.shape
-                fits = any(tokens.shape[i] == b and 0 <= tokens.shape[1 - i] - g <= 8 for i in (0, 1))
-                if fits and any(_consists_of(value, cloud) for cloud in points):
-                    return Tap(module=path, side="output" if side == "output" else "input", index=index), value
+            values, live = (
+                (other.outputs, other.live_outputs) if side == "output" else (other.inputs, other.live_inputs)
+            )
+            for steps, value in values.items():
+                if value.ndim == 3 and value.shape[2] == 3 and _as_many(value, tokens):
+                    tap = Tap(module=module, side="output" if side == "output" else "input", steps=steps)
+                    candidates.append((tap, value, live[steps]))
+    candidates = [entry for entry in candidates if any(_consists_of(entry[1], cloud) for cloud in seen.clouds)]
+    summed = {}
+    for tap, value, tensor in candidates:
+        layout: Layout = "bgc" if tokens.shape[0] == value.shape[0] else "gbc"
+        rows = token_ops.batch_first(tokens, layout)
+        prefix = rows.shape[1] - value.shape[1]
+        key = (layout, prefix)
+        if key not in summed:
+            summed[key] = _embeddings(seen, path, rows[:, prefix:])
+        patches, made_from = summed[key]
+        in_order = any(torch.equal(value, other) for other in made_from)
+        if in_order or (not made_from and _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix)):
+            return tap, value, patches
     return None
+
+
+def _as_many(coordinates: Tensor, tokens: Tensor) -> bool:
+    b, g, _ = coordinates.shape
+    return any(tokens.shape[i] == b and 0 <= tokens.shape[1 - i] - g <= MAX_PREFIX for i in (0, 1))
 
 
 def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
@@ -202,56 +476,226 @@ def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
     return len(torch.unique(torch.cat([unique, rows]), dim=0)) == len(unique)
 
 
-def _patch_tokens(seen: _Trace, block: Block, patches: Tensor) -> Tap | None:
-    """The output E with a later output P so that E + P are the patch tokens (b, g, c) of the first block."""
-    limit = seen.order[block.path]
-    candidates = [
-        (path, value)
-        for path, values in seen.outputs.items()
-        if seen.order[path] < limit
-        for value in values[:1]
-        if isinstance(value, Tensor) and value.shape == patches.shape
+def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, list[Tensor]]:
+    """Where the patch embedding is seen, and the coordinates (b, g, 3) that the positional embedding is made from.
+
+    They are two outputs whose sum is the patch tokens (b, g, c) of the first block, or one that is these itself.
+    """
+    when = seen.first(block).when
+    outputs = [
+        (path, steps, value)
+        for path, call in seen.before(when)
+        for steps, value in call.outputs.items()
+        if path and value.shape == patches.shape and not block.startswith(path + ".")
     ]
-    for (one, first), (two, second) in combinations(candidates, 2):
+    for (one, steps_one, first), (two, steps_two, second) in combinations(outputs, 2):
         if torch.allclose(first + second, patches, atol=1e-5):
-            # The positional embedding is the one that is fed with coordinates.
-            path = two if _gets_coordinates(seen, one) else one
-            return Tap(module=path, side="output")
-    return next((Tap(module=p, side="output") for p, value in candidates if torch.equal(value, patches)), None)
+            # The positional embedding is the one that is fed with coordinates, or with less.
+            swap = _rank(seen, one) < _rank(seen, two)
+            path, steps, position = (two, steps_two, one) if swap else (one, steps_one, two)
+            inputs = [value for value in seen.first(position).inputs.values() if value.shape[-1:] == (3,)]
+            return Tap(module=path, side="output", steps=steps), [value for value in inputs if value.ndim == 3]
+    equal = [
+        Tap(module=path, side="output", steps=steps) for path, steps, value in outputs if torch.equal(value, patches)
+    ]
+    return (equal[0] if equal else None), []
 
 
-def _gets_coordinates(seen: _Trace, path: str) -> bool:
-    return any(isinstance(value, Tensor) and value.shape[2] == 3 for value in seen.inputs[path])
+def _rank(seen: _Trace, path: str) -> tuple[int, int]:
+    """What tells a positional from a patch embedding: coordinates as input, else the smaller input."""
+    inputs = list(seen.first(path).inputs.values())
+    if not inputs:
+        return 9, 0
+    return inputs[0].ndim + (inputs[0].shape[-1:] != (3,)), inputs[0].numel()
 
 
-def _is_final_norm(model: nn.Module, path: str, width: int) -> bool:
-    module = model.get_submodule(path)
+def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int) -> bool:
+    """Whether each of a few patch tokens depends on its own row of the coordinates, and on no other."""
+    if tokens.grad_fn is None or coordinates.grad_fn is None:
+        return False
+    g = coordinates.shape[1]
+    for row in sorted({0, 1, g // 2, g - 1}):
+        token = token_ops.batch_first(tokens, layout)[:, prefix + row]
+        (gradient,) = _gradients_of((token * _direction(token)).sum(), [coordinates])
+        if gradient is None:
+            return False
+        weight = gradient.abs().sum(dim=2)
+        own = weight[:, row].clone()
+        weight[:, row] = 0.0
+        if not bool((own > 0).all()) or bool((weight > 0).any()):
+            return False
+    return True
+
+
+# ---- prompts on trial ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Probe:
+    """Prompts that are put in before every block of a stage and taken out after it, and what came of it."""
+
+    stage: Stage
+    prompts: Tensor
+    result: Tensor | None = None
+    """What the first block makes of the other tokens."""
+
+
+def _with_prompts(stage: Stage, again: Callable[[_Probe], None]) -> Stage:
+    """The stage with what a trial of prompts tells: whether they are attended, and which mask entries let them be."""
+    if stage.layout == "packed" or stage.unknown:
+        return stage
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(1, PROBES, stage.width, generator=generator) for _ in range(2)]
+    for visible in (False, True):
+        results = []
+        for values in prompts:
+            probe = _Probe(replace(stage, mask_visible=visible), values)
+            try:
+                again(probe)
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                break  # what a block of somebody else's says to more tokens than it was made for
+            if probe.result is not None:
+                results.append(probe.result)
+        if len(results) == 2 and not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
+            return replace(stage, mask_visible=visible)
+    return replace(stage, prompts=False)
+
+
+def _probed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], probe: _Probe) -> None:
+    stage = probe.stage
+    dim, at = token_ops.token_dim(stage.layout), stage.prefix_tokens or 0
+    paths = {model.get_submodule(block.path): block.path for block in stage.blocks}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        tokens = token_ops.block_tokens(stage, paths[module], inputs, named)
+        prompts = probe.prompts.to(tokens).expand(tokens.shape[1 - dim], -1, -1)
+        return token_ops.insert_prompts(stage, paths[module], inputs, named, prompts, at)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        tokens = token_ops.output_tokens(stage, paths[module], output)
+        kept = token_ops.remove(tokens, PROBES, at, stage.layout)
+        if probe.result is None:
+            probe.result = kept.clone()
+        return token_ops.put(output, stage.outputs[0], kept)
+
+    handles = []
+    try:
+        for module in paths:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        copied, named = _attached(args, kwargs)
+        model(*copied, **named)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def _anatomy(model: nn.Module, stages: list[Stage], seen: _Trace, dead: list[str]) -> Anatomy:
+    modules = dict(model.named_modules())
+    inside = tuple(block.path + "." for stage in stages for block in stage.blocks)
+    blocks = [block.path for stage in stages for block in stage.blocks]
+    begin = min(seen.first(path).when for path in blocks)
+    end = max(seen.calls[path][-1].when for path in blocks)
+    aside = tuple(path + "." for path in dead)
+    before = [path for path, _ in seen.before(begin) if path and not path.startswith((*inside, *aside))]
+    after = [
+        path
+        for path, calls in seen.calls.items()
+        if path and calls[-1].when > end and path not in blocks and not path.startswith((*inside, *aside))
+    ]
+    made = [
+        (path, value)
+        for path in after
+        for value in seen.calls[path][-1].live_outputs.values()
+        if value.grad_fn is not None
+    ]
+    reaching = {made[number][0] for number in _connected(_results(seen), [value for _, value in made])}
+    spare = [
+        value for path in dead for value in seen.calls[path][-1].live_outputs.values() if value.grad_fn is not None
+    ]
+    # What goes by a block that has no part in the prediction has none itself.
+    after = [
+        path
+        for path in dict.fromkeys(path for path, _ in made)
+        if path in reaching and not _connected([value for own, value in made if own == path], spare)
+    ]
+    final_norms = tuple(path for path in after if _is_final_norm(modules[path], stages[-1].width))[:1]
+    tops = [
+        path
+        for path in after
+        if next(modules[path].parameters(), None) is not None and path not in final_norms and path not in before
+    ]
+    own = [
+        path
+        for path, module in modules.items()
+        if path and next(iter(module.parameters(recurse=False)), None) is not None
+    ]
+    uncalled = [path for path in own if path not in seen.calls and path not in seen.reads]
+    return Anatomy(
+        source="traced",
+        stages=tuple(stages),
+        stem=_outermost(before, blocks, modules),
+        prefix_parameters=tuple(_prefix_parameters(model, stages[0], seen)),
+        final_norms=final_norms,
+        heads=_outermost(tops, blocks, modules),
+        reads=tuple(Read(module=owner, reader=reader) for owner, reader in seen.reads.items()),
+        uncalled=tuple(uncalled),
+    )
+
+
+def _outermost(paths: Sequence[str], blocks: Sequence[str], modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Those of the modules that hold no block and lie in no other of them."""
+    free = [path for path in paths if not any(block.startswith(path + ".") for block in blocks)]
+    return tuple(path for path in free if not any(path.startswith(other + ".") for other in free))
+
+
+def _is_final_norm(module: nn.Module, width: int) -> bool:
     return is_norm(module) and isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,)
 
 
-def _prefix_parameters(model: nn.Module, stage: Stage, seen: _Trace) -> Iterator[PrefixParameter]:
-    """Tensors of the model that alone, or in a sum of two, are the prefix tokens that the first block gets."""
-    tokens = seen.inputs[stage.blocks[0].path][0]
-    rows = (tokens[0] if stage.layout == "bgc" else tokens[:, 0])[: stage.prefix_tokens]
-    candidates = [
-        (name, parameter.detach().reshape(-1, stage.width))
+def _prefix_parameters(model: nn.Module, stage: Stage, seen: _Trace) -> list[PrefixParameter]:
+    """Parameters that are added as they are to the prefix tokens of the first block, and where.
+
+    Such a parameter, and no other, gets the gradient of a token unchanged, summed over the batch. A position is added
+    ahead of the second block too.
+    """
+    tokens = seen.first(stage.blocks[0].path).live_inputs[stage.tokens]
+    if not stage.prefix_tokens or tokens.grad_fn is None:
+        return []
+    small = [
+        (name, parameter)
         for name, parameter in model.named_parameters()
-        if len(rows) and parameter.shape[-1:] == (stage.width,) and prefix_rows(parameter) == len(rows)
+        if parameter.shape[-1:] == (stage.width,) and prefix_rows(parameter) <= stage.prefix_tokens
     ]
-    for name, value in candidates:
-        if torch.allclose(value, rows, atol=1e-6):
-            yield PrefixParameter(name=name, role="token", row=0)
-            return
-    for (one, first), (two, second) in combinations(candidates, 2):
-        if torch.allclose(first + second, rows, atol=1e-6):
-            token, position = one, two
-            if stage.position == "every_block" and len(stage.blocks) > 1:
-                # What is added before the second block is the position.
-                given, made = seen.inputs[stage.blocks[1].path][0], seen.outputs[stage.blocks[0].path][0]
-                added = given - made
-                added = (added[0] if stage.layout == "bgc" else added[:, 0])[: stage.prefix_tokens]
-                if torch.allclose(added, first, atol=1e-5):
-                    token, position = two, one
-            yield PrefixParameter(name=token, role="token", row=0)
-            yield PrefixParameter(name=position, role="position", row=0)
-            return
+    added = None
+    if stage.position == "every_block" and len(stage.blocks) > 1:
+        given = seen.first(stage.blocks[1].path).live_inputs[stage.tokens]
+        added = given - seen.first(stage.blocks[0].path).live_outputs[stage.outputs[0]]
+    found: dict[str, PrefixParameter] = {}
+    for row in range(stage.prefix_tokens):
+        for name, own in _additive(tokens, row, stage.layout, small):
+            if name in found:
+                continue
+            again = added is not None and any(other == name for other, _ in _additive(added, row, stage.layout, small))
+            found[name] = PrefixParameter(name=name, role="position" if again else "token", row=row - own)
+    return sorted(found.values(), key=lambda parameter: (parameter.role == "position", parameter.row))
+
+
+def _additive(
+    tokens: Tensor, row: int, layout: Layout, parameters: Sequence[tuple[str, nn.Parameter]]
+) -> Iterator[tuple[str, int]]:
+    """The parameters that are added as they are to a row of the tokens, each with the row of it that is."""
+    rows = token_ops.batch_first(tokens, layout)[:, row]
+    if rows.grad_fn is None or not parameters:
+        return
+    direction = _direction(rows)
+    gradients = _gradients_of((rows * direction).sum(), [parameter for _, parameter in parameters])
+    for (name, _), gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        for own, values in enumerate(gradient.reshape(-1, gradient.shape[-1])):
+            if torch.allclose(values, direction * len(rows), rtol=1e-4, atol=1e-5):
+                yield name, own

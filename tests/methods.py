@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import METHODS, TunerConfig
-from point_peft.tuners.base import Args, Backbone, Blueprint, Call, Kwargs, Part, SharedState
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Backbone, Blueprint, Call, Part, SharedState
 
 SIZES: Mapping[str, Mapping[str, int]] = {}
 """Method -> fields that must be smaller than their defaults for the tiny backbones; sizes only."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from examples.backbones import BACKBONES, clouds, supply_pyg_operators
 from point_peft import AnatomyError, PointPEFTConfig, PointPeftError, describe, get_peft_model
-from point_peft.anatomy import find_blocks, known_anatomy, linear_shape
+from point_peft.anatomy import find_blocks, linear_shape
 from point_peft.backbones.layers import Encoder, Group
+from point_peft.presets import known_anatomy
 from point_peft.tracing import trace
-from tests.models import BACKBONES, clouds, supply_pyg_operators
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -22,7 +23,7 @@ def test_blocks_are_found_by_structure(name):
     blocks = find_blocks(model)
     attentions = {path: type(model.get_submodule(path)).__name__ for path in (b.attention for b in blocks.values())}
     assert blocks and all("Attention" in kind for kind in attentions.values())
-    assert all(len(block.norms) == 2 and len(block.mlp_linears) == 2 and block.projection for block in blocks.values())
+    assert all(len(block.norms) == 2 and len(block.linears) == 2 and block.projection for block in blocks.values())
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if "recon" not in name])
@@ -84,7 +85,7 @@ def test_an_unknown_model_is_traced_and_adapted():
     (stage,) = anatomy.stages
     assert [block.path for block in stage.blocks] == ["trunk.0", "trunk.1", "trunk.2"]
     assert (stage.layout, stage.prefix_tokens, stage.position, stage.width) == ("gbc", 1, "once", 24)
-    assert str(stage.coordinates) == "output 1 of 'sampler'"
+    assert str(stage.coordinates) == "output[1] of 'sampler'"
     assert [parameter.name for parameter in anatomy.prefix_parameters] == ["extra.summary"]
     assert (anatomy.final_norms, anatomy.heads) == (("last",), ("classifier",))
 
@@ -92,7 +93,7 @@ def test_an_unknown_model_is_traced_and_adapted():
 def test_describe_reads_well():
     text = str(describe(BACKBONES["point_mae"].build()))
     assert "stage 0: 3 blocks 'blocks.blocks.0' … 'blocks.blocks.2'" in text
-    assert "prefix tokens: 1" in text and "output 1 of 'group_divider'" in text and "'cls_head_finetune'" in text
+    assert "prefix tokens: 1" in text and "output[1] of 'group_divider'" in text and "'cls_head_finetune'" in text
 
 
 def test_what_cannot_be_traced_is_refused():
@@ -110,8 +111,11 @@ def test_what_cannot_be_traced_is_refused():
             logits: torch.Tensor = self.classifier(self.last(tokens)[0])
             return logits
 
-    with pytest.raises(AnatomyError, match=r"coordinates of the tokens of 'trunk.0' \(3, 17, 24\) were not found"):
+    assert "coordinates: unknown: the coordinates of the tokens of 'trunk.0' (3, 17, 24) were not found" in str(
         describe(Blind(), points)
+    )
+    with pytest.raises(AnatomyError, match=r"needs to know where the tokens .* lie .*'trunk.0' \(3, 17, 24\)"):
+        get_peft_model(Blind(), PointPEFTConfig(), example_inputs=points)
 
 
 def test_linear_layers_are_known_by_what_they_are():

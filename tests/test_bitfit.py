@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from examples.backbones import BACKBONES, clouds
 from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
 from point_peft.injection import get_adapter
-from tests.models import BACKBONES, clouds
 
 
 def test_parameters_on_point_mae():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from examples.backbones import BACKBONES, clouds
 from point_peft import LoraConfig, PointPEFTConfig, get_peft_model
-from tests.models import BACKBONES, clouds
 
 
 def test_point_peft_with_its_second_pass_and_a_swap():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from examples.backbones import BACKBONES
 from point_peft import LinearProbeConfig, PointPeftError, get_peft_model
 from point_peft.backbones import PointTransformer
-from tests.models import BACKBONES
 
 
 def test_only_the_head_is_trained():

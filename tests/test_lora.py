@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from examples.backbones import BACKBONES, clouds
 from point_peft import AdapterError, AnatomyError, LoraConfig, MatchError, PointPeftError, get_peft_model
-from tests.models import BACKBONES, clouds
 
 
 def adapted(**fields):

@@ -149,10 +149,11 @@ def published(name: str, base_differs: tuple[str, ...] = ()) -> Published:
                 tensors[our_name(official)].copy_(value)
                 used.add(official)
     assert all(has_no_effect(official, late) for official in weights.keys() - used)
-    assert tensors.keys() - {our_name(official) for official in used} == {BANK}
+    kept = {f"point_peft.base.{name}" for name in ("cls_token", "cls_pos")}
+    assert tensors.keys() - {our_name(official) for official in used} == {BANK, *kept}
     model._bank_of(adapter, "default").fill(inputs["bank"].T)
     # The recorded query in place of the model's own: the maximum over one token is the token.
-    model.backbone_tokens = lambda forward, source: inputs["input.query"][:, None]  # type: ignore[method-assign]
+    model.backbone_tokens = lambda forward, source, adapter: inputs["input.query"][:, None]  # type: ignore[method-assign]
     points = golden.points(description)
     inputs["input.points"] = points
     expected = {name: tensor for name, tensor in expected.items() if not name.startswith(RELEASED)}
@@ -791,9 +792,9 @@ def test_the_query_is_the_feature_of_the_backbone_without_adapters() -> None:
     with model.disable_adapter():
         tokens = model.forward_features(points)[:, 1:]
     found, by_hand = model(points), copy.deepcopy(model)
-    by_hand.backbone_tokens = lambda forward, source: tokens  # type: ignore[method-assign]
+    by_hand.backbone_tokens = lambda forward, source, adapter: tokens  # type: ignore[method-assign]
     assert torch.equal(found, by_hand(points))
-    by_hand.backbone_tokens = lambda forward, source: tokens.flip(0)  # type: ignore[method-assign]
+    by_hand.backbone_tokens = lambda forward, source, adapter: tokens.flip(0)  # type: ignore[method-assign]
     assert not torch.allclose(found, by_hand(points), atol=1e-3)
 
 
@@ -926,10 +927,10 @@ def two_stages(patch_tokens: bool = True, **options: Any) -> PointPeftModel:
         Stage(
             blocks=blocks[:2],
             width=12,
-            coordinates=Tap(module="group_a", side="output", index=1),
+            coordinates=Tap(module="group_a", side="output", steps=(1,)),
             patch_tokens=Tap(module="embed", side="output") if patch_tokens else None,
         ),
-        Stage(blocks=blocks[2:], width=24, coordinates=Tap(module="group_b", side="output", index=1)),
+        Stage(blocks=blocks[2:], width=24, coordinates=Tap(module="group_b", side="output", steps=(1,))),
     )
     anatomy = Anatomy(source="test", stages=stages, stem=("group_a", "embed"), final_norms=("norm",), heads=("head",))
     model = PointPeftModel(base, anatomy)

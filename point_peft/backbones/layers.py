@@ -24,30 +24,45 @@ class Group(nn.Module):
         self.group_size = group_size
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        center = geometry.gather(points, geometry.farthest_point_sample(points, self.num_group))
-        neighborhood = geometry.gather(points, geometry.knn(center, points, self.group_size))
-        return neighborhood - center[:, :, None], center
+        neighborhood, center, _ = group(points, self.num_group, self.group_size)
+        return neighborhood, center
+
+
+def group(points: Tensor, num_group: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split clouds (b, n, 3) into groups around farthest points.
+
+    Returns the neighbourhoods (b, g, k, 3), each centred on its centre, the centres (b, g, 3) and the indices
+    (b, g, k) of the neighbours among the points, nearest first.
+    """
+    center = geometry.gather(points, geometry.farthest_point_sample(points, num_group))
+    index = geometry.knn(center, points, group_size)
+    return geometry.gather(points, index) - center[:, :, None], center, index
 
 
 class Encoder(nn.Module):
-    """A small PointNet that turns each neighbourhood (b, g, k, 3) into one token (b, g, c).
+    """A small PointNet that turns each neighbourhood (b, g, k, inputs) into one token (b, g, c).
 
-    The weights of `second_conv.0` are read in two halves, so that module itself is not called.
+    `widths` are those inside: of the first layer, of the features that the maximum is taken over, and of the layer
+    after it. The weights of `second_conv.0` are read in two halves, so that module itself is not called.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, inputs: int = 3, widths: tuple[int, int, int] = (128, 256, 512)) -> None:
         super().__init__()
+        first, local, second = widths
         self.first_conv = nn.Sequential(
-            nn.Conv1d(3, 128, 1), nn.BatchNorm1d(128), nn.ReLU(inplace=True), nn.Conv1d(128, 256, 1)
+            nn.Conv1d(inputs, first, 1), nn.BatchNorm1d(first), nn.ReLU(inplace=True), nn.Conv1d(first, local, 1)
         )
         self.second_conv = nn.Sequential(
-            nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Conv1d(512, channels, 1)
+            nn.Conv1d(2 * local, second, 1),
+            nn.BatchNorm1d(second),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(second, channels, 1),
         )
 
     def forward(self, neighborhood: Tensor) -> Tensor:
         b, _, k, _ = neighborhood.shape
         # All points in one row: the convolutions have width one, and a long row is faster than many short ones.
-        local = self.first_conv(rearrange(neighborhood, "b g k xyz -> 1 xyz (b g k)"))
+        local = self.first_conv(rearrange(neighborhood, "b g k c -> 1 c (b g k)"))
         whole = reduce(local, "1 c (bg k) -> 1 c bg", "max", k=k)
         # The second part sees [maximum of the group ; point]. What the maximum adds is the same for all points of a
         # group, so that half of the first convolution runs once a group.
@@ -81,7 +96,11 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (b, l, c); the fused projection has no bias."""
+    """Multi-head self-attention over tokens (b, l, c); the fused projection has no bias.
+
+    In a mask (b, l, l), boolean or of numbers, what is not zero is ignored: query i does not see key j where [i, j] is.
+    A query must see something.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -89,9 +108,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(tokens), "b l (qkv h c) -> qkv b h l c", qkv=3, h=self.num_heads).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        seen = None if mask is None else mask.logical_not()[:, None]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         out: Tensor = self.proj(rearrange(mixed, "b h l c -> b l (h c)"))
         return out
 
@@ -111,7 +131,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block on tokens (b, l, c)."""
+    """A pre-norm transformer block on tokens (b, l, c), with or without an attention mask (b, l, l)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -121,8 +141,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), mask))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return tokens
 

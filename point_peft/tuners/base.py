@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from point_peft.anatomy import Anatomy, Block
 from point_peft.context import Forward
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.matching import match_names
+from point_peft.tokens import Args, Kwargs
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -48,10 +49,15 @@ class Part(nn.Module):
     prefix: ClassVar[str] = ""
     """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
     mergeable: ClassVar[bool] = False
+    """Whether the part is a change of the module's own tensors, which `weights` gives."""
     needs_coordinates: ClassVar[bool] = False
     """Whether the part, at a block, needs one patch token for each of the coordinates that were seen."""
+    in_second_pass: ClassVar[bool] = False
+    """Whether the part acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
     tuner: int = 0
     """Which of the adapter's methods it belongs to; set when the adapter is built."""
+    by_weight: bool = False
+    """Whether its module is not called: another reads its tensors, and gets those of `weights` instead."""
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The inputs that the module gets instead of `args` and `kwargs`."""
@@ -61,9 +67,22 @@ class Part(nn.Module):
         """The output that the caller gets instead of `output`; `args` and `kwargs` are what the module got."""
         return output
 
-    def merge(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's own tensors, by name, with this part folded in."""
-        raise AdapterError(f"{type(self).__name__} cannot be merged")
+    def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The inputs that the module gets in the second pass, for parts that act in it."""
+        return args, kwargs
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's own tensors, by name, with this part folded in; with gradient to the part."""
+        raise AdapterError(f"{type(self).__name__} is not a change of its module's tensors")
+
+    def act_by_weight(self, path: str) -> None:
+        """From now on, act through the tensors of the module at `path`, which is not called; or refuse to."""
+        if not self.mergeable:
+            raise AnatomyError(
+                f"'{path}' is not called, another module reads its weights; a {type(self).__name__} there would have "
+                "no effect: leave it out with exclude_modules or modules_to_save, or use a method that changes weights"
+            )
+        self.by_weight = True
 
     def file_name(self, name: str) -> str:
         """The name in a file of the tensor that this module's state dict calls `name`."""
@@ -81,8 +100,8 @@ class SharedState(nn.Module):
         """The name in a file of the tensor that this module's state dict calls `name`."""
         return f"{self.prefix}.{name}" if self.prefix else name
 
-    def check(self) -> None:
-        """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with."""
+    def check(self, base_model: nn.Module) -> None:
+        """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with on this backbone."""
         return
 
 
@@ -181,12 +200,12 @@ class TunedCopy(Part):
 
     mergeable = True
 
-    def merge(self, module: nn.Module) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
 
 
 class TunedBias(TunedCopy):
-    """A trained copy of a module's bias, for a module that adds its bias to the last dimension of its output.
+    """A trained copy of a module's bias, for a module that adds its bias to the channels of its output.
 
     It acts as a difference to the base's bias, so that the base keeps its own and several adapters can be active.
     """
@@ -196,7 +215,10 @@ class TunedBias(TunedCopy):
         self.bias = _copy(bias)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        return output + (self.bias - getattr(call.module, "bias")).to(output.dtype)  # noqa: B009 - a replica's is a tensor
+        shift = (self.bias - getattr(call.module, "bias")).to(output.dtype)  # noqa: B009 - a replica's is a tensor
+        # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
+        second = isinstance(call.module, _BatchNorm) and output.ndim > 2
+        return output + (shift.reshape(-1, *[1] * (output.ndim - 2)) if second else shift)
 
 
 class TunedLayerNorm(TunedCopy):
@@ -216,25 +238,62 @@ class TunedLayerNorm(TunedCopy):
 
 
 class TunedTokens(SharedState):
-    """Trained copies of prefix tokens and positions (1, rows, c) of the base, by their names there."""
+    """Trained copies of prefix tokens and positions (1, rows, c) of the base, by their names there.
 
-    def __init__(self, tokens: Mapping[str, Tensor]) -> None:
+    A checkpoint may lack them, and then they are other random numbers in every process. With `keep_base` the values
+    that the base had are kept as well, so that what the frozen backbone makes of a cloud is the same everywhere.
+    """
+
+    prefix = "point_peft.base"
+
+    def __init__(self, tokens: Mapping[str, Tensor], *, keep_base: bool) -> None:
         super().__init__()
         for name, tensor in tokens.items():
             # A parameter's name may not hold a dot.
             self.register_parameter(name.replace(".", "/"), _copy(tensor))
+            if keep_base:
+                self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
+        self.compared: tuple[tuple[int, int], ...] = ()
+        """Where the tensors lay, and how often each had been written to, when they were last compared."""
+        self.differs = False
 
     def file_name(self, name: str) -> str:
-        return name.replace("/", ".")
+        known = name.replace("/", ".")
+        return f"{self.prefix}.{known.removeprefix('base:')}" if known.startswith("base:") else known
+
+    def other_base(self, base_model: nn.Module) -> bool:
+        """Whether the adapter was made for a base that had other values here; told without stopping a GPU each time."""
+        if torch.compiler.is_compiling():
+            return self.differs
+        names = [name.removeprefix("base:").replace("/", ".") for name, _ in self.named_buffers()]
+        pairs = list(zip(self.buffers(), [_found(base_model, name) for name in names], strict=True))
+        places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for pair in pairs for t in pair)
+        if places != self.compared:
+            self.differs = any(not torch.equal(kept, base) for kept, base in pairs)
+            self.compared = places
+        return self.differs
 
     def difference(self, name: str, base_model: nn.Module) -> Tensor:
         """What training has added to the base's tensor of that name, as (rows, c)."""
-        base: Any = base_model
-        for component in name.split("."):
-            base = getattr(base, component)
-        tuned: Tensor = getattr(self, name.replace(".", "/"))
-        difference: Tensor = tuned - base
-        return difference.reshape(-1, tuned.shape[-1])
+        return self._less_base(getattr(self, name.replace(".", "/")), name, base_model)
+
+    def base_difference(self, name: str, base_model: nn.Module) -> Tensor:
+        """What the base that the adapter was made for had more than this one, as (rows, c); for `keep_base`."""
+        return self._less_base(getattr(self, "base:" + name.replace(".", "/")), name, base_model)
+
+    @staticmethod
+    def _less_base(value: Tensor, name: str, base_model: nn.Module) -> Tensor:
+        difference = value - _found(base_model, name)
+        return difference.reshape(-1, value.shape[-1])
+
+
+def _found(base_model: nn.Module, name: str) -> Tensor:
+    """A tensor by its dotted name; those of DataParallel's replicas are no parameters."""
+    found: Any = base_model
+    for component in name.split("."):
+        found = getattr(found, component)
+    tensor: Tensor = found
+    return tensor
 
 
 def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
@@ -254,7 +313,7 @@ def block_biases(backbone: Backbone, blocks: Sequence[Block]) -> list[str]:
     return [
         path
         for block in blocks
-        for path in (*block.norms, *filter(None, [block.projection]), *block.mlp_linears)
+        for path in (*block.norms, *filter(None, [block.projection]), *block.linears)
         if backbone.modules[path]._parameters.get("bias") is not None
     ]
 

@@ -6,18 +6,24 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy import linear_shape
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Args, Backbone, Blueprint, Call, Kwargs, Part, narrowed
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Backbone, Blueprint, Call, Part, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TunerConfig):
-    """LoRA on linear layers; `target_modules=None` means the query, key and value projections of every block."""
+    """LoRA on linear layers; `target_modules=None` means the query, key and value projections of every block.
+
+    Where such a projection is not called but its weight is read (`nn.MultiheadAttention`, EVA attention), the weight is
+    adapted; the fused one of `nn.MultiheadAttention` is meant by the name of the attention itself.
+    """
 
     method: ClassVar[str] = "LORA"
 
@@ -37,10 +43,14 @@ class LoraConfig(TunerConfig):
         plan = Blueprint()
         for path in self._targets(backbone):
             module = backbone.modules[path]
-            shape = linear_shape(module)
+            weight = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+            shape = linear_shape(module) if weight == "weight" else _in_proj_shape(module)
             if shape is None:
                 raise AnatomyError(f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers")
-            plan.parts.append((path, LoraPart(shape, self.r, scale, self.lora_dropout)))
+            part = LoraPart(shape, self.r, scale, self.lora_dropout, weight)
+            if weight != "weight":
+                part.act_by_weight(path)
+            plan.parts.append((path, part))
         return plan
 
     def _targets(self, backbone: Backbone) -> list[str]:
@@ -50,24 +60,26 @@ class LoraConfig(TunerConfig):
         if self.target_modules is not None:
             paths = list(match_names(self.target_modules, list(backbone.modules)))
         else:
-            paths = [path for block in blocks or () for path in block.qkv]
-            if not paths:
-                raise AnatomyError(
-                    f"{self.method}: the attention of the blocks has no query, key and value layers that are called: "
-                    "name linear layers in target_modules"
-                )
+            paths = [path for block in blocks or () for path in block.qkv or (block.attention,)]
         return narrowed(paths, self.method, self.exclude_modules, blocks)
 
 
+def _in_proj_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of the fused projection of an nn.MultiheadAttention; None where it has three of different widths."""
+    weight = module._parameters.get("in_proj_weight")
+    return None if weight is None else (weight.shape[0], weight.shape[1])
+
+
 class LoraPart(Part):
-    """y <- y + scale * B A dropout(x)"""
+    """y <- y + scale * B A dropout(x); where the module is not called, W <- W + scale * B A for whoever reads W."""
 
     mergeable = True
 
-    def __init__(self, shape: tuple[int, int], r: int, scale: float, dropout: float) -> None:
+    def __init__(self, shape: tuple[int, int], r: int, scale: float, dropout: float, weight: str = "weight") -> None:
         super().__init__()
         out, width = shape
         self.scale = scale
+        self.weight = weight
         self.lora_A = nn.Linear(width, r, bias=False)
         self.lora_B = nn.Linear(r, out, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -78,7 +90,16 @@ class LoraPart(Part):
         x = args[0] if args else kwargs["input"]
         return output + self.scale * self.lora_B(self.lora_A(self.dropout(x))).to(output.dtype)
 
-    def merge(self, module: nn.Module) -> dict[str, Tensor]:
-        weight = module.get_parameter("weight")
-        update = self.lora_B.weight.detach().float() @ self.lora_A.weight.detach().float()
-        return {"weight": (weight.detach().float() + self.scale * update).to(weight.dtype)}
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        weight: Tensor = getattr(module, self.weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        update = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
+        return {self.weight: (weight.to(wide) + self.scale * update).to(weight.dtype)}
+
+    def act_by_weight(self, path: str) -> None:
+        if self.dropout.p:
+            raise AnatomyError(
+                f"'{path}' is not called, its weight is read by another module, so lora_dropout={self.dropout.p} "
+                "cannot act on its input: set lora_dropout=0.0 or leave it out with exclude_modules"
+            )
+        super().act_by_weight(path)

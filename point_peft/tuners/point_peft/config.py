@@ -49,7 +49,7 @@ class PointPEFTConfig(TunerConfig):
     adapter_width: int = 16
     adapter_dropout: float = 0.1
     adapter_scale: float = 0.7
-    """Scale of the adapter after the MLP."""
+    """Scale of the adapter after the MLP; 0: no adapter there."""
     centre_ratio: float = 0.5
     """Centres of neighbourhoods per patch token."""
     neighbours: int = 16
@@ -144,11 +144,21 @@ class PointPEFTConfig(TunerConfig):
     ) -> None:
         if stage.coordinates is None:
             raise AnatomyError(
-                f"{self.method} needs the coordinates of the tokens, and where those of '{blocks[0].path}' are seen is "
-                "not known: pass example_inputs=(...) to let one forward be traced"
+                f"{self.method} needs to know where the tokens of '{blocks[0].path}' lie in space: "
+                f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, BITFIT and LINEAR_PROBE do without"
             )
         identity = self.init == "identity"
         with_prompts = any(block.path in prompted for block in blocks)
+        if with_prompts and not stage.takes_prompts:
+            why = (
+                "its tokens are packed, and attended in patches of a serial order or of neighbours"
+                if stage.layout == "packed"
+                else "what was put there was not attended, or the block did not accept it"
+            )
+            raise AnatomyError(
+                f"{self.method} puts prompts among the tokens of '{blocks[0].path}', which has no place for them "
+                f"({why}): set num_prompts=0 to keep its geometry-aware adapter, or use LORA or BITFIT"
+            )
         plan.shared[f"stage_{index}"] = StageState(
             "point_peft" if index == 0 else f"point_peft.stage_{index}",
             stage.width,
@@ -163,8 +173,8 @@ class PointPEFTConfig(TunerConfig):
                 narrow = Bottleneck(stage.width, self.prior_adapter_width, self.adapter_dropout, identity=identity)
                 prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if with_prior else None)
             part = BlockPart(
-                stage=index,
-                layout=stage.layout,
+                stage=stage,
+                number=index,
                 prompt=prompt,
                 geometry=GeometryAwareAdapter(
                     stage.width,
@@ -179,8 +189,13 @@ class PointPEFTConfig(TunerConfig):
                 neighbours=self.neighbours,
             )
             plan.parts.append((block.path, part))
+            if not self.adapter_scale:
+                continue
             if block.mlp is None:
-                raise AnatomyError(f"{self.method} adapts the MLP of every block, and none was found in '{block.path}'")
+                raise AnatomyError(
+                    f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: set "
+                    "adapter_scale=0.0 to do without, or name it in config.anatomy"
+                )
             after_mlp = Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
             plan.parts.append((block.mlp, MlpPart(after_mlp, self.adapter_scale)))
 
@@ -201,7 +216,8 @@ class PointPEFTConfig(TunerConfig):
             tokens = tuple(parameter for parameter in tokens if parameter.name in kept)
         if tokens:
             copies = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in tokens}
-            plan.shared["tokens"] = TunedTokens(copies)
+            second_pass = "memory_bank" in plan.shared and self.prior == "backbone"
+            plan.shared["tokens"] = TunedTokens(copies, keep_base=second_pass)
             self._build_prefix(plan, anatomy.stages[0], tokens)
 
     @staticmethod
@@ -210,4 +226,4 @@ class PointPEFTConfig(TunerConfig):
         for number, block in enumerate(stage.blocks):
             added = tokens if number == 0 else tuple(parameter for parameter in tokens if parameter.role == "position")
             if added and (number == 0 or stage.position == "every_block"):
-                plan.parts.insert(number, (block.path, PrefixPart(added, stage.layout)))
+                plan.parts.insert(number, (block.path, PrefixPart(added, stage)))

@@ -7,18 +7,41 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from point_peft import geometry
+from point_peft import geometry, ragged
 from point_peft.context import Forward
 from point_peft.tuners.base import SharedState
+
+# Features of neighbourhoods that are held at a time: 128 MB of float32.
+CHUNK_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k)."""
+    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k).
+
+    In packed tokens b is one: all samples are in one row, and no neighbourhood reaches beyond its sample.
+    """
 
     centre: Tensor
     neighbour: Tensor
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """How much each of the centres gives to each of the patches: from all of them, or packed, from the k nearest."""
+
+    weights: Tensor
+    """(b, g, s), or packed (1, g, k)."""
+    nearest: Tensor | None = None
+    """Packed: the centres (g, k) that the weights are of."""
+
+    def __call__(self, centres: Tensor) -> Tensor:
+        """What features of the centres (b, s, c) propagate to the patches, (b, g, c)."""
+        if self.nearest is None:
+            return geometry.interpolate(centres, self.weights)
+        return ragged.ragged_interpolate(centres[0], self.nearest, self.weights[0])[None]
 
 
 class StageState(SharedState):
@@ -58,20 +81,36 @@ class LocalAttention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, tokens: Tensor, neighbour: Tensor) -> Tensor:
-        """Neighbourhoods (b, s, k, c) of tokens (b, l, c) at indices (b, s, k), each with its attention added."""
-        qkv = geometry.gather(self.qkv(self.norm(tokens)), neighbour)
-        q, k, v = rearrange(qkv, "b s k (qkv h c) -> qkv (b s) h k c", qkv=3, h=self.heads).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        mixed = rearrange(mixed, "(b s) h k c -> b s k (h c)", b=len(tokens))
-        return geometry.gather(tokens, neighbour) + self._drop(self.proj(mixed))
+        """The maximum (b, s, c) over neighbourhoods (b, s, k) of tokens (b, l, c), each with its attention added."""
+        normed = self.qkv(self.norm(tokens))
+        keep = self._kept(neighbour, tokens)
+        # Of a scene with very many neighbourhoods, so many at a time that their features fit into memory.
+        step = max(1, CHUNK_ELEMENTS // (neighbour.shape[0] * neighbour.shape[2] * tokens.shape[2]))
+        if step >= neighbour.shape[1]:
+            return self._pooled(tokens, normed, neighbour, keep)
+        parts = torch.split(neighbour, step, 1)
+        factors = [None] * len(parts) if keep is None else torch.split(keep, step, 1)
+        pooled = [
+            checkpoint(self._pooled, tokens, normed, part, factor, use_reentrant=False, preserve_rng_state=False)
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        return torch.cat(pooled, dim=1)
 
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: while training, whole neighbourhoods of the branch (b, s, k, c) are dropped."""
+    def _pooled(self, tokens: Tensor, qkv: Tensor, neighbour: Tensor, keep: Tensor | None) -> Tensor:
+        gathered = geometry.gather(qkv, neighbour)
+        q, k, v = rearrange(gathered, "b s k (qkv h c) -> qkv (b s) h k c", qkv=3, h=self.heads).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        mixed = self.proj(rearrange(mixed, "(b s) h k c -> b s k (h c)", b=len(tokens)))
+        mixed = mixed if keep is None else mixed * keep
+        pooled: Tensor = reduce(geometry.gather(tokens, neighbour) + mixed, "b s k c -> b s c", "max")
+        return pooled
+
+    def _kept(self, neighbour: Tensor, like: Tensor) -> Tensor | None:
+        """Stochastic depth: while training, factors (b, s, 1, 1) that drop the branch of whole neighbourhoods."""
         if not self.training or self.drop_path == 0.0:
-            return branch
+            return None
         keep = 1.0 - self.drop_path
-        # The few mask values are scaled, not the many of the branch.
-        return branch * (branch.new_empty(*branch.shape[:2], 1, 1).bernoulli_(keep) / keep)
+        return like.new_empty(*neighbour.shape[:2], 1, 1).bernoulli_(keep) / keep
 
 
 class PoolingNorm(nn.BatchNorm1d):
@@ -105,26 +144,26 @@ class GeometryAwareAdapter(nn.Module):
         patches: Tensor,
         tokens: Tensor,
         near: Neighbourhoods,
-        weights: Tensor,
+        propagate: Propagation,
         attention: LocalAttention,
         *,
         recomputing: bool,
     ) -> Tensor:
-        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate under weights (b, g, s)."""
-        pooled = reduce(attention(tokens, near.neighbour), "b s k c -> b s c", "max")
+        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate to them."""
+        pooled = attention(tokens, near.neighbour)
         if isinstance(self.norm, PoolingNorm):
             pooled = self.norm.normalise(pooled, recomputing=recomputing)
         else:
             pooled = self.norm(pooled)
         centres = nn.functional.gelu(pooled) + self.centre_scale * geometry.gather(tokens, near.centre)
-        propagated = self.scale * geometry.interpolate(centres, weights)
+        propagated = self.scale * propagate(centres)
         return patches + (propagated if self.gate is None else self.gate * propagated).to(patches.dtype)
 
 
 def neighbourhoods(
     forward: Forward, stage: int, state: StageState, owner: str, centre_ratio: float, k: int, *, with_prompts: bool
-) -> tuple[Neighbourhoods, Tensor]:
-    """Neighbourhoods among the tokens of a stage, and the weights (b, g, s) of their centres at the patches.
+) -> tuple[Neighbourhoods, Propagation]:
+    """Neighbourhoods among the tokens of a stage, and how their centres propagate to the patches.
 
     Once per forward; weights that carry a gradient to the prompts' coordinates are made anew at every block, because a
     checkpointed block must be able to make them again.
@@ -132,6 +171,8 @@ def neighbourhoods(
     patches = forward.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result.
     key = ("point_peft", stage, owner if with_prompts else "", centre_ratio, k)
+    if stage in forward.samples:
+        return forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
 
     def choose() -> Neighbourhoods:
         with torch.no_grad():
@@ -140,12 +181,27 @@ def neighbourhoods(
             neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
             return Neighbourhoods(centre, neighbour)
 
-    def weigh() -> Tensor:
+    def weigh() -> Propagation:
         points = state.coordinates(patches, with_prompts=with_prompts)
-        return geometry.inverse_distance_weights(patches, geometry.gather(points, near.centre))
+        return Propagation(geometry.inverse_distance_weights(patches, geometry.gather(points, near.centre)))
 
     near = forward.once(("neighbourhoods", *key), choose)
     learned = state.prompt_coordinates
     if with_prompts and learned is not None and learned.requires_grad and torch.is_grad_enabled():
         return near, weigh()
     return near, forward.once(("weights", *key), weigh)
+
+
+def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tuple[Neighbourhoods, Propagation]:
+    """The same for packed tokens at points (n, 3).
+
+    A scene has too many centres for all of them to reach every token, so the k nearest do.
+    """
+    with torch.no_grad():
+        points = points.detach()
+        ends = ragged.as_offset(samples, len(points))
+        centre, centre_ends = ragged.ragged_farthest_point_sample(points, ends, centre_ratio)
+        neighbour = ragged.ragged_knn(points[centre], centre_ends, points, ends, k)
+        nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)
+        weights = ragged.nearest_weights(points, points[centre], nearest)
+        return Neighbourhoods(centre[None], neighbour[None]), Propagation(weights[None], nearest)

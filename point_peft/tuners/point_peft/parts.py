@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from point_peft import tokens as token_ops
-from point_peft.anatomy import Layout, PrefixParameter
-from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Args, Call, Kwargs, Part, TunedTokens
+from point_peft.anatomy import PrefixParameter, Stage
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Call, Part, TunedTokens
 from point_peft.tuners.point_peft.bottleneck import Bottleneck
 from point_peft.tuners.point_peft.geometry_aware import GeometryAwareAdapter, StageState, neighbourhoods
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
@@ -59,8 +60,8 @@ class BlockPart(Part):
     def __init__(
         self,
         *,
-        stage: int,
-        layout: Layout,
+        stage: Stage,
+        number: int,
         prompt: Prompt | None,
         geometry: GeometryAwareAdapter,
         adapter: Bottleneck,
@@ -70,7 +71,8 @@ class BlockPart(Part):
     ) -> None:
         super().__init__()
         self.stage = stage
-        self.layout = layout
+        self.number = number
+        """The stage's number among those of the backbone."""
         self.prompt = prompt
         self.geometry = geometry
         self.adapter = adapter
@@ -81,25 +83,19 @@ class BlockPart(Part):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.prompt is None:
             return args, kwargs
-        tokens, at = args[0], self._prefix(call, args[0], inserted=0)
-        length = tokens.shape[token_ops.token_dim(self.layout)]
-        count = len(self.prompt.embeddings)
-        prompts = self.prompt(len(call.forward.coordinates[self.stage]), self._prior(call))
-        tokens = token_ops.insert(tokens, prompts, at, self.layout)
-        masks = tuple(token_ops.grow_masks(value, length, count, at) for value in args[1:])
-        return (tokens, *masks), {name: token_ops.grow_masks(v, length, count, at) for name, v in kwargs.items()}
+        at = self._prefix(call, token_ops.block_tokens(self.stage, call.path, args, kwargs), inserted=0)
+        prompts = self.prompt(len(call.forward.coordinates[self.number]), self._prior(call))
+        return token_ops.insert_prompts(self.stage, call.path, args, kwargs, prompts, at)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            kind = type(output).__name__
-            raise AnatomyError(f"block '{call.path}' returns a {kind}; tokens in one tensor are needed")
-        tokens = token_ops.batch_first(output, self.layout)
+        found = token_ops.output_tokens(self.stage, call.path, output)
+        tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
-        prefix = self._prefix(call, output, inserted=count)
-        state = call.state(f"stage_{self.stage}", StageState)
-        near, weights = neighbourhoods(
+        prefix = self._prefix(call, found, inserted=count)
+        state = call.state(f"stage_{self.number}", StageState)
+        near, propagate = neighbourhoods(
             call.forward,
-            self.stage,
+            self.number,
             state,
             call.adapter,
             self.centre_ratio,
@@ -110,18 +106,21 @@ class BlockPart(Part):
             tokens[:, prefix + count :],
             tokens[:, prefix:],
             near,
-            weights,
+            propagate,
             state.local_attention,
             recomputing=call.forward.recomputing,
         )
         # A acts on every token by itself, so the prompts, which end here, need not pass through it.
         kept = torch.cat([tokens[:, :prefix], patches], dim=1)
-        return token_ops.batch_first(kept + self.adapter(kept).to(kept.dtype), self.layout)
+        adapted = token_ops.as_layout(kept + self.adapter(kept).to(kept.dtype), self.stage.layout)
+        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prefix)
 
     def _prefix(self, call: Call, tokens: Tensor, inserted: int) -> int:
         """How many prefix tokens there are: those that are neither prompts nor patches."""
-        length = tokens.shape[token_ops.token_dim(self.layout)]
-        return length - inserted - call.forward.coordinates[self.stage].shape[1]
+        if self.stage.layout == "packed":
+            return 0
+        length = tokens.shape[token_ops.token_dim(self.stage.layout)]
+        return length - inserted - call.forward.coordinates[self.number].shape[1]
 
     def _prior(self, call: Call) -> Tensor | None:
         """The prior (b, 2 + top_k, c) of the clouds, once per forward; None without a bank."""
@@ -134,23 +133,35 @@ class BlockPart(Part):
 
         def retrieve() -> Tensor:
             with torch.no_grad():
-                return bank.prior(query_of(call.forward.root.backbone_tokens(call.forward, source)))
+                return bank.prior(query_of(call.forward.root.backbone_tokens(call.forward, source, call.adapter)))
 
         return call.forward.once(("point_peft.prior", call.adapter), retrieve)
 
 
 class PrefixPart(Part):
-    """Adds what training has changed of prefix tokens and positions to the tokens that a block gets."""
+    """Adds what training has changed of prefix tokens and positions to the tokens that a block gets.
 
-    def __init__(self, parameters: tuple[PrefixParameter, ...], layout: Layout) -> None:
+    In the second pass it adds what the base that the adapter was made for had there more than this one.
+    """
+
+    in_second_pass = True
+
+    def __init__(self, parameters: tuple[PrefixParameter, ...], stage: Stage) -> None:
         super().__init__()
         self.parameters_of_prefix = parameters
-        self.layout = layout
+        self.stage = stage
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        tuned, base_model = call.state("tokens", TunedTokens), call.forward.root.base_model
-        tokens = args[0]
+        return self._shift(call, args, kwargs, call.state("tokens", TunedTokens).difference)
+
+    def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return self._shift(call, args, kwargs, call.state("tokens", TunedTokens).base_difference)
+
+    def _shift(
+        self, call: Call, args: Args, kwargs: Kwargs, difference: Callable[[str, nn.Module], Tensor]
+    ) -> tuple[Args, Kwargs]:
+        tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
         for parameter in self.parameters_of_prefix:
-            shift = tuned.difference(parameter.name, base_model)
-            tokens = token_ops.shift_rows(tokens, shift, parameter.row, self.layout)
-        return (tokens, *args[1:]), kwargs
+            shift = difference(parameter.name, call.forward.root.base_model)
+            tokens = token_ops.shift_rows(tokens, shift, parameter.row, self.stage.layout)
+        return token_ops.put_argument(args, kwargs, self.stage.tokens, tokens)

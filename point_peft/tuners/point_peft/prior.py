@@ -22,9 +22,7 @@ class MemoryBank(Bank):
     free_rows: ClassVar[frozenset[str]] = frozenset({"rows"})
     rows: Tensor
 
-    def __init__(
-        self, channels: int, top_k: int, source: str, dtype: torch.dtype, *, leave_nearest_out: bool
-    ) -> None:
+    def __init__(self, channels: int, top_k: int, source: str, dtype: torch.dtype, *, leave_nearest_out: bool) -> None:
         super().__init__()
         self.prefix = "point_peft.memory_bank"
         self.top_k = top_k
@@ -50,7 +48,7 @@ class MemoryBank(Bank):
             raise AdapterError("every row of a memory bank must be finite and not zero")
         self.rows = (features / norms).to(self.rows)
 
-    def check(self) -> None:
+    def check(self, base_model: nn.Module) -> None:
         if len(self.rows):
             self._check_rows(self.rows)
 

@@ -1,0 +1,60 @@
+"""This library's own backbones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from point_peft.backbones import PointTransformer, PointTransformerPartSeg
+
+from .inputs import LABELS, clouds, labelled_clouds, slice_batch
+from .registry import CLASSES, WIDTH, linear_head, register
+
+
+def _transformer(**options: Any) -> PointTransformer:
+    sizes = {"trans_dim": WIDTH, "depth": 2, "num_heads": 4, "num_group": 16, "group_size": 8, "encoder_dims": WIDTH}
+    return PointTransformer(**{**sizes, "cls_dim": CLASSES, **options})
+
+
+_classification: dict[str, Any] = {"inputs": clouds, "slice": slice_batch, "heads": ("cls_head_finetune",)}
+
+
+@register(**_classification, other_head=linear_head(2 * WIDTH))
+def point_mae() -> nn.Module:
+    return _transformer(depth=3)
+
+
+@register(**_classification, other_head=linear_head(2 * WIDTH))
+def point_bert() -> nn.Module:
+    return _transformer(encoder_dims=16, num_group=12, head_norm=False)
+
+
+@register(**_classification, other_head=linear_head(2 * WIDTH))
+def pcp_mae() -> nn.Module:
+    return _transformer(pos_features="sine")
+
+
+@register(**_classification, other_head=linear_head(4 * WIDTH))
+def recon() -> nn.Module:
+    return _transformer(prefix_tokens=("cls", "img", "text"))
+
+
+@register(
+    inputs=labelled_clouds,
+    slice=slice_batch,
+    heads=("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3"),
+    other_head=lambda: nn.Conv1d(256, 7, 1),
+)
+def part_seg() -> nn.Module:
+    return PointTransformerPartSeg(
+        trans_dim=WIDTH,
+        depth=3,
+        num_heads=4,
+        num_group=16,
+        group_size=8,
+        encoder_dims=WIDTH,
+        cls_dim=CLASSES,
+        num_labels=LABELS,
+        taps=(0, 2),
+    )

@@ -1,0 +1,139 @@
+"""A model with the names and the layout of PointGPT, written from their description."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from point_peft import geometry
+from point_peft.backbones.layers import Encoder, Group, sine_features
+
+from .inputs import clouds, slice_batch
+from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+
+GROUPS = 16
+GROUP_SIZE = 8
+
+
+class PathGroup(Group):
+    """Patches (b, g, k, 3) and centres (b, g, 3) in the order of a path that goes on to the nearest centre left."""
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        neighborhood, center = super().forward(points)
+        distance = geometry.squared_distance(center, center)
+        sample = torch.arange(len(center))
+        left = torch.ones_like(distance[:, 0])
+        path = [torch.zeros_like(sample)]
+        for _ in range(1, self.num_group):
+            left[sample, path[-1]] = float("inf")
+            path.append((distance[sample, path[-1]] * left).nan_to_num(float("inf")).argmin(1))
+        order = torch.stack(path, dim=1)
+        return neighborhood[sample[:, None], order], center[sample[:, None], order]
+
+
+class SinePositions(nn.Module):
+    def forward(self, coordinates: Tensor) -> Tensor:
+        return sine_features(coordinates, WIDTH)
+
+
+class GPTBlock(nn.Module):
+    """Tokens (l, b, c); the residuals start from the normalised tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(WIDTH)
+        self.ln_2 = nn.LayerNorm(WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, 4)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        x = self.ln_1(x)
+        attended, _ = self.attn(x, x, x, attn_mask=attn_mask, need_weights=False)
+        x = x + attended
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Extractor(nn.Module):
+    """The blocks, and the head with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sos = nn.Parameter(torch.zeros(WIDTH))
+        self.layers = nn.ModuleList(GPTBlock() for _ in range(3))
+        self.ln_f = nn.LayerNorm(WIDTH)
+        self.cls_norm = nn.LayerNorm(WIDTH)
+        self.cls_head_finetune = nn.Sequential(nn.Linear(2 * WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+    def forward(self, h: Tensor, pos: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.cat([self.sos.expand(len(h), 1, -1), h], dim=1).transpose(0, 1)
+        pos = pos.transpose(0, 1)
+        for layer in self.layers:
+            h = layer(h + pos, attn_mask)
+        encoded = self.ln_f(h).transpose(0, 1)
+        normed = self.cls_norm(encoded)
+        return encoded, self.cls_head_finetune(torch.cat([normed[:, 1], normed[:, 2:].amax(1)], dim=1))
+
+
+class Generator(nn.Module):
+    """Points (b, g, k, 3) of the patches, from the encoded tokens and the directions to the next centres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GPTBlock() for _ in range(2))
+        self.ln_f = nn.LayerNorm(WIDTH)
+        self.increase_dim = nn.Conv1d(WIDTH, 3 * GROUP_SIZE, 1)
+
+    def forward(self, h: Tensor, pos: Tensor, attn_mask: Tensor) -> Tensor:
+        h, pos = h.transpose(0, 1), pos.transpose(0, 1)
+        for layer in self.layers:
+            h = layer(h + pos, attn_mask)
+        points: Tensor = self.increase_dim(self.ln_f(h).permute(1, 2, 0))
+        return points.transpose(1, 2).reshape(len(points), -1, GROUP_SIZE, 3)
+
+
+class PointGPT(nn.Module):
+    """Classifies clouds (b, n, 3); returns (logits, reconstructed patches)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group_divider = PathGroup(GROUPS, GROUP_SIZE)
+        self.encoder = Encoder(WIDTH)
+        self.pos_embed = SinePositions()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.sos_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.blocks = Extractor()
+        self.generator_blocks = Generator()
+
+    def forward(self, pts: Tensor) -> tuple[Tensor, Tensor]:
+        neighborhood, center = self.group_divider(pts)
+        tokens = self.encoder(neighborhood)
+        step = center[:, 1:] - center[:, :-1]
+        direction = step / step.norm(dim=2, keepdim=True)
+        pos = self.pos_embed(center)
+        relative = self.pos_embed(torch.cat([center[:, :1], direction], dim=1))
+
+        def prefix(token: Tensor) -> Tensor:
+            return token.expand(len(pts), -1, -1)
+
+        # The tokens are [sos, cls, patches]: the two positions stand the other way round.
+        h = torch.cat([prefix(self.cls_token), tokens], dim=1)
+        pos = torch.cat([prefix(self.cls_pos), prefix(self.sos_pos), pos], dim=1)
+        mask = torch.ones(pos.shape[1], pos.shape[1], dtype=torch.bool).triu(1)
+        encoded, logits = self.blocks(h, pos, mask)
+        return logits, self.generator_blocks(encoded[:, 2:], relative, mask[2:, 2:])
+
+
+@register(
+    into=NEW_BACKBONES,
+    inputs=clouds,
+    slice=slice_batch,
+    select=lambda output: output[0],
+    heads=("blocks.cls_head_finetune",),
+    other_head=linear_head(2 * WIDTH),
+    unused=("generator_blocks",),
+)
+def pointgpt() -> nn.Module:
+    """Tokens (l, b, c), a causal mask, the class token second, a head inside `blocks`, a generator beside them."""
+    return PointGPT()

@@ -1,0 +1,115 @@
+"""The registry of tiny backbones: what an entry holds, and how one enters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 5
+WIDTH = 24
+"""Channels c of most of the backbones."""
+
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyBackbone:
+    """How to make a backbone and what to feed it. Outputs, by `select`, begin with the batch dimension."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int], Args]
+    """(batch, seed) -> arguments of the model, all positional; one of them may be a dict or a list of tensors."""
+    slice: Callable[[Args, int], Args]
+    """Arguments for one sample of a batch."""
+    select: Callable[[Any], Tensor]
+    """The output as (b, ...)."""
+    heads: tuple[str, ...]
+    """The modules that a default adapter has to itself."""
+    other_head: tuple[str, Callable[[], nn.Module]]
+    """The last of them, and a replacement for seven classes."""
+    random_in_training: bool = False
+    unused: tuple[str, ...] = ()
+    """Parts, modules or parameters, that the output does not depend on."""
+
+    def build(self) -> nn.Module:
+        """A fresh copy in eval mode, always of the same values."""
+        return copy.deepcopy(_prototype(self))
+
+
+BACKBONES: dict[str, TinyBackbone] = {}
+NEW_BACKBONES: dict[str, TinyBackbone] = {}
+"""Those that not every method supports yet."""
+
+
+@functools.cache
+def _prototype(backbone: TinyBackbone) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = backbone.make()
+        enliven(model)
+    return model.eval()
+
+
+def enliven(model: nn.Module) -> None:
+    """Values at which every tensor matters: no zero biases, no unit scales, no fresh running statistics."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if not tensor.is_floating_point():
+                    tensor.fill_(7)
+                elif name == "running_var":
+                    tensor.uniform_(0.5, 1.5)
+                elif "norm" in type(module).__name__.lower() and name == "weight":
+                    tensor.normal_(1.0, 0.1)
+                elif tensor.ndim > 1:
+                    tensor.normal_(0.0, (tensor.numel() / tensor.shape[0]) ** -0.5)
+                else:
+                    tensor.normal_(0.0, 0.1)
+
+
+def register(
+    *,
+    inputs: Callable[[int, int], Args],
+    slice: Callable[[Args, int], Args],
+    heads: tuple[str, ...],
+    other_head: Callable[[], nn.Module],
+    select: Callable[[Any], Tensor] = lambda output: output,
+    random_in_training: bool = False,
+    unused: tuple[str, ...] = (),
+    needs: tuple[str, ...] = (),
+    into: dict[str, TinyBackbone] = BACKBONES,
+) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+    """Enter the decorated function, which makes a model, under its name.
+
+    It stays out where one of the packages that it `needs` is not installed; so these are imported inside the function.
+    """
+
+    def enter(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        if all(find_spec(package) is not None for package in needs):
+            into[make.__name__] = TinyBackbone(
+                name=make.__name__,
+                make=make,
+                inputs=inputs,
+                slice=slice,
+                select=select,
+                heads=heads,
+                other_head=(heads[-1], other_head),
+                random_in_training=random_in_training,
+                unused=unused,
+            )
+        return make
+
+    return enter
+
+
+def linear_head(width: int) -> Callable[[], nn.Module]:
+    """Makes a head of seven classes."""
+    return lambda: nn.Sequential(nn.Linear(width, 7))

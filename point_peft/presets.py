@@ -1,0 +1,448 @@
+"""What the structure of known families of models does not tell, as data: one `Preset` a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from point_peft.anatomy import (
+    Anatomy,
+    Block,
+    Layout,
+    PrefixParameter,
+    Read,
+    Stage,
+    Steps,
+    Tap,
+    block_width,
+    find_blocks,
+    prefix_rows,
+    stage_groups,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePreset:
+    """One or more stages of a family.
+
+    In paths, `{stage}` is the stage's number, `{first}` its first block and `{above}` what holds the list of blocks.
+    """
+
+    blocks: str
+    """A regular expression for the paths of the blocks."""
+    coordinates: Tap
+    samples: tuple[Tap, ...] = ()
+    """The last whose module exists counts."""
+    patch_tokens: tuple[str, ...] = ()
+    """Modules whose output is the patch embedding; the last that exists counts."""
+    layout: Layout = "bgc"
+    tokens: Steps = (0,)
+    outputs: tuple[Steps, ...] = ((),)
+    position: Literal["every_block", "once"] = "every_block"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A family of models, told by modules that it has and has not. Paths that a model lacks are left out.
+
+    The modules may lie under a common prefix, as in a model that wraps the backbone.
+    """
+
+    name: str
+    requires: tuple[str, ...]
+    """Modules that a model must have to be of this family."""
+    absent: tuple[str, ...] = ()
+    stages: tuple[StagePreset, ...]
+    stem: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    """Parameters of the prefix tokens, in the order of their rows."""
+    positions: tuple[str, ...] = ()
+    """Parameters of their positions, in the order of their rows."""
+    final_norms: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    outer_heads: tuple[str, ...] = ()
+    """Heads that a model which wraps the backbone has beside it."""
+    reads: str | None = None
+    """A regular expression for modules that are not called: their parent reads their weights."""
+
+
+_PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
+_HIERARCHICAL_PARTS = (
+    "label_conv",
+    *(f"propagations.{level}" for level in range(3)),
+    "convs1",
+    "bns1",
+    "convs2",
+    "bns2",
+    "convs3",
+    "bns3",
+    "convs4",
+)
+_GROUPED = Tap(module="group_divider", side="output", steps=(1,))
+_BESIDE = Tap(module="{first}", side="input", steps=(1,))
+_ENCODED = (
+    Tap(module="{above}", side="input", steps=(2,)),
+    Tap(module="{above}.downsample", side="output", steps=(2,)),
+)
+_SCENE_HEADS = ("seg_head", "cls_head")
+_EMBEDDED = Tap(module="pos_embed", side="input")
+
+PRESETS: tuple[Preset, ...] = (
+    # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
+    Preset(
+        name="Point-MAE family",
+        requires=("blocks.blocks.0", "group_divider", "encoder", "pos_embed", "norm"),
+        absent=("h_encoder", "generator_blocks"),
+        stages=(
+            StagePreset(blocks=r"blocks\.blocks\.\d+", coordinates=_GROUPED, patch_tokens=("encoder", "reduce_dim")),
+        ),
+        stem=("group_divider", "encoder", "reduce_dim"),
+        tokens=("cls_token", "img_token", "text_token"),
+        positions=("cls_pos", "img_pos", "text_pos"),
+        final_norms=("norm",),
+        heads=(
+            "cls_head_finetune",
+            "label_conv",
+            "propagation_0",
+            "convs1",
+            "bns1",
+            "convs2",
+            "bns2",
+            "convs3",
+            "convs1_cls",
+            "bns1_cls",
+            "convs2_cls",
+            "bns2_cls",
+            "convs3_cls",
+        ),
+    ),
+    # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
+    Preset(
+        name="PointGPT",
+        requires=("blocks.layers.0", "blocks.ln_f", "group_divider", "encoder", "pos_embed"),
+        stages=(
+            StagePreset(blocks=r"blocks\.layers\.\d+", coordinates=_GROUPED, patch_tokens=("encoder",), layout="gbc"),
+        ),
+        stem=("group_divider", "encoder"),
+        # As in the original, the positions of the two tokens are exchanged.
+        tokens=("blocks.sos", "cls_token"),
+        positions=("cls_pos", "sos_pos"),
+        final_norms=("blocks.ln_f",),
+        heads=("blocks.cls_norm", "blocks.cls_head_finetune", *_PART_SEGMENTATION),
+    ),
+    # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
+    Preset(
+        name="Point-M2AE family",
+        requires=("h_encoder.encoder_blocks.0.blocks.0", "group_dividers.0", "h_encoder.token_embed.0"),
+        stages=(
+            StagePreset(
+                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
+                patch_tokens=("h_encoder.token_embed.{stage}",),
+            ),
+        ),
+        stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
+        final_norms=("norm", "h_encoder.encoder_norms.2"),
+        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
+    ),
+    # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
+    Preset(
+        name="Uni3D",
+        requires=("visual.blocks.0", "group_divider", "encoder", "pos_embed", "visual.fc_norm"),
+        stages=(
+            StagePreset(
+                blocks=r"visual\.blocks\.\d+",
+                coordinates=_GROUPED,
+                patch_tokens=("encoder", "encoder2trans"),
+                position="once",
+            ),
+        ),
+        stem=("group_divider", "encoder", "encoder2trans"),
+        tokens=("cls_token",),
+        positions=("cls_pos",),
+        final_norms=("visual.norm", "visual.fc_norm"),
+        heads=("trans2embed",),
+        reads=r"visual\.blocks\.\d+\.attn\.qkv",
+    ),
+    # openpoints' PointViT.
+    Preset(
+        name="openpoints PointViT",
+        requires=("encoder.blocks.0", "encoder.patch_embed", "encoder.proj", "encoder.pos_embed", "encoder.norm"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+",
+                coordinates=Tap(module="encoder.patch_embed", side="output", steps=(0, 1)),
+                patch_tokens=("encoder.proj",),
+            ),
+        ),
+        stem=("encoder.patch_embed", "encoder.proj"),
+        tokens=("encoder.cls_token",),
+        positions=("encoder.cls_pos",),
+        final_norms=("encoder.norm",),
+        heads=("prediction",),
+    ),
+    # torch-pointcloud's Point-MAE: grouping is a function, what it gives is first seen as the input of pos_embed.
+    Preset(
+        name="torch-pointcloud Point-MAE",
+        requires=("blocks.blocks.0", "encoder", "pos_embed", "norm_f", "head"),
+        absent=("group_divider",),
+        stages=(StagePreset(blocks=r"blocks\.blocks\.\d+", coordinates=_EMBEDDED, patch_tokens=("encoder",)),),
+        stem=("encoder",),
+        tokens=("cls_token",),
+        positions=("cls_pos",),
+        final_norms=("norm_f",),
+        heads=("label_conv", "propagation_0", "head"),
+    ),
+    Preset(
+        name="torch-pointcloud Point-BERT",
+        requires=("encoder.blocks.0", "encoder.encoder", "encoder.reduce_dim", "encoder.pos_embed", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+",
+                coordinates=Tap(module="encoder.pos_embed", side="input"),
+                patch_tokens=("encoder.encoder", "encoder.reduce_dim"),
+            ),
+        ),
+        stem=("encoder.encoder", "encoder.reduce_dim"),
+        tokens=("encoder.cls_token",),
+        positions=("encoder.cls_pos",),
+        final_norms=("encoder.norm",),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PointGPT",
+        requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
+        absent=("group_divider",),
+        stages=(
+            StagePreset(blocks=r"blocks\.layers\.\d+", coordinates=_EMBEDDED, patch_tokens=("encoder",), layout="gbc"),
+        ),
+        stem=("encoder",),
+        tokens=("blocks.sos", "cls_token"),
+        positions=("cls_pos", "sos_pos"),
+        final_norms=("blocks.ln_f",),
+        heads=("cls_norm", "head"),
+    ),
+    Preset(
+        name="torch-pointcloud Point-M2AE",
+        requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
+        absent=("group_dividers",),
+        stages=(
+            StagePreset(
+                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
+                patch_tokens=("h_encoder.token_embed.{stage}",),
+            ),
+        ),
+        stem=("h_encoder.token_embed.0",),
+        final_norms=("norm", "h_encoder.encoder_norms.2"),
+        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
+    ),
+    # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.
+    Preset(
+        name="PTv3 family",
+        requires=("enc.enc0.block0", "embedding"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:enc\.enc|dec\.dec)\d+\.block\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, "coord")),
+                samples=(Tap(module="{first}", side="input", steps=(0, "batch")),),
+                layout="packed",
+                tokens=(0, "feat"),
+                outputs=(("feat",), ("sparse_conv_feat", "features")),
+            ),
+        ),
+        stem=("embedding",),
+        heads=_SCENE_HEADS,
+        outer_heads=_SCENE_HEADS,
+    ),
+    # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
+    Preset(
+        name="PTv1",
+        requires=("enc1.1.transformer2", "enc1.0"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:enc|dec)\d+\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
+                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+                layout="packed",
+                tokens=(0, 1),
+                outputs=((1,),),
+            ),
+        ),
+        heads=("cls",),
+    ),
+    Preset(
+        name="PTv2",
+        requires=("patch_embed.blocks.blocks.0", "enc_stages.0.blocks.blocks.0"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
+                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+                layout="packed",
+                tokens=(0, 1),
+                outputs=((1,),),
+            ),
+        ),
+        heads=_SCENE_HEADS,
+        outer_heads=_SCENE_HEADS,
+    ),
+    Preset(
+        name="torch-pointcloud PTv3",
+        requires=("encoder.blocks.0.blocks.0.cpe_conv", "encoder.stem", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:encoder|decoder)\.blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(2,)),
+                samples=(Tap(module="{first}", side="input", steps=(3,)),),
+                layout="packed",
+                outputs=((0,), (1, "features")),
+            ),
+        ),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PTv2",
+        requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=_ENCODED,
+                layout="packed",
+            ),
+            StagePreset(
+                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=(Tap(module="{above}", side="input", steps=(3,)),),
+                layout="packed",
+            ),
+        ),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PTv1",
+        requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=_ENCODED,
+                layout="packed",
+            ),
+            StagePreset(
+                blocks=r"decoder\.global_block",
+                coordinates=_BESIDE,
+                samples=(Tap(module="decoder.global_transition", side="input", steps=(1,)),),
+                layout="packed",
+            ),
+            StagePreset(
+                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=(Tap(module="{above}.upsample", side="input", steps=(5,)),),
+                layout="packed",
+            ),
+        ),
+        heads=("head",),
+    ),
+)
+
+
+def from_preset(model: nn.Module, preset: Preset) -> Anatomy | None:
+    """The anatomy of a model of this family, None if the model is not of it."""
+    modules = dict(model.named_modules())
+    first = preset.requires[0]
+    for path in modules:
+        prefix = path.removesuffix(first)
+        fits = path.endswith(first) and (not prefix or prefix.endswith("."))
+        if not fits or any(prefix + other not in modules for other in preset.requires):
+            continue
+        if not any(prefix + other in modules for other in preset.absent):
+            return _fitted(model, modules, preset, prefix)
+    return None
+
+
+def _fitted(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, prefix: str) -> Anatomy | None:
+    found = find_blocks(model)
+    stages: list[Stage] = []
+    for entry in preset.stages:
+        pattern = re.compile(re.escape(prefix) + f"(?:{entry.blocks})")
+        blocks = [block for path, block in found.items() if pattern.fullmatch(path)]
+        groups = stage_groups(model, blocks)
+        stages += [_stage(model, modules, entry, prefix, number, group) for number, group in enumerate(groups)]
+    if not stages:
+        return None
+    parameters: list[PrefixParameter] = []
+    known = dict(model.named_parameters())
+    role: Literal["token", "position"]
+    for role, names in (("token", preset.tokens), ("position", preset.positions)):
+        row = 0
+        for name in names:
+            if prefix + name in known:
+                parameters.append(PrefixParameter(name=prefix + name, role=role, row=row))
+                row += prefix_rows(known[prefix + name])
+    rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
+    heads = [prefix + name for name in preset.heads] + list(preset.outer_heads if prefix else ())
+    return Anatomy(
+        source=f"preset {preset.name}",
+        stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
+        stem=tuple(prefix + path for path in preset.stem if prefix + path in modules),
+        prefix_parameters=tuple(parameters),
+        final_norms=tuple(prefix + path for path in preset.final_norms if _normalises(modules.get(prefix + path))),
+        heads=tuple(path for path in heads if path in modules),
+        reads=tuple(
+            Read(module=path, reader=path.rpartition(".")[0])
+            for path in modules
+            if preset.reads is not None and re.fullmatch(re.escape(prefix) + preset.reads, path)
+        ),
+    )
+
+
+def _normalises(module: nn.Module | None) -> bool:
+    """Whether a final norm is there, and not an identity in its place."""
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def _stage(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    entry: StagePreset,
+    prefix: str,
+    number: int,
+    blocks: tuple[Block, ...],
+) -> Stage:
+    def path(template: str) -> str:
+        first = blocks[0].path
+        above = first.rpartition(".")[0].rpartition(".")[0]
+        named = template.format(stage=number, first=first, above=above)
+        return named if template.startswith(("{first}", "{above}")) else prefix + named
+
+    def tap(entry: Tap) -> Tap:
+        return replace(entry, module=path(entry.module))
+
+    samples = [tap(one) for one in entry.samples if path(one.module) in modules]
+    patches = [path(name) for name in entry.patch_tokens if path(name) in modules]
+    return Stage(
+        blocks=blocks,
+        width=block_width(model, blocks[0]),
+        layout=entry.layout,
+        tokens=entry.tokens,
+        outputs=entry.outputs,
+        coordinates=tap(entry.coordinates),
+        samples=samples[-1] if samples else None,
+        patch_tokens=Tap(module=patches[-1], side="output", steps=()) if patches else None,
+        position=entry.position,
+    )
+
+
+def known_anatomy(model: nn.Module) -> Anatomy | None:
+    """The anatomy by the first preset that fits, None if none does."""
+    for preset in PRESETS:
+        anatomy = from_preset(model, preset)
+        if anatomy is not None:
+            return anatomy
+    return None

@@ -1,0 +1,75 @@
+"""Adapting weights that are read where their module is not called.
+
+`nn.MultiheadAttention` reads the weights of its `out_proj`, and other attentions those of their `qkv`, to pass them to
+a function; a hook at those modules never runs. While the module that reads runs, a mode of this thread gives functions
+the adapted tensor wherever they are given the base's. The base's tensors stay as they are; no other thread sees it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_state = threading.local()
+
+
+class Substitution(TorchFunctionMode):
+    """Gives functions the tensors of `adapted`, by the identity of the base's, and notes which were asked for."""
+
+    def __init__(self, adapted: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.adapted = adapted
+        self.used: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(id(value) in self.adapted for value in (*args, *kwargs.values())):
+            args = tuple(self._given(value) for value in args)
+            kwargs = {name: self._given(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _given(self, value: Any) -> Any:
+        if id(value) not in self.adapted:
+            return value
+        self.used.add(id(value))
+        return self.adapted[id(value)]
+
+
+def _stack() -> list[tuple[nn.Module, Substitution]]:
+    if not isinstance(getattr(_state, "stack", None), list):
+        _state.stack = []
+    stack: list[tuple[nn.Module, Substitution]] = _state.stack
+    return stack
+
+
+def enter(reader: nn.Module, adapted: Mapping[int, Tensor]) -> None:
+    """From now on, until the reader's `leave`, functions called on this thread get the adapted tensors."""
+    mode = Substitution(adapted)
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    _stack().append((reader, mode))
+
+
+def leave(reader: nn.Module) -> set[int]:
+    """End what the reader's `enter` began, if it did; the identities of the base's tensors that were asked for."""
+    stack = _stack()
+    if not stack or stack[-1][0] is not reader:
+        return set()
+    _, mode = stack.pop()
+    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    return mode.used
+
+
+def depth() -> int:
+    """How many calls of `enter` are open on this thread."""
+    return len(_stack())
+
+
+def unwind(to: int) -> None:
+    """End what was left open, as by Ctrl-C, which no hook is told of."""
+    stack = _stack()
+    while len(stack) > to:
+        stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
