@@ -140,6 +140,8 @@ class Anatomy:
     prefix_parameters: tuple[PrefixParameter, ...] = ()
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    patches_read: bool = True
+    """Whether the prediction depends on what the last block makes of the patch tokens, and not on the prefix alone."""
     reads: tuple[Read, ...] = ()
     uncalled: tuple[str, ...] = ()
     """Modules with parameters of their own that a traced forward neither called nor read."""
@@ -195,7 +197,7 @@ class Anatomy:
             f"stem:          {_list(self.stem)}",
             f"prefix:        {', '.join(parameters) or 'none'}",
             f"final norms:   {_list(self.final_norms)}",
-            f"heads:         {_list(self.heads)}",
+            f"heads:         {_list(self.heads)}" + ("" if self.patches_read else ", from the prefix tokens alone"),
             f"read, not called: {', '.join(f'{read.module!r} by {read.reader!r}' for read in self.reads) or 'none'}",
             *([f"never called:  {_list(self.uncalled)}"] if self.uncalled else []),
             "can be adapted:",

@@ -474,7 +474,7 @@ def _begin_reading(module: nn.Module, args: Args) -> None:
     site: Site = module.__dict__[SITE]
     adapted = _read_weights(context.current_forward(site.root), site)
     if adapted:
-        reading.enter(module, {id(base): value for base, value in adapted.values()})
+        reading.enter(module, {id(base): (path, value) for (path, _), (base, value) in adapted.items()})
 
 
 def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
@@ -484,10 +484,8 @@ def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
     if forward.ran is None or output is None:
         return
     for name in forward.active:
-        for path in get_adapter(forward.root, name).readers.get(site.path, ()):
-            own = forward.root.base_model.get_submodule(path)._parameters.values()
-            if any(id(tensor) in used for tensor in own):
-                forward.ran.add((name, path))
+        read = get_adapter(forward.root, name).readers.get(site.path, ())
+        forward.ran.update((name, path) for path in read if path in used)
 
 
 def _read_weights(forward: Forward, site: Site) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:

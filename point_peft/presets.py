@@ -66,6 +66,8 @@ class Preset:
     heads: tuple[str, ...] = ()
     outer_heads: tuple[str, ...] = ()
     """Heads that a model which wraps the backbone has beside it."""
+    patches_read: bool = True
+    """Whether the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
     reads: str | None = None
     """A regular expression for modules that are not called: their parent reads their weights."""
 
@@ -166,6 +168,7 @@ PRESETS: tuple[Preset, ...] = (
         positions=("cls_pos",),
         final_norms=("visual.norm", "visual.fc_norm"),
         heads=("trans2embed",),
+        patches_read=False,
         reads=r"visual\.blocks\.\d+\.attn\.qkv",
     ),
     # openpoints' PointViT.
@@ -394,6 +397,7 @@ def _fitted(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, 
         prefix_parameters=tuple(parameters),
         final_norms=tuple(prefix + path for path in preset.final_norms if _normalises(modules.get(prefix + path))),
         heads=tuple(path for path in heads if path in modules),
+        patches_read=preset.patches_read,
         reads=tuple(
             Read(module=path, reader=path.rpartition(".")[0])
             for path in modules

@@ -18,12 +18,12 @@ _state = threading.local()
 
 
 class Substitution(TorchFunctionMode):
-    """Gives functions the tensors of `adapted`, by the identity of the base's, and notes which were asked for."""
+    """Gives functions the tensors of `adapted`, by the identity of the base's, and notes whose were asked for."""
 
-    def __init__(self, adapted: Mapping[int, Tensor]) -> None:
+    def __init__(self, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
         super().__init__()
         self.adapted = adapted
-        self.used: set[int] = set()
+        self.used: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -35,8 +35,9 @@ class Substitution(TorchFunctionMode):
     def _given(self, value: Any) -> Any:
         if id(value) not in self.adapted:
             return value
-        self.used.add(id(value))
-        return self.adapted[id(value)]
+        owner, adapted = self.adapted[id(value)]
+        self.used.add(owner)
+        return adapted
 
 
 def _stack() -> list[tuple[nn.Module, Substitution]]:
@@ -46,15 +47,18 @@ def _stack() -> list[tuple[nn.Module, Substitution]]:
     return stack
 
 
-def enter(reader: nn.Module, adapted: Mapping[int, Tensor]) -> None:
-    """From now on, until the reader's `leave`, functions called on this thread get the adapted tensors."""
+def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
+    """From now on, until the reader's `leave`, functions called on this thread get the adapted tensors.
+
+    `adapted` has them by the identity of the base's, each with the path of the module that it belongs to.
+    """
     mode = Substitution(adapted)
     mode.__enter__()  # type: ignore[no-untyped-call]
     _stack().append((reader, mode))
 
 
-def leave(reader: nn.Module) -> set[int]:
-    """End what the reader's `enter` began, if it did; the identities of the base's tensors that were asked for."""
+def leave(reader: nn.Module) -> set[str]:
+    """End what the reader's `enter` began, if it did; the modules whose tensors were asked for."""
     stack = _stack()
     if not stack or stack[-1][0] is not reader:
         return set()

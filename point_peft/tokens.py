@@ -6,6 +6,7 @@ tokens (n, c) are those of all samples one after another; they take no prompts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,9 +96,7 @@ def put_argument(args: Args, kwargs: Kwargs, steps: Steps, new: Tensor) -> tuple
 
 
 def _shallow(value: Any) -> Any:
-    if isinstance(value, list):
-        return list(value)
-    return value.copy() if isinstance(value, dict) else value
+    return copy.copy(value) if isinstance(value, (list, Mapping)) else value
 
 
 def block_tokens(stage: Stage, path: str, args: Args, kwargs: Kwargs) -> Tensor:

@@ -116,7 +116,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
                 _probed(model, args, kwargs, probe)
 
         stages = [_with_prompts(stage, again) for stage in stages]
-    return _anatomy(model, stages, seen, dead=[path for path in called if path not in live])
+        return _anatomy(model, stages, seen, dead=[path for path in called if path not in live])
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -641,9 +641,21 @@ def _anatomy(model: nn.Module, stages: list[Stage], seen: _Trace, dead: list[str
         prefix_parameters=tuple(_prefix_parameters(model, stages[0], seen)),
         final_norms=final_norms,
         heads=_outermost(tops, blocks, modules),
+        patches_read=_patches_read(stages[-1], seen),
         reads=tuple(Read(module=owner, reader=reader) for owner, reader in seen.reads.items()),
         uncalled=tuple(uncalled),
     )
+
+
+def _patches_read(stage: Stage, seen: _Trace) -> bool:
+    """Whether what the last block makes of the patch tokens has an influence on what the model returns."""
+    results = _results(seen)
+    tokens = seen.calls[stage.blocks[-1].path][-1].live_outputs[stage.outputs[0]]
+    if stage.unknown or stage.layout == "packed" or not results:
+        return True
+    total = torch.stack([(value * torch.randn_like(value)).sum() for value in results]).sum()
+    (gradient,) = _gradients_of(total, [tokens])
+    return gradient is None or bool(token_ops.batch_first(gradient, stage.layout)[:, stage.prefix_tokens or 0 :].any())
 
 
 def _outermost(paths: Sequence[str], blocks: Sequence[str], modules: dict[str, nn.Module]) -> tuple[str, ...]:

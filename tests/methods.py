@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from examples.capabilities import labelled
 from point_peft import METHODS, TunerConfig
+from point_peft import tokens as token_ops
+from point_peft.anatomy import Stage
 from point_peft.tokens import Args, Kwargs
 from point_peft.tuners.base import Backbone, Blueprint, Call, Part, SharedState
 
@@ -18,8 +21,9 @@ SIZES: Mapping[str, Mapping[str, int]] = {}
 
 
 def config(method: str, **changes: Any) -> TunerConfig:
-    """The method's defaults, at a tiny size, with changes."""
-    return METHODS[method](**{**SIZES.get(method, {}), **changes})
+    """The method's defaults, at a tiny size, with changes; a label of `examples.capabilities` holds changes too."""
+    name, stated = labelled(method)
+    return METHODS[name](**{**SIZES.get(name, {}), **stated, **changes})
 
 
 # ---- a method of the tests -------------------------------------------------------------------------------------------
@@ -30,22 +34,24 @@ class ToyPart(Part):
 
     prefix = "toy"
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
+        self.stage = stage
+        self.scale = nn.Parameter(torch.ones(stage.width))
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        shift = call.state("toy", ToyState).shift
-        return (args[0] * self.scale + shift, *args[1:]), kwargs
+        tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
+        changed = tokens * self.scale + call.state("toy", ToyState).shift
+        return token_ops.put_argument(args, kwargs, self.stage.tokens, changed)
 
 
 class ToyState(SharedState):
     prefix = "toy"
     shift: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(width))
+        self.shift = nn.Parameter(torch.zeros(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +64,11 @@ class ToyConfig(TunerConfig):
     def build(self, backbone: Backbone) -> Blueprint:
         fields = (self.target_modules, self.exclude_modules, self.layers_to_transform)
         chosen = backbone.select_blocks(self.method, *fields)
-        width = backbone.known_anatomy(self.method).stages[0].width
-        plan = Blueprint(parts=[(block.path, ToyPart(width)) for _, block in chosen], shared={"toy": ToyState(width)})
+        anatomy = backbone.known_anatomy(self.method)
+        parts = [(block.path, ToyPart(anatomy.stages[anatomy.stage_of(block)])) for _, block in chosen]
         if self.fails:
             raise RuntimeError("the toy fails while it builds")
-        return plan
+        return Blueprint(parts=list(parts), shared={"toy": ToyState()})
 
 
 del METHODS["TOY"]  # it is for the tests that name it

@@ -173,6 +173,7 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
         recorder.tensors[f"{kind}_neighbour_idx"] = near.neighbour.sort(dim=2).values
         recorder.tensors[f"{kind}_centres"] = geometry.gather(places, near.centre)
 
+    assert block.geometry is not None
     block.geometry.register_forward_pre_hook(keep)
     if block.prompt is not None:
         assert block.prompt.prior_adapter is not None
@@ -190,6 +191,7 @@ def run_block(setup: Published, number: int, kind: str, tokens: Tensor) -> dict[
     recorder.input(mlp.adapter, "mlp_out")
     recorder.output(mlp.adapter, "adapter_out")
     recorder.output(setup.stage.local_attention.proj, "local_attention_out")
+    assert part.geometry is not None
     recorder.input(part.geometry.norm, "pool_in")
     recorder.output(part.geometry.norm, "pool_out")
     recorder.input(part.adapter, "adapter1_in")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # In the order in which they register.
 # isort: off
-from .registry import BACKBONES, CLASSES, NEW_BACKBONES, WIDTH, Args, TinyBackbone, enliven, register
+from .registry import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone, enliven, register
 from .inputs import LABELS, POINTS, clouds, labelled_clouds, labels, packed_clouds, packed_labelled_clouds
 from .operators import supply_pyg_operators
 from . import library as library
@@ -28,7 +28,6 @@ __all__ = [
     "BACKBONES",
     "CLASSES",
     "LABELS",
-    "NEW_BACKBONES",
     "POINTS",
     "WIDTH",
     "Args",

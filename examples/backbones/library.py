@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from point_peft.backbones import PointTransformer, PointTransformerPartSeg
+from point_peft.backbones import HierarchicalPointTransformer, PointTransformer, PointTransformerPartSeg
 
 from .inputs import LABELS, clouds, labelled_clouds, slice_batch
 from .registry import CLASSES, WIDTH, linear_head, register
@@ -38,6 +38,20 @@ def pcp_mae() -> nn.Module:
 @register(**_classification, other_head=linear_head(4 * WIDTH))
 def recon() -> nn.Module:
     return _transformer(prefix_tokens=("cls", "img", "text"))
+
+
+@register(**_classification, other_head=linear_head(24))
+def point_m2ae() -> nn.Module:
+    """Three levels of different widths, without prefix tokens, and with masks (b, l, l)."""
+    return HierarchicalPointTransformer(
+        num_groups=(32, 16, 8),
+        group_sizes=(8, 4, 4),
+        encoder_dims=(12, 24, 24),
+        encoder_depths=(2, 2, 2),
+        local_radius=(0.8, 1.2, 1.6),
+        num_heads=4,
+        cls_dim=CLASSES,
+    )
 
 
 @register(

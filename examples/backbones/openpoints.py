@@ -11,12 +11,11 @@ from torch import nn
 from .inputs import clouds, slice_batch
 from .operators import supply_openpoints_operators
 from .parts import HEADS
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 
 @register(
     needs=("openpoints", "torchvision"),
-    into=NEW_BACKBONES,
     inputs=clouds,
     slice=slice_batch,
     heads=("prediction",),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import GRID, POINTS, slice_offset, voxel_dict
-from .registry import CLASSES, NEW_BACKBONES, linear_head, register
+from .registry import CLASSES, linear_head, register
 
 PATCH = 16
 """Tokens in each patch of the serialised attention."""
@@ -251,7 +251,6 @@ class PointTransformerV3(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=voxel_dict,
     slice=slice_offset,
     select=lambda output: output.unflatten(0, (-1, POINTS)),

@@ -9,7 +9,7 @@ from point_peft import geometry
 from point_peft.backbones.layers import Encoder, Group, sine_features
 
 from .inputs import clouds, slice_batch
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 GROUPS = 16
 GROUP_SIZE = 8
@@ -126,11 +126,10 @@ class PointGPT(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=clouds,
     slice=slice_batch,
     select=lambda output: output[0],
-    heads=("blocks.cls_head_finetune",),
+    heads=("blocks.cls_norm", "blocks.cls_head_finetune"),
     other_head=linear_head(2 * WIDTH),
     unused=("generator_blocks",),
 )

@@ -10,7 +10,7 @@ from point_peft.backbones.layers import Attention, Encoder, Group, Mlp
 
 from .inputs import clouds, slice_batch
 from .parts import HEADS, Positions
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 PREFIX = 3
 
@@ -96,7 +96,6 @@ class ReCon(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=clouds,
     slice=slice_batch,
     heads=("cls_head_finetune",),

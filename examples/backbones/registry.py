@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from point_peft.presets import known_anatomy
+
 CLASSES = 5
 WIDTH = 24
 """Channels c of most of the backbones."""
@@ -36,8 +38,15 @@ class TinyBackbone:
     other_head: tuple[str, Callable[[], nn.Module]]
     """The last of them, and a replacement for seven classes."""
     random_in_training: bool = False
+    bfloat16: bool = True
+    """Whether the model itself runs in bfloat16."""
     unused: tuple[str, ...] = ()
     """Parts, modules or parameters, that the output does not depend on."""
+
+    @property
+    def example(self) -> Args | None:
+        """What `get_peft_model` needs as `example_inputs`: nothing where a preset describes the model."""
+        return None if _described(self) else self.inputs(3, 1)
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, always of the same values."""
@@ -45,8 +54,6 @@ class TinyBackbone:
 
 
 BACKBONES: dict[str, TinyBackbone] = {}
-NEW_BACKBONES: dict[str, TinyBackbone] = {}
-"""Those that not every method supports yet."""
 
 
 @functools.cache
@@ -56,6 +63,11 @@ def _prototype(backbone: TinyBackbone) -> nn.Module:
         model = backbone.make()
         enliven(model)
     return model.eval()
+
+
+@functools.cache
+def _described(backbone: TinyBackbone) -> bool:
+    return known_anatomy(_prototype(backbone)) is not None
 
 
 def enliven(model: nn.Module) -> None:
@@ -83,9 +95,9 @@ def register(
     other_head: Callable[[], nn.Module],
     select: Callable[[Any], Tensor] = lambda output: output,
     random_in_training: bool = False,
+    bfloat16: bool = True,
     unused: tuple[str, ...] = (),
     needs: tuple[str, ...] = (),
-    into: dict[str, TinyBackbone] = BACKBONES,
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Enter the decorated function, which makes a model, under its name.
 
@@ -94,7 +106,7 @@ def register(
 
     def enter(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         if all(find_spec(package) is not None for package in needs):
-            into[make.__name__] = TinyBackbone(
+            BACKBONES[make.__name__] = TinyBackbone(
                 name=make.__name__,
                 make=make,
                 inputs=inputs,
@@ -103,6 +115,7 @@ def register(
                 heads=heads,
                 other_head=(heads[-1], other_head),
                 random_in_training=random_in_training,
+                bfloat16=bfloat16,
                 unused=unused,
             )
         return make

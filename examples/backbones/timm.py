@@ -14,7 +14,7 @@ from point_peft.backbones.layers import Encoder
 from .inputs import clouds, coloured_clouds, slice_batch
 from .operators import supply_torchvision_schemas
 from .parts import HEADS, Positions, Tokenizer
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 NEEDS = ("timm", "torchvision")
 
@@ -84,7 +84,6 @@ class Uni3D(nn.Module):
 
 _uni3d: dict[str, Any] = {
     "needs": NEEDS,
-    "into": NEW_BACKBONES,
     "inputs": coloured_clouds,
     "slice": slice_batch,
     "heads": ("trans2embed",),
@@ -130,7 +129,6 @@ class PatchVit(nn.Module):
 
 @register(
     needs=NEEDS,
-    into=NEW_BACKBONES,
     inputs=clouds,
     slice=slice_batch,
     heads=("head",),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .inputs import packed_clouds, slice_packed
 from .operators import knn_graph
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 
 class GraphBlock(nn.Module):
@@ -50,7 +50,6 @@ class GraphTransformer(nn.Module):
 
 @register(
     needs=("torch_geometric",),
-    into=NEW_BACKBONES,
     inputs=packed_clouds,
     slice=slice_packed,
     heads=("lin_out",),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .inputs import LABELS, POINTS, packed_clouds, packed_labelled_clouds, slice_packed, voxel_clouds
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 NEEDS = ("torch_geometric", "torch_pointcloud")
 
@@ -67,7 +67,6 @@ def torch_pointcloud_part_seg() -> nn.Module:
 
 _classification: dict[str, Any] = {
     "needs": NEEDS,
-    "into": NEW_BACKBONES,
     "inputs": packed_clouds,
     "slice": slice_packed,
     "heads": ("head",),
@@ -90,7 +89,7 @@ def torch_pointcloud_point_bert() -> nn.Module:
 
 
 @register(
-    **_classification,
+    **{**_classification, "heads": ("cls_norm", "head")},
     other_head=linear_head(2 * WIDTH),
     random_in_training=True,
     unused=("generator_blocks", "norm"),
@@ -125,11 +124,15 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
 
 @register(
     needs=NEEDS,
-    into=NEW_BACKBONES,
     inputs=packed_labelled_clouds,
     slice=slice_packed,
     select=_by_sample,
-    heads=("label_conv", "propagations", "head"),
+    heads=(
+        *(f"h_encoder.encoder_norms.{level}" for level in range(2)),
+        *(f"propagations.{level}" for level in range(3)),
+        "label_conv",
+        "head",
+    ),
     other_head=lambda: nn.Sequential(nn.Linear(6 * 1024 + 64, 7)),
     random_in_training=True,
 )
@@ -200,7 +203,7 @@ _ptv3: dict[str, Any] = {
     "use_flash_attn": False,
     "drop_path": 0.0,
 }
-_voxels: dict[str, Any] = {"needs": (*NEEDS, "spconv"), "inputs": voxel_clouds}
+_voxels: dict[str, Any] = {"needs": (*NEEDS, "spconv"), "inputs": voxel_clouds, "bfloat16": False}
 
 
 @register(**{**_classification, **_voxels}, other_head=linear_head(WIDTH))

@@ -10,7 +10,7 @@ from point_peft.backbones.layers import Group
 
 from .inputs import clouds, partly_filled_clouds, slice_batch
 from .parts import GROUP_SIZE, HEADS, PatchNet, Positions, Tokenizer
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, linear_head, register
+from .registry import CLASSES, WIDTH, linear_head, register
 
 
 def _encoder(*, batch_first: bool, norm_first: bool) -> nn.TransformerEncoder:
@@ -64,7 +64,6 @@ class SequenceFirst(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=partly_filled_clouds,
     slice=slice_batch,
     heads=("classify",),
@@ -78,7 +77,7 @@ def transformer_batch_first() -> nn.Module:
     return BatchFirst()
 
 
-@register(into=NEW_BACKBONES, inputs=clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(WIDTH))
+@register(inputs=clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(WIDTH))
 def transformer_sequence_first() -> nn.Module:
     """nn.TransformerEncoder, post-norm, tokens (l, b, c), a boolean mask (l, l), True for what is not seen."""
     return SequenceFirst()

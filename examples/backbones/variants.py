@@ -21,10 +21,9 @@ from .inputs import (
     slice_dict,
 )
 from .parts import GROUP_SIZE, GROUPS, HEADS, Layer, PatchNet, Positions, Tokenizer, first_and_largest
-from .registry import CLASSES, NEW_BACKBONES, WIDTH, Args, linear_head, register
+from .registry import CLASSES, WIDTH, Args, linear_head, register
 
 _variant: dict[str, Any] = {
-    "into": NEW_BACKBONES,
     "inputs": clouds,
     "slice": slice_batch,
     "heads": ("head",),

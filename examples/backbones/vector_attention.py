@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .inputs import POINTS, offset_dict, offset_list, slice_offset
 from .operators import fps, knn, voxel_grid
-from .registry import CLASSES, NEW_BACKBONES, linear_head, register
+from .registry import CLASSES, linear_head, register
 
 NARROW, WIDE = 16, 24
 NEIGHBOURS = 8
@@ -161,7 +161,6 @@ class PointTransformerV1(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=offset_list,
     slice=slice_offset,
     select=lambda output: output.unflatten(0, (-1, POINTS)),
@@ -328,7 +327,6 @@ class PointTransformerV2(nn.Module):
 
 
 @register(
-    into=NEW_BACKBONES,
     inputs=offset_dict,
     slice=slice_offset,
     select=lambda output: output.unflatten(0, (-1, POINTS)),

@@ -111,7 +111,8 @@ class PointPEFTConfig(TunerConfig):
             fits = self.memory_bank and stage.width == queried.width
             enhanced |= fits and any(block.path in prompted for block in blocks)
             if blocks:
-                self._build_stage(plan, index, stage, blocks, prompted, with_prior=fits)
+                last_unread = None if anatomy.patches_read else anatomy.blocks[-1]
+                self._build_stage(plan, index, stage, blocks, prompted, last_unread, with_prior=fits)
         if enhanced:
             if self.prior == "stem" and queried.patch_tokens is None:
                 raise AnatomyError(
@@ -139,6 +140,7 @@ class PointPEFTConfig(TunerConfig):
         stage: Stage,
         blocks: Sequence[Block],
         prompted: set[str],
+        last_unread: Block | None,
         *,
         with_prior: bool,
     ) -> None:
@@ -159,14 +161,16 @@ class PointPEFTConfig(TunerConfig):
                 f"{self.method} puts prompts among the tokens of '{blocks[0].path}', which has no place for them "
                 f"({why}): set num_prompts=0 to keep its geometry-aware adapter, or use LORA or BITFIT"
             )
-        plan.shared[f"stage_{index}"] = StageState(
-            "point_peft" if index == 0 else f"point_peft.stage_{index}",
-            stage.width,
-            self.local_attention_width,
-            self.local_attention_heads,
-            self.num_prompts if with_prompts else 0,
-            self.local_attention_drop_path,
-        )
+        aware = [block for block in blocks if block != last_unread]
+        if aware:
+            plan.shared[f"stage_{index}"] = StageState(
+                "point_peft" if index == 0 else f"point_peft.stage_{index}",
+                stage.width,
+                self.local_attention_width,
+                self.local_attention_heads,
+                self.num_prompts if any(block.path in prompted for block in aware) else 0,
+                self.local_attention_drop_path,
+            )
         for block in blocks:
             prompt = None
             if block.path in prompted:
@@ -176,7 +180,10 @@ class PointPEFTConfig(TunerConfig):
                 stage=stage,
                 number=index,
                 prompt=prompt,
-                geometry=GeometryAwareAdapter(
+                # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
+                geometry=None
+                if block == last_unread
+                else GeometryAwareAdapter(
                     stage.width,
                     batch_norm=self.pooling_norm == "batch",
                     scale=self.propagation_scale,

@@ -63,7 +63,7 @@ class BlockPart(Part):
         stage: Stage,
         number: int,
         prompt: Prompt | None,
-        geometry: GeometryAwareAdapter,
+        geometry: GeometryAwareAdapter | None,
         adapter: Bottleneck,
         prior: str | None,
         centre_ratio: float,
@@ -92,6 +92,16 @@ class BlockPart(Part):
         tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
         prefix = self._prefix(call, found, inserted=count)
+        patches = tokens[:, prefix + count :]
+        if self.geometry is not None:
+            patches = self._aware(call, self.geometry, patches, tokens[:, prefix:])
+        # A acts on every token by itself, so the prompts, which end here, need not pass through it.
+        kept = torch.cat([tokens[:, :prefix], patches], dim=1)
+        adapted = token_ops.as_layout(kept + self.adapter(kept).to(kept.dtype), self.stage.layout)
+        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prefix)
+
+    def _aware(self, call: Call, geometry: GeometryAwareAdapter, patches: Tensor, tokens: Tensor) -> Tensor:
+        """The patches after the geometry-aware adapter; `tokens` are the prompts, if any, and the patches."""
         state = call.state(f"stage_{self.number}", StageState)
         near, propagate = neighbourhoods(
             call.forward,
@@ -102,18 +112,9 @@ class BlockPart(Part):
             self.neighbours,
             with_prompts=self.prompt is not None,
         )
-        patches = self.geometry(
-            tokens[:, prefix + count :],
-            tokens[:, prefix:],
-            near,
-            propagate,
-            state.local_attention,
-            recomputing=call.forward.recomputing,
-        )
-        # A acts on every token by itself, so the prompts, which end here, need not pass through it.
-        kept = torch.cat([tokens[:, :prefix], patches], dim=1)
-        adapted = token_ops.as_layout(kept + self.adapter(kept).to(kept.dtype), self.stage.layout)
-        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prefix)
+        recomputing = call.forward.recomputing
+        aware: Tensor = geometry(patches, tokens, near, propagate, state.local_attention, recomputing=recomputing)
+        return aware
 
     def _prefix(self, call: Call, tokens: Tensor, inserted: int) -> int:
         """How many prefix tokens there are: those that are neither prompts nor patches."""
