@@ -26,7 +26,7 @@ def output(model: nn.Module, backbone: TinyBackbone, batch: int, seed: int) -> T
 
 
 def test_names_are_unique_and_those_that_methods_rely_on_come_first() -> None:
-    assert list(BACKBONES)[:5] == ["point_mae", "point_bert", "pcp_mae", "recon", "part_seg"]
+    assert list(BACKBONES)[:6] == ["point_mae", "point_bert", "pcp_mae", "recon", "point_m2ae", "part_seg"]
     assert all(name == backbone.name for name, backbone in BACKBONES.items())
 
 

@@ -75,6 +75,8 @@ def enliven(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if name in module._non_persistent_buffers_set:
+                    continue  # a checkpoint would not carry it
                 if not tensor.is_floating_point():
                     tensor.fill_(7)
                 elif name == "running_var":

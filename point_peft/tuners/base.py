@@ -199,9 +199,11 @@ class TunedCopy(Part):
     """
 
     mergeable = True
+    tuned: ClassVar[tuple[str, ...]]
+    """The names of the tensors, which DataParallel's replicas do not have as parameters."""
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        return {name: getattr(self, name) for name in self.tuned}
 
 
 class TunedBias(TunedCopy):
@@ -209,6 +211,8 @@ class TunedBias(TunedCopy):
 
     It acts as a difference to the base's bias, so that the base keeps its own and several adapters can be active.
     """
+
+    tuned = ("bias",)
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
@@ -223,6 +227,8 @@ class TunedBias(TunedCopy):
 
 class TunedLayerNorm(TunedCopy):
     """Trained copies of a LayerNorm's weight and bias; they act as differences to the base's."""
+
+    tuned = ("weight", "bias")
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
