@@ -190,7 +190,8 @@ def ragged_interpolate(features: Tensor, index: Tensor, weights: Tensor) -> Tens
 def nearest_weights(queries: Tensor, sources: Tensor, index: Tensor, eps: float = 1e-8) -> Tensor:
     """Weights (m, k) of the sources (s, 3) numbered `index` (m, k) at queries (m, 3): `1 / (d^2 + eps)`, of sum one.
 
-    A source that occurs twice in a row counts twice. Differentiable in queries and sources.
+    Where `ragged_knn` repeats the nearest source for those that are missing, it counts once. Differentiable in queries
+    and sources.
     """
     queries, sources = _wide(queries, "queries"), _wide(sources, "sources")
     if index.ndim != 2 or len(index) != len(queries):
@@ -199,6 +200,7 @@ def nearest_weights(queries: Tensor, sources: Tensor, index: Tensor, eps: float 
         )
     near = sources.index_select(0, index.flatten()).reshape(*index.shape, 3)
     weights = ((near - queries[:, None]).square().sum(dim=2) + eps).reciprocal()
+    weights = torch.cat([weights[:, :1], weights[:, 1:].masked_fill(index[:, 1:] == index[:, :1], 0.0)], dim=1)
     return weights / weights.sum(dim=1, keepdim=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import functools
 import io
 import itertools
@@ -66,7 +67,7 @@ def adapt(
 ) -> PointPeftModel:
     """An adapted backbone in eval mode, its banks filled; but for `fresh`, all its tensors at random values."""
     torch.manual_seed(seed)
-    model = get_peft_model(backbone.build(), _config(how), example_inputs=backbone.example, **options)
+    model = get_peft_model(backbone.build(), _config(how, backbone), **options)
     _complete(model, backbone, options.get("adapter_name", "default"), seed, fresh)
     return model.eval()
 
@@ -76,12 +77,14 @@ def add(
 ) -> None:
     """A further adapter, like that of `adapt`."""
     torch.manual_seed(seed)
-    model.add_adapter(name, _config(how), **options)
+    model.add_adapter(name, _config(how, backbone), **options)
     _complete(model, backbone, name, seed, fresh=False)
 
 
-def _config(how: str | Config) -> Config:
-    return config(how) if isinstance(how, str) else how
+def _config(how: str | Config, backbone: TinyBackbone) -> PeftConfig:
+    """The configuration, with the anatomy if no preset tells it, so that it is not traced again and again."""
+    chosen = PeftConfig.of(config(how) if isinstance(how, str) else how)
+    return chosen if backbone.traced is None else dataclasses.replace(chosen, anatomy=backbone.traced)
 
 
 def _complete(model: AdapterSet, backbone: TinyBackbone, name: str, seed: int, fresh: bool) -> None:
@@ -562,7 +565,7 @@ def test_replicas_of_data_parallel_run_on_their_own_tensors(method: str, backbon
     model = adapt(backbone, method, adapter_name="a")
     add(model, backbone, method, "b")
     injected = backbone.build()
-    inject_adapter(injected, _config(method), "a", example_inputs=backbone.example)
+    inject_adapter(injected, _config(method, backbone), "a")
     holder = held(injected)
     _complete(holder, backbone, "a", 0, fresh=False)
     add(holder, backbone, method, "b")

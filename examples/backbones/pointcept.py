@@ -228,9 +228,8 @@ class GridUnpooling(PointModule):
 class PointTransformerV3(nn.Module):
     """Logits (n, c) of each point of packed clouds."""
 
-    def __init__(self) -> None:
+    def __init__(self, narrow: int = 16, wide: int = 24) -> None:
         super().__init__()
-        wide, narrow = 24, 16
         self.embedding = _chain(SparseConv(6, narrow), nn.BatchNorm1d(narrow), nn.GELU())
         fine = OrderedDict[str, nn.Module](block0=Block(narrow, 2), block1=Block(narrow, 2))
         coarse = OrderedDict[str, nn.Module](

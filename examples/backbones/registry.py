@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from point_peft import Anatomy, describe
 from point_peft.presets import known_anatomy
 
 CLASSES = 5
@@ -46,7 +47,12 @@ class TinyBackbone:
     @property
     def example(self) -> Args | None:
         """What `get_peft_model` needs as `example_inputs`: nothing where a preset describes the model."""
-        return None if _described(self) else self.inputs(3, 1)
+        return None if self.traced is None else self.inputs(3, 1)
+
+    @property
+    def traced(self) -> Anatomy | None:
+        """The anatomy that tracing `example` gives, for a model that no preset describes."""
+        return _traced(self)
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, always of the same values."""
@@ -66,8 +72,9 @@ def _prototype(backbone: TinyBackbone) -> nn.Module:
 
 
 @functools.cache
-def _described(backbone: TinyBackbone) -> bool:
-    return known_anatomy(_prototype(backbone)) is not None
+def _traced(backbone: TinyBackbone) -> Anatomy | None:
+    model = _prototype(backbone)
+    return None if known_anatomy(model) is not None else describe(model, *backbone.inputs(3, 1))
 
 
 def enliven(model: nn.Module) -> None:

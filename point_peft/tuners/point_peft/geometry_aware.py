@@ -13,8 +13,10 @@ from point_peft import geometry, ragged
 from point_peft.context import Forward
 from point_peft.tuners.base import SharedState
 
-# Features of neighbourhoods that are held at a time: 128 MB of float32.
-CHUNK_ELEMENTS = 2**25
+# Features of neighbourhoods that are kept for the backward pass, 64 MB of float32. Of more, as of a scene's, so many at
+# a time are made, and made again in the backward pass.
+KEPT_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ class LocalAttention(nn.Module):
         """The maximum (b, s, c) over neighbourhoods (b, s, k) of tokens (b, l, c), each with its attention added."""
         normed = self.qkv(self.norm(tokens))
         keep = self._kept(neighbour, tokens)
-        # Of a scene with very many neighbourhoods, so many at a time that their features fit into memory.
-        step = max(1, CHUNK_ELEMENTS // (neighbour.shape[0] * neighbour.shape[2] * tokens.shape[2]))
-        if step >= neighbour.shape[1]:
+        features = tokens.shape[2] * neighbour[:, 0].numel()
+        if neighbour.shape[1] * features <= KEPT_ELEMENTS:
             return self._pooled(tokens, normed, neighbour, keep)
+        step = max(1, CHUNK_ELEMENTS // features)
         parts = torch.split(neighbour, step, 1)
         factors = [None] * len(parts) if keep is None else torch.split(keep, step, 1)
         pooled = [
@@ -198,10 +200,16 @@ def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tup
     A scene has too many centres for all of them to reach every token, so the k nearest do.
     """
     with torch.no_grad():
-        points = points.detach()
+        # Voxels may come in any order; the functions on packed points want each sample in one piece.
+        order = torch.arange(len(points), device=points.device)
+        if len(samples) == len(points):
+            samples, order = samples.sort(stable=True)
+        points = points.detach()[order]
         ends = ragged.as_offset(samples, len(points))
         centre, centre_ends = ragged.ragged_farthest_point_sample(points, ends, centre_ratio)
         neighbour = ragged.ragged_knn(points[centre], centre_ends, points, ends, k)
         nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)
         weights = ragged.nearest_weights(points, points[centre], nearest)
-        return Neighbourhoods(centre[None], neighbour[None]), Propagation(weights[None], nearest)
+        place = order.argsort()
+        near = Neighbourhoods(order[centre][None], order[neighbour][None])
+        return near, Propagation(weights[place][None], nearest[place])

@@ -1,0 +1,197 @@
+"""Geometry on packed tokens: the same as on dense ones where both can be had, and scenes of 100,000 points."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from examples.backbones import BACKBONES
+from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, get_peft_model
+from point_peft.anatomy import Anatomy, Block, Stage, Tap
+from point_peft.injection import get_adapter
+
+G, C = 24, 12
+
+
+class Mixing(nn.Module):
+    """An attention within samples, on dense tokens (b, g, c)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.q, self.k, self.v = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C))
+
+    def mixed(self, tokens: Tensor) -> Tensor:
+        normed = self.norm1(tokens)
+        tokens = tokens + nn.functional.scaled_dot_product_attention(self.q(normed), self.k(normed), self.v(normed))
+        out: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return out
+
+
+class DenseBlock(Mixing):
+    def forward(self, tokens: Tensor, coordinates: Tensor) -> Tensor:
+        return self.mixed(tokens)
+
+
+class PackedBlock(Mixing):
+    def forward(self, tokens: Tensor, coordinates: Tensor, samples: Tensor) -> Tensor:
+        count = int(samples.max()) + 1
+        order = samples.argsort(stable=True)
+        mixed = rearrange(self.mixed(rearrange(tokens[order], "(b g) c -> b g c", b=count)), "b g c -> (b g) c")
+        return mixed[order.argsort()]
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, C), nn.Linear(C, 5)
+        self.blocks = nn.ModuleList(DenseBlock() for _ in range(2))
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens = self.embed(points)
+        for block in self.blocks:
+            tokens = block(tokens, points)
+        logits: Tensor = self.head(tokens)
+        return logits
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, C), nn.Linear(C, 5)
+        self.blocks = nn.ModuleList(PackedBlock() for _ in range(2))
+
+    def forward(self, points: Tensor, samples: Tensor) -> Tensor:
+        tokens = self.embed(points)
+        for block in self.blocks:
+            tokens = block(tokens, points, samples)
+        logits: Tensor = self.head(tokens)
+        return logits
+
+
+def anatomy(packed: bool) -> Anatomy:
+    """As a user would state it: the tests of tracing are elsewhere."""
+    blocks = tuple(
+        Block(
+            path=f"blocks.{i}",
+            attention=f"blocks.{i}",
+            qkv=(f"blocks.{i}.q", f"blocks.{i}.k", f"blocks.{i}.v"),
+            projection=None,
+            norms=(f"blocks.{i}.norm1", f"blocks.{i}.norm2"),
+            mlp=f"blocks.{i}.mlp",
+            linears=(f"blocks.{i}.mlp.0", f"blocks.{i}.mlp.2"),
+        )
+        for i in range(2)
+    )
+    seen: dict[str, Any] = {"coordinates": Tap(module="blocks.0", side="input", steps=(1,))}
+    if packed:
+        seen |= {"samples": Tap(module="blocks.0", side="input", steps=(2,)), "layout": "packed"}
+    return Anatomy(source="the test", stages=(Stage(blocks=blocks, width=C, prefix_tokens=0, **seen),), heads=("head",))
+
+
+def config(packed: bool, **changes: Any) -> PointPEFTConfig:
+    return PointPEFTConfig(**{"num_prompts": 0, "anatomy": anatomy(packed), "init": "published", **changes})
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mingled", [False, True], ids=["in order", "mingled"])
+def test_packed_tokens_of_equal_samples_give_what_dense_ones_give(mingled: bool, train: bool) -> None:
+    torch.manual_seed(0)
+    dense, packed, points = Dense(), Packed(), torch.rand(3, G, 3)
+    packed.load_state_dict(dense.state_dict())
+    # All centres reach every token: as many neighbours as there are centres.
+    changes: dict[str, Any] = {"neighbours": G // 2, "local_attention_drop_path": 0.0, "adapter_dropout": 0.0}
+    one, other = (get_peft_model(m, config(p, **changes)) for m, p in ((dense, False), (packed, True)))
+    for (name, a), b in zip(other.adapters.named_parameters(), one.adapters.parameters(), strict=True):
+        with torch.no_grad():
+            b.copy_(torch.randn_like(b) * 0.3)
+            a.copy_(b)
+        assert a.shape == b.shape, name
+    order = torch.arange(3 * G)
+    if mingled:  # farthest point sampling begins at a sample's first point, which stays the first
+        order = rearrange(order, "(b g) -> (g b)", g=G)
+    samples = torch.arange(3).repeat_interleave(G)[order]
+    one.train(train), other.train(train)
+    expected = rearrange(one(points), "b g c -> (b g) c")[order]
+    output = other(rearrange(points, "b g xyz -> (b g) xyz")[order], samples)
+    assert torch.allclose(output, expected, atol=1e-5)
+    for model in (one, other):
+        model.zero_grad()
+    weights = torch.randn_like(output)
+    torch.autograd.backward([(expected * weights).sum(), (output * weights).sum()])
+    for (name, a), b in zip(other.adapters.named_parameters(), one.adapters.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None, name
+        assert torch.allclose(a.grad, b.grad, atol=1e-4 * float(b.grad.abs().max().clamp(min=1.0))), name
+
+
+def test_the_chunks_of_a_large_scene_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Packed(), config(True))
+    points, samples = torch.rand(60, 3), torch.arange(3).repeat_interleave(20)
+    found = []
+    for limit in (2**24, 100):
+        monkeypatch.setattr("point_peft.tuners.point_peft.geometry_aware.KEPT_ELEMENTS", limit)
+        monkeypatch.setattr("point_peft.tuners.point_peft.geometry_aware.CHUNK_ELEMENTS", limit)
+        torch.manual_seed(1)
+        model.zero_grad()
+        output = model.train()(points, samples)
+        torch.autograd.backward(output.square().sum())
+        found.append([output, *(p.grad for p in get_adapter(model, "default").parameters())])
+    for a, b in zip(*found, strict=True):
+        assert a is not None and b is not None and torch.allclose(a, b, atol=1e-5)
+
+
+def test_prompts_in_packed_tokens_are_refused_with_what_can_be_had() -> None:
+    backbone = BACKBONES["pointcept_ptv3"]
+    message = r"POINT_PEFT puts prompts among the tokens of 'enc.enc0.block0', which has no place .*num_prompts=0.*LORA"
+    with pytest.raises(AnatomyError, match=message):
+        get_peft_model(backbone.build(), PointPEFTConfig())
+    get_peft_model(backbone.build(), LoraConfig())
+
+
+def test_a_block_without_an_mlp_is_refused_with_what_can_be_had() -> None:
+    backbone = BACKBONES["official_ptv1"]
+    with pytest.raises(AnatomyError, match=r"MLP of every block, and 'enc1\.1' has none .*adapter_scale=0\.0"):
+        get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0))
+
+
+SCENE = """
+import resource
+import torch
+torch.set_num_threads(1)
+import examples.backbones.pointcept as pointcept
+from point_peft import PointPEFTConfig, get_peft_model
+pointcept.GRID, pointcept.PATCH = 512, 256
+sizes = torch.tensor([95_000, 4_000, 1_000])
+coord = torch.rand(100_000, 3) * torch.tensor([8.0, 6.0, 3.0])
+coord[torch.arange(100_000), torch.randint(3, (100_000,))] = 0.0  # floor and walls
+data = {
+    "coord": coord,
+    "grid_coord": (coord / 0.02).long(),
+    "feat": torch.randn(100_000, 6),
+    "batch": torch.arange(3).repeat_interleave(sizes),
+    "offset": sizes.cumsum(0),
+}
+model = get_peft_model(pointcept.PointTransformerV3(narrow=32, wide=64), PointPEFTConfig(num_prompts=0)).train()
+output = model(data)
+assert output.shape == (100_000, 5)
+output.square().mean().backward()
+assert all(p.grad is not None and p.grad.isfinite().all() for p in model.adapters.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_a_scene_of_100000_points_trains_within_4_gigabytes() -> None:
+    """The whole process: backbone, adapter, a forward and a backward pass."""
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", SCENE], cwd=root, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 4 * 2**30
