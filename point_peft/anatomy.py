@@ -95,6 +95,8 @@ class Stage:
     """Where the patch embedding (b, g, c) is seen, before positions are added."""
     position: Literal["every_block", "once"] = "every_block"
     """Whether the positional embedding is added before every block or before the first only."""
+    masks: tuple[Steps, ...] = ()
+    """Arguments of a block that say which token may attend to which (..., l, l). What they hold is not assumed."""
     mask_visible: bool = False
     """The entry of a boolean attention mask that lets a token be attended; in torch.nn it is False, in SDPA True."""
     padding_masks: tuple[Steps, ...] = ()
@@ -185,8 +187,8 @@ class Anatomy:
                 f"  coordinates: {stage.coordinates or 'unknown: ' + (stage.unknown or 'not stated')}",
                 *([f"  samples:     {stage.samples or 'unknown'}"] if stage.layout == "packed" else []),
                 f"  patches:     {stage.patch_tokens or 'unknown'}; position added: {stage.position.replace('_', ' ')}",
-                f"  prompts:     {'yes' if stage.takes_prompts else 'no'}"
-                + (", masks let attend where True" if stage.mask_visible else ""),
+                f"  masks:       {_masks(stage)}",
+                f"  prompts:     {'yes' if stage.takes_prompts else 'no'}",
                 f"  attention:   '{first.attention}', {first.attention_kind} {_list(first.qkv)}",
                 f"  projection:  {_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])}; linears outside the attention: {_list(first.linears)}",
@@ -204,6 +206,13 @@ class Anatomy:
             *(f"  {kind}: {where}" for kind, where in self.adaptable.items()),
         ]
         return "\n".join(lines)
+
+
+def _masks(stage: Stage) -> str:
+    square = [f"input{spell_steps(steps)} (…, l, l)" for steps in stage.masks]
+    padding = [f"input{spell_steps(steps)} (b, l)" for steps in stage.padding_masks]
+    lets = ", which let attend where True" if stage.mask_visible else ""
+    return (", ".join([*square, *padding]) or "none") + lets
 
 
 def _list(names: Sequence[str | None]) -> str:

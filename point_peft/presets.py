@@ -43,6 +43,7 @@ class StagePreset:
     tokens: Steps = (0,)
     outputs: tuple[Steps, ...] = ((),)
     position: Literal["every_block", "once"] = "every_block"
+    masks: tuple[Steps, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,7 @@ PRESETS: tuple[Preset, ...] = (
                 blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
                 coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
                 patch_tokens=("h_encoder.token_embed.{stage}",),
+                masks=((1,),),
             ),
         ),
         stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
@@ -238,6 +240,7 @@ PRESETS: tuple[Preset, ...] = (
                 blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
                 coordinates=Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
                 patch_tokens=("h_encoder.token_embed.{stage}",),
+                masks=((1,),),
             ),
         ),
         stem=("h_encoder.token_embed.0",),
@@ -440,6 +443,7 @@ def _stage(
         samples=samples[-1] if samples else None,
         patch_tokens=Tap(module=patches[-1], side="output", steps=()) if patches else None,
         position=entry.position,
+        masks=entry.masks,
     )
 
 

@@ -210,7 +210,7 @@ def insert_prompts(
         if value.shape == tokens.shape:
             return insert(value, value.new_zeros(batch, count, value.shape[2]), at, stage.layout)
         # A mask (l, l) for a batch of l clouds: only where a padding mask was seen before, it is one.
-        padding = _is_padding(value, batch, length) and (batch != length or steps in stage.padding_masks)
+        padding = is_padding(value, batch, length) and (batch != length or steps in stage.padding_masks)
         return grow_masks(value, length, count, at, padding=padding, visible=stage.mask_visible)
 
     if len(stage.tokens) == 1:
@@ -223,7 +223,7 @@ def insert_prompts(
     return args, kwargs
 
 
-def _is_padding(value: Tensor, batch: int, length: int) -> bool:
+def is_padding(value: Tensor, batch: int, length: int) -> bool:
     """Whether a tensor is shaped like a padding mask (b, l), which may be spread out as (b, 1, 1, l)."""
     return value.ndim >= 2 and (value.shape[0], value.shape[-1]) == (batch, length) and value.numel() == batch * length
 

@@ -94,7 +94,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             f"no transformer block was found in {name}: no module has an attention, a norm and a linear layer outside "
             "the attention"
         )
-    with _gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices=[]):
+    devices = sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
+    with _gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
         state = torch.random.get_rng_state()
         seen = _run(model, args, kwargs)
         called = [path for path in seen.calls if path in blocks]
@@ -158,6 +159,13 @@ class _Reads(TorchFunctionMode):
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
     seen = _Trace()
+    widths = {3, *(block_width(model, block) for block in find_blocks(model).values())}
+
+    def kept(value: Tensor) -> Tensor:
+        """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
+        wanted = value.ndim < 2 or value.shape[-1] in widths
+        return value.detach().clone() if wanted else value.detach()
+
     paths = {module: path for path, module in model.named_modules()}
     count = 0
     running: list[str] = []
@@ -166,7 +174,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal count
         live = dict(token_ops.all_arguments(inputs, named))
-        call = _Call(count, {steps: _kept(value) for steps, value in live.items()}, live_inputs=live)
+        call = _Call(count, {steps: kept(value) for steps, value in live.items()}, live_inputs=live)
         count += 1
         running.append(paths[module])
         open_calls.append(call)
@@ -176,7 +184,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
         running.pop()
         call = open_calls.pop()
         call.live_outputs = dict(token_ops.leaves(output))
-        call.outputs = {steps: _kept(value) for steps, value in call.live_outputs.items()}
+        call.outputs = {steps: kept(value) for steps, value in call.live_outputs.items()}
 
     args, kwargs = _attached(args, kwargs)
     for value in _tensors((args, kwargs)):
@@ -243,11 +251,6 @@ def _sample_count(value: Tensor) -> int:
         count = int(value[-1]) + 1
         return count if count < len(value) else 0
     return len(value) if bool((steps > 0).all()) and len(value) <= 64 else 0
-
-
-def _kept(value: Tensor) -> Tensor:
-    """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
-    return value.detach().clone() if value.ndim <= 4 else value.detach()
 
 
 def _reaching(seen: _Trace, blocks: Sequence[str]) -> list[str]:
@@ -404,7 +407,7 @@ def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
             ),
         )
     call = seen.first(path)
-    dims = {layout: (len(rows), rows.shape[1])}
+    b, length = rows.shape[:2]
     return replace(
         stage,
         layout=layout,
@@ -412,8 +415,9 @@ def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
         coordinates=tap,
         patch_tokens=patches,
         position="once" if _position_once(stage, seen) else "every_block",
+        masks=tuple(steps for steps, value in call.inputs.items() if value.shape[-2:] == (length, length)),
         padding_masks=tuple(
-            steps for steps, value in call.inputs.items() if value.shape == dims[layout] and steps != stage.tokens
+            steps for steps, value in call.inputs.items() if token_ops.is_padding(value, b, length) and b != length
         ),
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from examples.backbones import BACKBONES
 from point_peft import (
     AdapterError,
     Anatomy,
@@ -966,3 +967,38 @@ def test_no_bank_exists_where_no_prompt_fits_it() -> None:
 def test_the_stem_prior_needs_to_know_where_the_patch_embedding_is_seen() -> None:
     with pytest.raises(AnatomyError, match='POINT_PEFT with prior="stem" needs the patch embedding'):
         two_stages(patch_tokens=False, prior="stem", prompt_layers=4)
+
+
+def test_a_base_with_other_random_class_tokens_gives_the_same_logits(tmp_path):
+    """Checkpoints lack them, so they differ from process to process; the prior comes from the base that was trained."""
+    backbone = BACKBONES["recon"]
+    torch.manual_seed(0)
+    model = get_peft_model(backbone.build(), PointPEFTConfig()).eval()
+    model.build_memory_bank([backbone.inputs(8, seed) for seed in range(3)], to_inputs=lambda args: args)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path)
+    other = backbone.build()
+    with torch.no_grad():
+        for name in ("cls_token", "cls_pos", "img_token", "text_pos"):
+            other.get_parameter(name).normal_()
+    reloaded = PointPeftModel.from_pretrained(other, tmp_path).eval()
+    args = backbone.inputs(4, 9)
+    with torch.no_grad():
+        output = model(*args)
+        assert torch.allclose(reloaded(*args), output, atol=1e-5)
+        with reloaded.disable_adapter(), model.disable_adapter():
+            assert not torch.allclose(reloaded(*args), model(*args), atol=1e-2)
+        # An adapter of the same model that was made for it keeps to its own values.
+        reloaded.add_adapter("second", PointPEFTConfig())
+        reloaded.build_memory_bank([backbone.inputs(8, 1)], to_inputs=lambda args: args, adapter_name="second")
+        reloaded.set_adapter("second")
+        second = reloaded(*args)
+        reloaded.set_adapter("default")
+        assert torch.allclose(reloaded(*args), output, atol=1e-5)
+        reloaded.set_adapter("second")
+        assert torch.equal(reloaded(*args), second)
+        other.get_parameter("cls_token").zero_()
+        reloaded.set_adapter("default")
+        assert torch.allclose(reloaded(*args), output, atol=1e-5)
