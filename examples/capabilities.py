@@ -3,8 +3,8 @@
     python -m examples.capabilities           write the page
     python -m examples.capabilities --check   fail if the page says otherwise
 
-A pair is supported if a fresh adapter trains: every trainable tensor gets a gradient, a step changes the output, and
-without the adapter the backbone's output is what it was. Where a method's defaults do not fit a backbone, the
+A pair is supported if every part of the adapter runs, every trainable tensor gets a gradient, the adapter changes the
+output, and without it the backbone's output is what it was. Where a method's defaults do not fit a backbone, the
 alternatives that its error names are tried.
 """
 
@@ -52,7 +52,7 @@ def probe(method: str, backbone: TinyBackbone) -> tuple[str, str]:
 
 
 def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
-    """One step of training; `PointPeftError` where the backbone is refused, `RuntimeError` where nothing happens."""
+    """Adapt and look; `PointPeftError` where the backbone is refused, `RuntimeError` where nothing happens."""
     torch.manual_seed(0)
     args = backbone.inputs(3, 1)
     with torch.no_grad():
@@ -61,19 +61,19 @@ def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
     model = get_peft_model(backbone.build(), config, example_inputs=backbone.example)
     if any(isinstance(state, Bank) for state in get_adapter(model, "default").shared_states()):
         model.build_memory_bank([backbone.inputs(4, seed) for seed in range(4)], to_inputs=lambda batch: batch)
-    output = backbone.select(model.eval()(*args))
+    model.eval()(*args)  # which proves that every part runs
     parameters = dict(model.adapters.named_parameters())
-    torch.autograd.backward((output * torch.randn_like(output)).sum())
-    without = [name for name, parameter in parameters.items() if parameter.grad is None or not parameter.grad.any()]
-    if without or not parameters:
-        raise RuntimeError(f"{config.method} on {backbone.name}: no gradient for {without or 'anything'}")
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        trained = backbone.select(model(*args))
         with model.disable_adapter():
             disabled = backbone.select(model(*args))
-    if torch.allclose(trained, output) or not torch.equal(disabled, plain):
+    adapted = backbone.select(model(*args))
+    torch.autograd.backward((adapted * torch.randn_like(adapted)).sum())
+    without = [name for name, parameter in parameters.items() if parameter.grad is None or not parameter.grad.any()]
+    if without:
+        raise RuntimeError(f"{config.method} on {backbone.name}: no gradient for {without}")
+    if torch.allclose(adapted, plain) or not torch.equal(disabled, plain):
         raise RuntimeError(f"{config.method} on {backbone.name}: it has no effect, or one that stays")
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -142,6 +142,8 @@ class Anatomy:
     prefix_parameters: tuple[PrefixParameter, ...] = ()
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    last_block_calls: int = 1
+    """How often the block that the prior is taken after runs in one forward."""
     patches_read: bool = True
     """Whether the prediction depends on what the last block makes of the patch tokens, and not on the prefix alone."""
     reads: tuple[Read, ...] = ()
@@ -152,6 +154,16 @@ class Anatomy:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all stages in order."""
         return tuple(block for stage in self.stages for block in stage.blocks)
+
+    def agrees(self, other: Anatomy) -> bool:
+        """Whether another says the same, from whatever source it knows it."""
+        return replace(self, source=other.source) == other
+
+    @property
+    def queried(self) -> int:
+        """The last stage whose coordinates are known, after which a prior is taken; 0 if none is."""
+        located = [index for index, stage in enumerate(self.stages) if stage.coordinates is not None]
+        return located[-1] if located else 0
 
     def stage_of(self, block: Block) -> int:
         """The index of the stage that a block belongs to."""
@@ -270,7 +282,8 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
     """The transformer blocks of a model by path: the smallest ancestor of an attention with a norm and a linear."""
     modules = dict(model.named_modules())
     blocks: dict[str, Block] = {}
-    for attention, qkv in _attentions(model):
+    attentions = dict(_attentions(model))
+    for attention, qkv in attentions.items():
         path = attention
         while path:
             path = path.rpartition(".")[0]
@@ -296,21 +309,23 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
             qkv=qkv,
             projection=projection[0] if len(projection) == 1 else None,
             norms=norms,
-            mlp=_mlp(modules, path, attention, linears),
+            mlp=_mlp(modules, path, linears, attentions),
             linears=linears,
         )
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
 
 
-def _mlp(modules: Mapping[str, nn.Module], block: str, attention: str, linears: Sequence[str]) -> str | None:
+def _mlp(
+    modules: Mapping[str, nn.Module], block: str, linears: Sequence[str], attentions: Mapping[str, Any]
+) -> str | None:
     """The first child of a block whose linear layers widen and narrow again; or the layer that ends such a pair."""
     for name, _ in modules[block].named_children():
         child = f"{block}.{name}"
         shapes = [linear_shape(modules[path]) for path in linears if path.startswith(child + ".")]
         first, last = (shapes[0], shapes[-1]) if shapes else (None, None)
-        is_attention = any(_SPLIT & set(part.split("_")) for part, _ in modules[child].named_children())
-        if len(shapes) >= 2 and first and last and first[1] == last[0] and not is_attention:
+        attends = any((path + ".").startswith(child + ".") for path in attentions)
+        if len(shapes) >= 2 and first and last and first[1] == last[0] and not attends:
             return _innermost(modules, child)
     own = [path for path in linears if path.rpartition(".")[0] == block]
     for one, two in pairwise(own):
@@ -413,6 +428,9 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
                 block.mlp,
                 *block.linears,
             ]
+        _check_stage(stage)
+    if from_json(to_json(anatomy)) != anatomy:
+        raise AnatomyError("an anatomy holds tuples, not lists")
     for path in named:
         if path is not None and path not in modules:
             near = nearest_names(path, list(modules))
@@ -423,6 +441,30 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
     for parameter in anatomy.prefix_parameters:
         if parameter.name not in parameters:
             near = nearest_names(parameter.name, list(parameters), what="parameter")
+            name = quoted(parameter.name)
+            raise AnatomyError(f"the anatomy names the parameter {name}, which is not there; nearest: {near}")
+        rows, prefix = prefix_rows(parameters[parameter.name]), anatomy.stages[0].prefix_tokens
+        if parameter.row < 0 or (prefix is not None and parameter.row + rows > prefix):
             raise AnatomyError(
-                f"the anatomy names the parameter {quoted(parameter.name)}, which is not there; nearest: {near}"
+                f"the anatomy puts {rows} rows of '{parameter.name}' at row {parameter.row} of {prefix} prefix tokens"
             )
+
+
+def _check_stage(stage: Stage) -> None:
+    """Raise `AnatomyError` for what no stage can be."""
+    taps = [tap for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap is not None]
+    steps = [stage.tokens, *stage.outputs, *stage.masks, *stage.padding_masks, *(tap.steps for tap in taps)]
+    negative = any(isinstance(step, int) and step < 0 for way in steps for step in way)
+    if negative or not stage.tokens or not stage.outputs:
+        raise AnatomyError(
+            f"the stage of '{stage.blocks[0].path}' says where tensors are by numbers from 0 and names; its tokens "
+            "need at least one of them, its outputs at least one place"
+        )
+    paths = [block.path for block in stage.blocks]
+    if len(set(paths)) != len(paths) or not all(paths):
+        raise AnatomyError(f"the blocks of a stage must be different modules of the model, got {paths}")
+    for block in stage.blocks:
+        parts = [block.attention, block.mlp, block.projection, *block.qkv, *block.norms, *block.linears]
+        outside = [part for part in parts if part is not None and not (part + ".").startswith(block.path + ".")]
+        if outside:
+            raise AnatomyError(f"the anatomy says that '{outside[0]}' is a part of block '{block.path}': it is not")

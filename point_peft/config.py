@@ -115,10 +115,10 @@ class PeftConfig:
         """What this field says of the backbone, else those of the methods, which must agree; None: what is found."""
         if self.anatomy is not None:
             return self.anatomy
-        stated = {tuner.anatomy for tuner in self.tuners if tuner.anatomy is not None}
-        if len(stated) > 1:
+        stated = [tuner.anatomy for tuner in self.tuners if tuner.anatomy is not None]
+        if not all(anatomy.agrees(stated[0]) for anatomy in stated):
             raise PointPeftError("anatomy: the methods of one adapter state different ones; state it in PeftConfig")
-        return next(iter(stated), None)
+        return stated[0] if stated else None
 
     @property
     def saved_modules(self) -> str | tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy import Anatomy
+from point_peft.tokens import leaves
 
 T = TypeVar("T")
 
@@ -58,6 +60,14 @@ class Forward:
         """Stage -> coordinates (b, g, 3) of its patch tokens, in token order; of packed tokens (n, 3)."""
         self.samples: dict[int, Tensor] = {}
         """Stage -> for packed tokens, which sample each belongs to: numbers (n,) or ends of samples (b,)."""
+        self.misplaced: dict[int, str] = {}
+        """Stage -> what is wrong with its coordinates, for those that need them."""
+        self.begun: set[int] = set()
+        """Stages of which a block has run."""
+        self.ended = 0
+        """In a second pass: how often the block that it ends at has run."""
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """(adapter, site) -> calls so far, where a part must tell its first call from others."""
         self.patches: dict[int, Tensor] = {}
         """Stage -> patch embedding (b, g, c), before positions are added."""
         self.cache: dict[Hashable, Any] = {}
@@ -269,15 +279,9 @@ class _Resume:
 
 
 def mark(forward: Forward, outputs: Any) -> None:
-    """Mark the tensors of an output, in tuples, lists and mappings, as results of this forward."""
+    """Mark the tensors of an output, nested as they may be, as results of this forward."""
     if torch.compiler.is_compiling():
         return
-    if isinstance(outputs, Tensor):
-        if outputs.grad_fn is not None:
-            outputs.grad_fn.register_prehook(_Resume(forward))
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            mark(forward, value)
-    elif isinstance(outputs, (tuple, list)):
-        for value in outputs:
-            mark(forward, value)
+    for _, tensor in leaves(outputs):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(_Resume(forward))

@@ -186,6 +186,11 @@ def _assemble(
             adapter.readers.setdefault(reader, []).append(path)
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
     adapter.tensors()
+    if next(adapter.parameters(), None) is None:
+        raise AdapterError(
+            "the adapter would have nothing to train: no head was found or none was asked for; name the modules to "
+            "train in modules_to_save"
+        )
     return adapter
 
 
@@ -311,7 +316,7 @@ def attach_model(root: Root) -> None:
         module.register_forward_hook(_tap_output)
     for block in anatomy.blocks:
         _site(root, block.path).register_forward_pre_hook(_check_tokens, with_kwargs=True)
-    _site(root, anatomy.blocks[-1].path).register_forward_hook(_end_second_pass)
+    _site(root, anatomy.stages[anatomy.queried].blocks[-1].path).register_forward_hook(_end_second_pass)
 
 
 def attach_sites(root: Root, adapter: Adapter) -> None:
@@ -472,9 +477,12 @@ def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> 
 def _begin_reading(module: nn.Module, args: Args) -> None:
     """While this module runs, it reads the adapted weights of others."""
     site: Site = module.__dict__[SITE]
-    adapted = _read_weights(context.current_forward(site.root), site)
+    forward = context.current_forward(site.root)
+    adapted = _read_weights(forward, site)
     if adapted:
-        reading.enter(module, {id(base): (path, value) for (path, _), (base, value) in adapted.items()})
+        # What Ctrl-C leaves behind dies with its forward.
+        substitutes = {id(base): (path, value) for (path, _), (base, value) in adapted.items()}
+        reading.enter(module, substitutes, lambda: context.current_forward(site.root) is forward)
 
 
 def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
@@ -531,6 +539,9 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     tokens = token_ops.block_tokens(stage, site.path, args, kwargs)
     if not any(part.needs_coordinates for part in parts):
         return
+    forward.begun.add(index)
+    if index in forward.misplaced:
+        raise AnatomyError(forward.misplaced[index])
     if index not in forward.coordinates:
         raise AnatomyError(
             f"block '{site.path}' runs before the coordinates of its tokens were seen at the {stage.coordinates}: call "
@@ -580,11 +591,10 @@ def _tap(site: Site, side: str, find: Callable[[Tap], Any]) -> None:
         )
         tap = stage.coordinates
         if tap is not None and tap.module == site.path and tap.side == side:
-            coordinates = _coordinates(coordinates, tap, stage)
             context.restart_direct(site.root, index)
+            _see_coordinates(context.current_forward(site.root), index, coordinates, tap, stage)
         forward = context.current_forward(site.root)
         for seen, value in (
-            (forward.coordinates, coordinates),
             (forward.samples, samples),
             (forward.patches, patches),
         ):
@@ -592,13 +602,22 @@ def _tap(site: Site, side: str, find: Callable[[Tap], Any]) -> None:
                 seen.setdefault(index, value)
 
 
-def _coordinates(value: Any, tap: Tap, stage: Stage) -> Tensor:
+def _see_coordinates(forward: Forward, index: int, value: Any, tap: Tap, stage: Stage) -> None:
+    """Keep the coordinates of a stage; what is wrong with them is an error for those alone that need them."""
     dims, shape = (2, "(n, 3)") if stage.layout == "packed" else (3, "(b, g, 3)")
     if not isinstance(value, Tensor) or value.ndim != dims or value.shape[-1] != 3:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise AnatomyError(f"the {tap} should be the coordinates {shape} of the tokens; it is {got}")
+        forward.misplaced[index] = f"the {tap} should be the coordinates {shape} of the tokens; it is {got}"
+        return
     # Whole numbers are cells of a grid.
-    return value if value.is_floating_point() else value.float()
+    value = value if value.is_floating_point() else value.float()
+    known = forward.coordinates.setdefault(index, value)
+    again = index in forward.begun and not forward.recomputing
+    if again and known is not value and (known.shape != value.shape or not torch.equal(known, value)):
+        forward.misplaced[index] = (
+            f"the blocks of '{stage.blocks[0].path}' run on a second set of points in one forward (at the {tap}), and "
+            "what they share would be the first set's: call the model once for each, or use LORA or BITFIT"
+        )
 
 
 def _hold_eval(module: nn.Module, args: Args) -> None:
@@ -677,11 +696,20 @@ def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
     if forward.parent is None or forward.parent.stop_at != "backbone":
         return
     anatomy = _known(site.root)
-    stage = anatomy.stages[-1]
+    forward.ended += 1
+    if forward.ended < anatomy.last_block_calls:
+        return
+    stage = anatomy.stages[anatomy.queried]
     tokens = token_ops.batch_first(token_ops.output_tokens(stage, site.path, output), stage.layout)
-    for path in anatomy.final_norms:
-        tokens = forward.root.base_model.get_submodule(path)(tokens)
-    g = forward.coordinates[len(anatomy.stages) - 1].shape[1]
+    if stage is anatomy.stages[-1]:
+        for path in anatomy.final_norms:
+            tokens = forward.root.base_model.get_submodule(path)(tokens)
+    if anatomy.queried not in forward.coordinates:
+        raise AnatomyError(
+            forward.misplaced.get(anatomy.queried)
+            or f"the coordinates of the tokens of '{site.path}' were not seen at the {stage.coordinates}"
+        )
+    g = forward.coordinates[anatomy.queried].shape[1]
     raise context.Stop(tokens[:, tokens.shape[1] - g :])
 
 

@@ -23,12 +23,12 @@ from point_peft import context, injection, reading, state
 from point_peft.anatomy import Anatomy, check_anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.context import Forward, Key
-from point_peft.errors import AdapterError, AdapterFileError, PointPeftError, quoted
+from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, PointPeftError, quoted
 from point_peft.heads import HeadSource, build_head, describe_head, make_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
 from point_peft.presets import known_anatomy
-from point_peft.tracing import trace
+from point_peft.tracing import trace, verified
 from point_peft.tuners.base import Backbone, Bank
 from point_peft.version import __version__
 
@@ -80,7 +80,7 @@ class AdapterSet(nn.Module):
     anatomy: Anatomy | None
     """None where no preset fits and nothing was traced; then no method that needs it can be added."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy | AnatomyError) -> None:
         super().__init__()
         self._hold(model)
         self.adapters = nn.ModuleDict()
@@ -89,7 +89,8 @@ class AdapterSet(nn.Module):
         self.traced: Forward | None = None
         self.unproven: set[str] = set()
         self.fingerprints = state.Fingerprints()
-        self.anatomy = anatomy
+        self.anatomy = None if isinstance(anatomy, AnatomyError) else anatomy
+        self.why_unknown = str(anatomy) if isinstance(anatomy, AnatomyError) else ""
         self.frozen_from: dict[str, bool] = {}
         self.norm_modes: dict[str, bool] = {}
         self.training = model.training
@@ -156,7 +157,8 @@ class AdapterSet(nn.Module):
 
     def _backbone(self, config: PeftConfig) -> Backbone:
         modules = injection.backbone_modules(self)
-        return Backbone(model=self.base_model, modules=modules, anatomy=self._anatomy_for(config))
+        anatomy = self._anatomy_for(config)
+        return Backbone(model=self.base_model, modules=modules, anatomy=anatomy, why_unknown=self.why_unknown)
 
     def _anatomy_for(self, config: PeftConfig) -> Anatomy | None:
         """The anatomy that a further adapter goes by: what its configuration states, or what is known."""
@@ -164,17 +166,26 @@ class AdapterSet(nn.Module):
         if stated is None:
             return self.anatomy
         check_anatomy(self.base_model, stated)
-        if self.adapters and self.anatomy is not None and replace(stated, source=self.anatomy.source) != self.anatomy:
+        if not self.adapters or self.anatomy is None:
+            return stated
+        if not stated.agrees(self.anatomy):
             raise AdapterError(
                 "the configuration states another anatomy than the one that the adapters of this model go by: leave it "
                 "out, or begin with a model without adapters"
             )
-        return stated
+        return self.anatomy
 
     def _attach(self, name: str, adapter: Adapter) -> None:
-        if not self.adapters:
-            self.anatomy = self._anatomy_for(adapter.config)
-            self._attach_first()
+        anatomy = self._anatomy_for(adapter.config)
+        if not self.frozen_from:
+            self.anatomy = anatomy
+            self._freeze_and_attach()
+        elif anatomy != self.anatomy:  # the adapters so far, if any, did without one
+            self.anatomy = anatomy
+            injection.detach_model(self)
+            injection.attach_model(self)
+            for other in self.adapters:
+                injection.attach_sites(self, get_adapter(self, other))
         adapter.train(self.training)
         self.adapters._modules[name] = adapter
         self.unproven.add(name)
@@ -182,17 +193,16 @@ class AdapterSet(nn.Module):
         if not self.default and len(self.adapters) == 1:
             self.set_adapter(name)
 
-    def _attach_first(self) -> None:
-        if not self.frozen_from:
-            own = CHILD + "."
-            parameters = [(n, p) for n, p in self.base_model.named_parameters() if not n.startswith(own)]
-            self.frozen_from = {name: parameter.requires_grad for name, parameter in parameters}
-            for _, parameter in parameters:
-                parameter.requires_grad_(False)
-            self.norm_modes = {path: module.training for path, module in injection.frozen_norms(self).items()}
-            for module in injection.frozen_norms(self).values():
-                module.training = False
-            injection.attach_model(self)
+    def _freeze_and_attach(self) -> None:
+        own = CHILD + "."
+        parameters = [(n, p) for n, p in self.base_model.named_parameters() if not n.startswith(own)]
+        self.frozen_from = {name: parameter.requires_grad for name, parameter in parameters}
+        for _, parameter in parameters:
+            parameter.requires_grad_(False)
+        self.norm_modes = {path: module.training for path, module in injection.frozen_norms(self).items()}
+        for module in injection.frozen_norms(self).values():
+            module.training = False
+        injection.attach_model(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; the others stay as they are. If it was active, it no longer is."""
@@ -777,9 +787,10 @@ def get_peft_model(
 ) -> PointPeftModel:
     """Freeze a backbone and give it a trainable adapter. The given model is changed in place.
 
-    `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced for a
-    model that no preset describes. `memory_bank` (rows, c) is the bank of Point-PEFT, if it is at hand. `heads` gives
-    the adapter heads of its own shape: module name -> module, or a function that makes one.
+    `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced, for a
+    model that no preset describes, or to verify what a preset says. `memory_bank` (rows, c) is the bank of Point-PEFT,
+    if it is at hand. `heads` gives the adapter heads of its own shape: module name -> module, or a function that makes
+    one.
 
     On any error the model is as it was, bit for bit.
     """
@@ -819,24 +830,29 @@ def inject_adapter(
 def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     """What the library understands of a backbone; `str()` of the result is readable.
 
-    Without example inputs only what structure and presets tell; with them, one forward is traced where those do not
-    suffice.
+    Without example inputs only what structure and presets tell; with them, a forward is traced, which also verifies
+    what a preset says.
     """
     anatomy = _anatomy(model, example_inputs or None)
-    if anatomy is None:
-        raise PointPeftError(
-            f"no preset describes {type(model).__name__}: pass example inputs, describe(model, *inputs), to trace "
-            "one forward"
+    if isinstance(anatomy, AnatomyError):
+        raise anatomy
+    return anatomy
+
+
+def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | AnatomyError:
+    """What is known of a model, or why nothing is."""
+    known = known_anatomy(model)
+    if example_inputs is None:
+        kind = type(model).__name__
+        return known or AnatomyError(
+            f"no preset describes {kind}: pass example_inputs=(...), two or more clouds, to let one forward be traced"
         )
-    return anatomy
-
-
-def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | None:
-    anatomy = known_anatomy(model)
-    if anatomy is None and example_inputs is not None:
-        args, kwargs = _arguments(example_inputs)
-        return trace(model, args, kwargs)
-    return anatomy
+    args, kwargs = _arguments(example_inputs)
+    try:
+        traced = trace(model, args, kwargs)
+    except AnatomyError as error:
+        return known or error
+    return traced if known is None else verified(known, traced)
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from point_peft.anatomy import (
     Tap,
     block_width,
     find_blocks,
+    linear_shape,
     prefix_rows,
     stage_groups,
 )
@@ -35,6 +36,9 @@ class StagePreset:
     blocks: str
     """A regular expression for the paths of the blocks."""
     coordinates: Tap
+    embedding: str | None = None
+    """A positional embedding. If it is made from coordinates, it gets them in the order of the tokens, and they are
+    seen there."""
     samples: tuple[Tap, ...] = ()
     """The last whose module exists counts."""
     patch_tokens: tuple[str, ...] = ()
@@ -65,8 +69,6 @@ class Preset:
     """Parameters of their positions, in the order of their rows."""
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
-    outer_heads: tuple[str, ...] = ()
-    """Heads that a model which wraps the backbone has beside it."""
     patches_read: bool = True
     """Whether the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
     reads: str | None = None
@@ -101,7 +103,12 @@ PRESETS: tuple[Preset, ...] = (
         requires=("blocks.blocks.0", "group_divider", "encoder", "pos_embed", "norm"),
         absent=("h_encoder", "generator_blocks"),
         stages=(
-            StagePreset(blocks=r"blocks\.blocks\.\d+", coordinates=_GROUPED, patch_tokens=("encoder", "reduce_dim")),
+            StagePreset(
+                blocks=r"blocks\.blocks\.\d+",
+                coordinates=_GROUPED,
+                embedding="pos_embed",
+                patch_tokens=("encoder", "reduce_dim"),
+            ),
         ),
         stem=("group_divider", "encoder", "reduce_dim"),
         tokens=("cls_token", "img_token", "text_token"),
@@ -128,7 +135,13 @@ PRESETS: tuple[Preset, ...] = (
         name="PointGPT",
         requires=("blocks.layers.0", "blocks.ln_f", "group_divider", "encoder", "pos_embed"),
         stages=(
-            StagePreset(blocks=r"blocks\.layers\.\d+", coordinates=_GROUPED, patch_tokens=("encoder",), layout="gbc"),
+            StagePreset(
+                blocks=r"blocks\.layers\.\d+",
+                coordinates=_GROUPED,
+                patch_tokens=("encoder",),
+                layout="gbc",
+                masks=((1,),),
+            ),
         ),
         stem=("group_divider", "encoder"),
         # As in the original, the positions of the two tokens are exchanged.
@@ -145,6 +158,7 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
                 coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
+                embedding="h_encoder.encoder_pos_embeds.{stage}",
                 patch_tokens=("h_encoder.token_embed.{stage}",),
                 masks=((1,),),
             ),
@@ -161,6 +175,7 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"visual\.blocks\.\d+",
                 coordinates=_GROUPED,
+                embedding="pos_embed",
                 patch_tokens=("encoder", "encoder2trans"),
                 position="once",
             ),
@@ -181,6 +196,7 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"encoder\.blocks\.\d+",
                 coordinates=Tap(module="encoder.patch_embed", side="output", steps=(0, 1)),
+                embedding="encoder.pos_embed",
                 patch_tokens=("encoder.proj",),
             ),
         ),
@@ -223,7 +239,13 @@ PRESETS: tuple[Preset, ...] = (
         requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
         absent=("group_divider",),
         stages=(
-            StagePreset(blocks=r"blocks\.layers\.\d+", coordinates=_EMBEDDED, patch_tokens=("encoder",), layout="gbc"),
+            StagePreset(
+                blocks=r"blocks\.layers\.\d+",
+                coordinates=_EMBEDDED,
+                patch_tokens=("encoder",),
+                layout="gbc",
+                masks=((1,),),
+            ),
         ),
         stem=("encoder",),
         tokens=("blocks.sos", "cls_token"),
@@ -263,7 +285,6 @@ PRESETS: tuple[Preset, ...] = (
         ),
         stem=("embedding",),
         heads=_SCENE_HEADS,
-        outer_heads=_SCENE_HEADS,
     ),
     # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
     Preset(
@@ -295,7 +316,6 @@ PRESETS: tuple[Preset, ...] = (
             ),
         ),
         heads=_SCENE_HEADS,
-        outer_heads=_SCENE_HEADS,
     ),
     Preset(
         name="torch-pointcloud PTv3",
@@ -358,21 +378,23 @@ PRESETS: tuple[Preset, ...] = (
 )
 
 
-def from_preset(model: nn.Module, preset: Preset) -> Anatomy | None:
-    """The anatomy of a model of this family, None if the model is not of it."""
+def prefixes(model: nn.Module, preset: Preset) -> list[str]:
+    """The prefixes of module paths under which a model has a backbone of this family; "" for the model itself."""
     modules = dict(model.named_modules())
     first = preset.requires[0]
-    for path in modules:
-        prefix = path.removesuffix(first)
-        fits = path.endswith(first) and (not prefix or prefix.endswith("."))
-        if not fits or any(prefix + other not in modules for other in preset.requires):
-            continue
-        if not any(prefix + other in modules for other in preset.absent):
-            return _fitted(model, modules, preset, prefix)
-    return None
+    found = [path.removesuffix(first) for path in modules if path.endswith(first)]
+    return [
+        prefix
+        for prefix in found
+        if (not prefix or prefix.endswith("."))
+        and all(prefix + other in modules for other in preset.requires)
+        and not any(prefix + other in modules for other in preset.absent)
+    ]
 
 
-def _fitted(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, prefix: str) -> Anatomy | None:
+def from_preset(model: nn.Module, preset: Preset, prefix: str) -> Anatomy | None:
+    """The anatomy of a model that has a backbone of this family under a prefix."""
+    modules = dict(model.named_modules())
     found = find_blocks(model)
     stages: list[Stage] = []
     for entry in preset.stages:
@@ -392,7 +414,7 @@ def _fitted(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, 
                 parameters.append(PrefixParameter(name=prefix + name, role=role, row=row))
                 row += prefix_rows(known[prefix + name])
     rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
-    heads = [prefix + name for name in preset.heads] + list(preset.outer_heads if prefix else ())
+    heads = [prefix + name for name in preset.heads] + _beside(modules, prefix)
     return Anatomy(
         source=f"preset {preset.name}",
         stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
@@ -407,6 +429,21 @@ def _fitted(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, 
             if preset.reads is not None and re.fullmatch(re.escape(prefix) + preset.reads, path)
         ),
     )
+
+
+def _beside(modules: Mapping[str, nn.Module], prefix: str) -> list[str]:
+    """The modules with parameters that a model has beside the backbone that it wraps: heads of its own."""
+    beside: list[str] = []
+    inner = prefix.rstrip(".")
+    while inner:
+        outer, _, name = inner.rpartition(".")
+        beside += [
+            f"{outer}.{child}" if outer else child
+            for child, module in modules[outer].named_children()
+            if child != name and next(module.parameters(), None) is not None
+        ]
+        inner = outer
+    return beside
 
 
 def _normalises(module: nn.Module | None) -> bool:
@@ -431,6 +468,10 @@ def _stage(
     def tap(entry: Tap) -> Tap:
         return replace(entry, module=path(entry.module))
 
+    where = tap(entry.coordinates)
+    embedding = path(entry.embedding) if entry.embedding is not None else None
+    if embedding is not None and embedding in modules and _made_from_coordinates(modules[embedding]):
+        where = Tap(module=embedding, side="input")
     samples = [tap(one) for one in entry.samples if path(one.module) in modules]
     patches = [path(name) for name in entry.patch_tokens if path(name) in modules]
     return Stage(
@@ -439,7 +480,7 @@ def _stage(
         layout=entry.layout,
         tokens=entry.tokens,
         outputs=entry.outputs,
-        coordinates=tap(entry.coordinates),
+        coordinates=where,
         samples=samples[-1] if samples else None,
         patch_tokens=Tap(module=patches[-1], side="output", steps=()) if patches else None,
         position=entry.position,
@@ -447,10 +488,16 @@ def _stage(
     )
 
 
+def _made_from_coordinates(embedding: nn.Module) -> bool:
+    """Whether the first layer of a positional embedding reads three channels."""
+    shapes = [shape for module in embedding.modules() if (shape := linear_shape(module))]
+    return bool(shapes) and shapes[0][1] == 3
+
+
 def known_anatomy(model: nn.Module) -> Anatomy | None:
-    """The anatomy by the first preset that fits, None if none does."""
+    """The anatomy by the first preset that fits, None if none does, or if the model holds two backbones."""
     for preset in PRESETS:
-        anatomy = from_preset(model, preset)
-        if anatomy is not None:
-            return anatomy
+        found = [anatomy for prefix in prefixes(model, preset) if (anatomy := from_preset(model, preset, prefix))]
+        if found:
+            return found[0] if len(found) == 1 else None
     return None

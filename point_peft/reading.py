@@ -3,12 +3,15 @@
 `nn.MultiheadAttention` reads the weights of its `out_proj`, and other attentions those of their `qkv`, to pass them to
 a function; a hook at those modules never runs. While the module that reads runs, a mode of this thread gives functions
 the adapted tensor wherever they are given the base's. The base's tensors stay as they are; no other thread sees it.
+
+Gradient checkpointing of a block or of the module that reads works; of a part of the reader's own forward it does not,
+because what is run again then runs outside the reader: torch's non-reentrant kind says so with an error.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,19 +23,24 @@ _state = threading.local()
 class Substitution(TorchFunctionMode):
     """Gives functions the tensors of `adapted`, by the identity of the base's, and notes whose were asked for."""
 
-    def __init__(self, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
+    def __init__(self, adapted: Mapping[int, tuple[str, Tensor]], alive: Callable[[], bool]) -> None:
         super().__init__()
         self.adapted = adapted
+        self.alive = alive
         self.used: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(id(value) in self.adapted for value in (*args, *kwargs.values())):
+        values = [*args, *kwargs.values()]
+        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+        if any(id(value) in self.adapted for value in values) and self.alive():
             args = tuple(self._given(value) for value in args)
             kwargs = {name: self._given(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _given(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(self._given(item) for item in value)
         if id(value) not in self.adapted:
             return value
         owner, adapted = self.adapted[id(value)]
@@ -47,12 +55,12 @@ def _stack() -> list[tuple[nn.Module, Substitution]]:
     return stack
 
 
-def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
-    """From now on, until the reader's `leave`, functions called on this thread get the adapted tensors.
+def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: Callable[[], bool]) -> None:
+    """From now on, until the reader's `leave`, functions called on this thread get the adapted tensors while `alive`.
 
     `adapted` has them by the identity of the base's, each with the path of the module that it belongs to.
     """
-    mode = Substitution(adapted)
+    mode = Substitution(adapted, alive)
     mode.__enter__()  # type: ignore[no-untyped-call]
     _stack().append((reader, mode))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +31,13 @@ class SparseTensor(Protocol):
     def replace_feature(self, feature: Tensor) -> SparseTensor: ...
 
 
+@runtime_checkable
+class Record(Protocol):
+    """What holds tensors by name and says which: torch_geometric's Data and the like."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 # ---- where tokens are ------------------------------------------------------------------------------------------------
 
 
@@ -44,8 +52,19 @@ def leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for number, item in enumerate(value):
             yield from leaves(item, (*steps, number))
+    elif isinstance(value, Record) or (is_dataclass(value) and not isinstance(value, type)):
+        yield from leaves(dict(_entries(value)), steps)
     elif isinstance(value, SparseTensor):
         yield (*steps, "features"), value.features
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of a record or dataclass."""
+    if isinstance(value, Record):
+        yield from value.to_dict().items()
+    else:
+        for item in fields(value):
+            yield item.name, getattr(value, item.name)
 
 
 def fetch(value: Any, steps: Steps) -> Any:
@@ -55,6 +74,8 @@ def fetch(value: Any, steps: Steps) -> Any:
             value = value[step] if isinstance(value, (tuple, list)) and step < len(value) else None
         elif isinstance(value, Mapping):
             value = value.get(step)
+        elif isinstance(value, Record) or (is_dataclass(value) and not isinstance(value, type)):
+            value = dict(_entries(value)).get(step)
         else:
             value = value.features if isinstance(value, SparseTensor) and step == "features" else None
     return value
@@ -63,17 +84,21 @@ def fetch(value: Any, steps: Steps) -> Any:
 def put(value: Any, steps: Steps, new: Tensor) -> Any:
     """`value` with `new` where the steps lead.
 
-    Tuples and sparse tensors are copied. Lists and mappings are changed in place: a model may hold them elsewhere too.
+    Tuples, dataclasses and sparse tensors are copied. Lists and mappings are changed in place: a model may hold them
+    elsewhere too.
     """
     if not steps:
         return new
     step, *rest = steps
-    if isinstance(value, SparseTensor) and step == "features":
+    # A mapping first: some have every attribute that they are asked for.
+    if step == "features" and not isinstance(value, Mapping) and isinstance(value, SparseTensor):
         return value.replace_feature(new)
     inner = put(fetch(value, (step,)), tuple(rest), new)
     if isinstance(value, tuple) and isinstance(step, int):
         changed = [*value[:step], inner, *value[step + 1 :]]
         return type(value)(*changed) if type(value) is not tuple else tuple(changed)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{str(step): inner})
     value[step] = inner
     return value
 
@@ -124,6 +149,8 @@ def put_output_tokens(stage: Stage, output: Any, tokens: Tensor, *, inserted: in
     before = fetch(output, first)
     change = tokens - before if copies else None
     for steps in copies:
+        if fetch(output, steps) is None:
+            continue  # a model that is built without sparse convolutions
         output = put(output, steps, fetch(output, steps) + change)
     for steps, value in list(leaves(output)) if inserted and first else ():
         if steps not in stage.outputs:
@@ -136,8 +163,9 @@ def _without(value: Tensor, tokens: Tensor, count: int, at: int, layout: Layout)
     length, batch = tokens.shape[token_dim(layout)], tokens.shape[1 - token_dim(layout)]
     if value.shape == tokens.shape:
         return remove(value, count, at, layout)
-    square = value.ndim >= 2 and value.shape[-2:] == (length, length)
-    for dim in (-1, -2) if square else (-1,) if value.shape == (batch, length) else ():
+    scores = value.shape == (batch, length)
+    square = value.ndim >= 2 and value.shape[-2:] == (length, length) and not scores
+    for dim in (-1, -2) if square else (-1,) if scores else ():
         head, _, tail = torch.split(value, [at, count, length - at - count], dim=dim)
         value = torch.cat([head, tail], dim=dim)
     return value
@@ -210,7 +238,8 @@ def insert_prompts(
         if value.shape == tokens.shape:
             return insert(value, value.new_zeros(batch, count, value.shape[2]), at, stage.layout)
         # A mask (l, l) for a batch of l clouds: only where a padding mask was seen before, it is one.
-        padding = is_padding(value, batch, length) and (batch != length or steps in stage.padding_masks)
+        alike = batch == length and value.ndim == 2
+        padding = is_padding(value, batch, length) and (not alike or steps in stage.padding_masks)
         return grow_masks(value, length, count, at, padding=padding, visible=stage.mask_visible)
 
     if len(stage.tokens) == 1:

@@ -8,10 +8,11 @@ own. What is added to prefix tokens is told by its gradient too. Then prompts ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, pairwise, product
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,8 @@ from point_peft.ragged import as_offset
 
 MAX_PREFIX = 16
 """More tokens than this before the patches are not taken for prefix tokens."""
+_LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
+"""Functions that look at a tensor and do not use what it holds."""
 PROBES = 4
 """Prompts that are put in on trial."""
 
@@ -64,10 +67,14 @@ class _Trace:
     """Module path -> its calls, in the order in which modules were first called."""
     clouds: list[Tensor] = field(default_factory=list)
     """Coordinates (n, 3) of all points that the model was given, by input."""
+    given: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Further points (b n, 3) that modules were given, and when."""
     grid: list[Tensor] = field(default_factory=list)
     """The same for inputs of whole numbers."""
     reads: dict[str, str] = field(default_factory=dict)
     """Module whose weights were read without a call -> the module that read them."""
+    uses: Mapping[int, int] = field(default_factory=dict)
+    """Parameter, by its identity -> how many functions were given it."""
     samples: int = 0
     """How many clouds the example holds, as far as packed inputs tell."""
     output: Any = None
@@ -120,6 +127,29 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return _anatomy(model, stages, seen, dead=[path for path in called if path not in live])
 
 
+def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
+    """What a preset says of a model, as far as a traced forward bears it out; where it does not, what was traced."""
+    packed = all(stage.layout == "packed" for stage in known.stages)
+    if [_skeleton(stage) for stage in known.stages] != [_skeleton(stage) for stage in traced.stages]:
+        # Of packed tokens an example of one cloud does not tell enough.
+        return known if packed and any(stage.unknown for stage in traced.stages) else traced
+    names = {parameter.name for parameter in traced.prefix_parameters}
+    return replace(
+        known,
+        prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
+        heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
+        patches_read=traced.patches_read,
+        last_block_calls=traced.last_block_calls,
+    )
+
+
+def _skeleton(stage: Stage) -> tuple[Any, ...]:
+    """What must be right of a stage for anything to be put into it."""
+    blocks = tuple(block.path for block in stage.blocks)
+    position = stage.position if stage.prefix_tokens and len(blocks) > 1 else None
+    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +177,18 @@ class _Reads(TorchFunctionMode):
         }
         self.running = running
         self.found: dict[str, str] = {}
+        self.uses: Counter[int] = Counter()
+        """Parameter, by its identity -> how many functions were given it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            owner = self.owners.get(id(value)) if isinstance(value, nn.Parameter) else None
+        values = [*args, *kwargs.values()]
+        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+        for value in values if func.__name__ not in _LOOKS else ():
+            if not isinstance(value, nn.Parameter):
+                continue
+            self.uses[id(value)] += 1
+            owner = self.owners.get(id(value))
             if owner and self.running and owner not in self.running:
                 self.found.setdefault(owner, self.running[-1])
         return func(*args, **kwargs)
@@ -178,6 +215,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
         count += 1
         running.append(paths[module])
         open_calls.append(call)
+        for value in live.values():
+            if value.is_floating_point() and value.ndim == 3 and value.shape[-1] == 3:
+                # Points that the model has scaled, say, before it chooses among them.
+                seen.given.append((call.when, rearrange(value.detach().clone(), "b n xyz -> (b n) xyz")))
         seen.calls.setdefault(paths[module], []).append(call)
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -201,6 +242,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tr
         for handle in handles:
             handle.remove()
     seen.reads = {owner: reader for owner, reader in reads.found.items() if owner not in seen.calls}
+    seen.uses = reads.uses
     return seen
 
 
@@ -423,12 +465,17 @@ def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
 
 
 def _position_once(stage: Stage, seen: _Trace) -> bool:
-    """Whether the second block gets what the first returned, and nothing was added in between."""
+    """Whether every block gets what the one before returned, and nothing is added in between."""
     if len(stage.blocks) < 2:
         return False
-    made = seen.first(stage.blocks[0].path).outputs[stage.outputs[0]]
-    given = seen.first(stage.blocks[1].path).inputs.get(stage.tokens)
-    return given is not None and torch.equal(made, given)
+    return not any(_added(one, two, stage, seen) for one, two in pairwise(stage.blocks))
+
+
+def _added(one: Block, two: Block, stage: Stage, seen: _Trace) -> bool:
+    """Whether the second of two blocks gets something else than what the first returned."""
+    made = seen.first(one.path).outputs[stage.outputs[0]]
+    given = seen.first(two.path).inputs.get(stage.tokens)
+    return given is None or not torch.equal(made, given)
 
 
 def _coordinates(stage: Stage, seen: _Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None] | None:
@@ -450,7 +497,13 @@ def _coordinates(stage: Stage, seen: _Trace, tokens: Tensor) -> tuple[Tap, Tenso
                 if value.ndim == 3 and value.shape[2] == 3 and _as_many(value, tokens):
                     tap = Tap(module=module, side="output" if side == "output" else "input", steps=steps)
                     candidates.append((tap, value, live[steps]))
-    candidates = [entry for entry in candidates if any(_consists_of(entry[1], cloud) for cloud in seen.clouds)]
+    larger = [points for when, points in seen.given if when < call.when]
+    candidates = [
+        entry
+        for entry in candidates
+        if any(_consists_of(entry[1], cloud) for cloud in seen.clouds)
+        or any(len(cloud) > entry[1].shape[0] * entry[1].shape[1] and _consists_of(entry[1], cloud) for cloud in larger)
+    ]
     summed = {}
     for tap, value, tensor in candidates:
         layout: Layout = "bgc" if tokens.shape[0] == value.shape[0] else "gbc"
@@ -460,8 +513,10 @@ def _coordinates(stage: Stage, seen: _Trace, tokens: Tensor) -> tuple[Tap, Tenso
         if key not in summed:
             summed[key] = _embeddings(seen, path, rows[:, prefix:])
         patches, made_from = summed[key]
-        in_order = any(torch.equal(value, other) for other in made_from)
-        if in_order or (not made_from and _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix)):
+        same = [(source, other) for source, other in made_from if torch.equal(value, other)]
+        if same:
+            return *same[0], patches
+        if not made_from and _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix):
             return tap, value, patches
     return None
 
@@ -480,7 +535,7 @@ def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
     return len(torch.unique(torch.cat([unique, rows]), dim=0)) == len(unique)
 
 
-def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, list[Tensor]]:
+def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, list[tuple[Tap, Tensor]]]:
     """Where the patch embedding is seen, and the coordinates (b, g, 3) that the positional embedding is made from.
 
     They are two outputs whose sum is the patch tokens (b, g, c) of the first block, or one that is these itself.
@@ -497,8 +552,12 @@ def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, 
             # The positional embedding is the one that is fed with coordinates, or with less.
             swap = _rank(seen, one) < _rank(seen, two)
             path, steps, position = (two, steps_two, one) if swap else (one, steps_one, two)
-            inputs = [value for value in seen.first(position).inputs.values() if value.shape[-1:] == (3,)]
-            return Tap(module=path, side="output", steps=steps), [value for value in inputs if value.ndim == 3]
+            coordinates = [
+                (Tap(module=position, side="input", steps=given), value)
+                for given, value in seen.first(position).inputs.items()
+                if value.ndim == 3 and value.shape[-1] == 3
+            ]
+            return Tap(module=path, side="output", steps=steps), coordinates
     equal = [
         Tap(module=path, side="output", steps=steps) for path, steps, value in outputs if torch.equal(value, patches)
     ]
@@ -550,10 +609,14 @@ def _with_prompts(stage: Stage, again: Callable[[_Probe], None]) -> Stage:
         return stage
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randn(1, PROBES, stage.width, generator=generator) for _ in range(2)]
-    for visible in (False, True):
+    # Of a batch of l clouds, any of the masks (l, l) may as well say what is padding.
+    readings = [chosen for count in range(len(stage.masks) + 1) for chosen in combinations(stage.masks, count)]
+    for others, visible in product(readings, (False, True)):
+        padding = (*stage.padding_masks, *others)
+        trial = replace(stage, mask_visible=visible, padding_masks=padding)
         results = []
         for values in prompts:
-            probe = _Probe(replace(stage, mask_visible=visible), values)
+            probe = _Probe(trial, values)
             try:
                 again(probe)
             except (RuntimeError, ValueError, IndexError, AssertionError):
@@ -561,7 +624,7 @@ def _with_prompts(stage: Stage, again: Callable[[_Probe], None]) -> Stage:
             if probe.result is not None:
                 results.append(probe.result)
         if len(results) == 2 and not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
-            return replace(stage, mask_visible=visible)
+            return replace(trial, masks=tuple(mask for mask in stage.masks if mask not in padding))
     return replace(stage, prompts=False)
 
 
@@ -599,56 +662,55 @@ def _probed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pro
 
 def _anatomy(model: nn.Module, stages: list[Stage], seen: _Trace, dead: list[str]) -> Anatomy:
     modules = dict(model.named_modules())
-    inside = tuple(block.path + "." for stage in stages for block in stage.blocks)
     blocks = [block.path for stage in stages for block in stage.blocks]
+    inside = tuple(path + "." for path in (*blocks, *dead))
     begin = min(seen.first(path).when for path in blocks)
-    end = max(seen.calls[path][-1].when for path in blocks)
-    aside = tuple(path + "." for path in dead)
-    before = [path for path, _ in seen.before(begin) if path and not path.startswith((*inside, *aside))]
-    after = [
-        path
-        for path, calls in seen.calls.items()
-        if path and calls[-1].when > end and path not in blocks and not path.startswith((*inside, *aside))
-    ]
-    made = [
-        (path, value)
-        for path in after
-        for value in seen.calls[path][-1].live_outputs.values()
-        if value.grad_fn is not None
-    ]
-    reaching = {made[number][0] for number in _connected(_results(seen), [value for _, value in made])}
-    spare = [
-        value for path in dead for value in seen.calls[path][-1].live_outputs.values() if value.grad_fn is not None
-    ]
-    # What goes by a block that has no part in the prediction has none itself.
-    after = [
-        path
-        for path in dict.fromkeys(path for path, _ in made)
-        if path in reaching and not _connected([value for own, value in made if own == path], spare)
-    ]
-    final_norms = tuple(path for path in after if _is_final_norm(modules[path], stages[-1].width))[:1]
-    tops = [
-        path
-        for path in after
-        if next(modules[path].parameters(), None) is not None and path not in final_norms and path not in before
-    ]
-    own = [
-        path
-        for path, module in modules.items()
-        if path and next(iter(module.parameters(recurse=False)), None) is not None
-    ]
-    uncalled = [path for path in own if path not in seen.calls and path not in seen.reads]
+    before = [path for path, _ in seen.before(begin) if path and not path.startswith(inside)]
+    after = _after(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)], begin)
+    tops = _outermost([path for path in after if _has_parameters(modules[path])], blocks)
+    final_norms = [path for path in tops if _is_final_norm(modules[path], stages[-1].width)][:1]
+    queried = stages[max([i for i, stage in enumerate(stages) if stage.coordinates is not None], default=0)]
+    own = [path for path, module in modules.items() if path and _has_parameters(module, recurse=False)]
     return Anatomy(
         source="traced",
         stages=tuple(stages),
-        stem=_outermost(before, blocks, modules),
+        stem=_outermost(before, blocks),
         prefix_parameters=tuple(_prefix_parameters(model, stages[0], seen)),
-        final_norms=final_norms,
-        heads=_outermost(tops, blocks, modules),
+        final_norms=tuple(final_norms),
+        heads=tuple(path for path in tops if path not in final_norms),
+        last_block_calls=len(seen.calls[queried.blocks[-1].path]),
         patches_read=_patches_read(stages[-1], seen),
         reads=tuple(Read(module=owner, reader=reader) for owner, reader in seen.reads.items()),
-        uncalled=tuple(uncalled),
+        uncalled=tuple(path for path in own if path not in seen.calls and path not in seen.reads),
     )
+
+
+def _after(seen: _Trace, blocks: list[str], dead: list[str], paths: list[str], begin: int) -> list[str]:
+    """The modules that are called once the blocks have begun, on the way to what is returned and not to a block."""
+    made = [
+        (path, value)
+        for path in paths
+        if seen.calls[path][-1].when > begin and path not in blocks and path not in dead
+        for value in seen.calls[path][-1].live_outputs.values()
+        # What a module only hands on it has not made.
+        if value.grad_fn is not None and all(value is not given for given in seen.calls[path][-1].live_inputs.values())
+    ]
+    values = [value for _, value in made]
+    reaching = {made[number][0] for number in _connected(_results(seen), values)}
+    entering = [value for path in blocks for call in seen.calls[path] for value in call.live_inputs.values()]
+    feeding = {made[number][0] for number in _connected([v for v in entering if v.grad_fn is not None], values)}
+    spare = [value for path in dead for value in seen.calls[path][-1].live_outputs.values()]
+    spare = [value for value in spare if value.grad_fn is not None]
+    # What goes by a block that has no part in the prediction has none itself.
+    return [
+        path
+        for path in dict.fromkeys(path for path, _ in made)
+        if path in reaching - feeding and not _connected([value for own, value in made if own == path], spare)
+    ]
+
+
+def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    return next(module.parameters(recurse), None) is not None
 
 
 def _patches_read(stage: Stage, seen: _Trace) -> bool:
@@ -662,7 +724,7 @@ def _patches_read(stage: Stage, seen: _Trace) -> bool:
     return gradient is None or bool(token_ops.batch_first(gradient, stage.layout)[:, stage.prefix_tokens or 0 :].any())
 
 
-def _outermost(paths: Sequence[str], blocks: Sequence[str], modules: dict[str, nn.Module]) -> tuple[str, ...]:
+def _outermost(paths: Sequence[str], blocks: Sequence[str]) -> tuple[str, ...]:
     """Those of the modules that hold no block and lie in no other of them."""
     free = [path for path in paths if not any(block.startswith(path + ".") for block in blocks)]
     return tuple(path for path in free if not any(path.startswith(other + ".") for other in free))
@@ -686,17 +748,21 @@ def _prefix_parameters(model: nn.Module, stage: Stage, seen: _Trace) -> list[Pre
         for name, parameter in model.named_parameters()
         if parameter.shape[-1:] == (stage.width,) and prefix_rows(parameter) <= stage.prefix_tokens
     ]
-    added = None
-    if stage.position == "every_block" and len(stage.blocks) > 1:
-        given = seen.first(stage.blocks[1].path).live_inputs[stage.tokens]
-        added = given - seen.first(stage.blocks[0].path).live_outputs[stage.outputs[0]]
+    # What is used a second time, as by the head, is not tuned by a change of the tokens.
+    small = [(name, parameter) for name, parameter in small if seen.uses[id(parameter)] == 1]
+    added = []
+    if stage.position == "every_block":
+        for one, two in pairwise(stage.blocks):
+            given = seen.first(two.path).live_inputs[stage.tokens]
+            added.append(given - seen.first(one.path).live_outputs[stage.outputs[0]])
     found: dict[str, PrefixParameter] = {}
     for row in range(stage.prefix_tokens):
+        again = [{name for name, _ in _additive(change, row, stage.layout, small)} for change in added]
         for name, own in _additive(tokens, row, stage.layout, small):
-            if name in found:
-                continue
-            again = added is not None and any(other == name for other, _ in _additive(added, row, stage.layout, small))
-            found[name] = PrefixParameter(name=name, role="position" if again else "token", row=row - own)
+            times = sum(name in names for names in again)
+            if name not in found and times in (0, len(again)):  # and not before some of the blocks only
+                role: Literal["token", "position"] = "position" if times else "token"
+                found[name] = PrefixParameter(name=name, role=role, row=row - own)
     return sorted(found.values(), key=lambda parameter: (parameter.role == "position", parameter.row))
 
 

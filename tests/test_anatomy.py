@@ -1,54 +1,555 @@
-"""What the library understands of a backbone: by presets, and by one traced forward."""
+"""What the library understands of a backbone: by structure, by presets, by one traced forward, and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds, supply_pyg_operators
-from point_peft import AnatomyError, PointPEFTConfig, PointPeftError, describe, get_peft_model
-from point_peft.anatomy import find_blocks, linear_shape
-from point_peft.backbones.layers import Encoder, Group
+from examples.backbones import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
+from examples.backbones.inputs import offset_list
+from examples.backbones.parts import GROUP_SIZE, GROUPS, Layer, PatchNet, Positions, first_and_largest
+from examples.backbones.pointcept import PointTransformerV3
+from point_peft import (
+    AdapterError,
+    AdapterFileError,
+    AnatomyError,
+    BitFitConfig,
+    LoraConfig,
+    PeftConfig,
+    PointPEFTConfig,
+    PointPeftError,
+    PointPeftModel,
+    describe,
+    get_peft_model,
+)
+from point_peft import tokens as token_ops
+from point_peft.anatomy import (
+    Anatomy,
+    Block,
+    Stage,
+    Tap,
+    check_anatomy,
+    find_blocks,
+    from_json,
+    linear_shape,
+    to_json,
+)
+from point_peft.backbones.layers import Encoder, Group, sine_features
 from point_peft.presets import known_anatomy
 from point_peft.tracing import trace
 
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_blocks_are_found_by_structure(name):
-    model = BACKBONES[name].build()
-    blocks = find_blocks(model)
-    attentions = {path: type(model.get_submodule(path)).__name__ for path in (b.attention for b in blocks.values())}
-    assert blocks and all("Attention" in kind for kind in attentions.values())
-    assert all(len(block.norms) == 2 and len(block.linears) == 2 and block.projection for block in blocks.values())
+FUSED, SPLIT, TORCH = "one fused projection", "split projections", "nn.MultiheadAttention"
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if "recon" not in name])
-def test_a_traced_forward_agrees_with_the_preset(name):
-    backbone = BACKBONES[name]
-    model = backbone.build()
-    known, traced = known_anatomy(model), trace(model, backbone.inputs(3, 1), {})
-    assert known is not None
-    # The last layer of the patch embedding may be an identity, which has the same output.
-    a, b = (dataclasses.replace(anatomy.stages[0], patch_tokens=None) for anatomy in (known, traced))
-    assert a == b
-    assert traced.prefix_parameters == known.prefix_parameters
-    assert traced.final_norms == known.final_norms
-    assert set(traced.heads) == set(known.heads)
+# ---- every registered backbone ---------------------------------------------------------------------------------------
 
 
-def test_tracing_leaves_the_model_as_it_was():
-    model = BACKBONES["point_mae"].build().train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    generator = torch.random.get_rng_state()
-    trace(model, clouds(2, 0), {})
-    assert all(module.training for module in model.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+@dataclass(frozen=True)
+class S:
+    """A stage, as the model's source has it."""
+
+    first: str
+    count: int
+    layout: str
+    width: int
+    prefix: int | None
+    coordinates: str
+    """A place where they can be seen; detection may name another where the same tensor is seen."""
+    position: str = "every_block"
+    attention: str = FUSED
+    prompts: bool = True
+
+
+@dataclass(frozen=True)
+class E:
+    """What the source of a model says of it."""
+
+    stages: tuple[S, ...]
+    heads: frozenset[str]
+    norms: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    """Parameters of the prefix tokens and of their positions, in the order of their rows."""
+
+
+def expect(*stages: S, heads: str, norms: str = "", tokens: str = "", positions: str = "") -> E:
+    return E(stages, frozenset(heads.split()), tuple(norms.split()), tuple(tokens.split()), tuple(positions.split()))
+
+
+def packed(first: str, count: int, width: int, coordinates: str, attention: str = SPLIT) -> S:
+    """Packed tokens have no prefix, take no prompts, and see positions in every block."""
+    return S(first, count, "packed", width, 0, coordinates, attention=attention, prompts=False)
+
+
+def graph(first: str, count: int, width: int) -> S:
+    """Blocks of torch-pointcloud and PyG take the coordinates as their second argument."""
+    return packed(first, count, width, f"input[1] of '{first}'")
+
+
+def voxels(first: str, count: int, width: int) -> S:
+    """Those of its PTv3 as their third."""
+    return packed(first, count, width, f"input[2] of '{first}'", FUSED)
+
+
+def listed(first: str, count: int, width: int) -> S:
+    """The official PTv1 and PTv2 have them first in a list."""
+    return packed(first, count, width, f"input[0][0] of '{first}'")
+
+
+def point(first: str, count: int, width: int) -> S:
+    """Pointcept's PTv3 has them in a mapping."""
+    return packed(first, count, width, f"input[0].coord of '{first}'", FUSED)
+
+
+def vit(blocks: str, count: int, prefix: int, coordinates: str, *, layout: str = "bgc", **other: Any) -> S:
+    return S(blocks, count, layout, WIDTH, prefix, coordinates, **other)
+
+
+def nowhere(first: str, attention: str) -> S:
+    """Patches padded outside any module: their coordinates are not found, so neither is the prefix."""
+    return S(first, 3, "bgc", WIDTH, None, "None", attention=attention, prompts=False)
+
+
+def levels(name: str, widths: tuple[int, int, int], coordinates: str) -> tuple[S, ...]:
+    return tuple(
+        S(f"{name}.{level}.blocks.0", 2, "bgc", width, 0, coordinates.format(level))
+        for level, width in enumerate(widths)
+    )
+
+
+GROUPED = "output[1] of 'group_divider'"
+CLS = {"tokens": "cls_token", "positions": "cls_pos"}
+THREE = {"tokens": "cls_token img_token text_token", "positions": "cls_pos img_pos text_pos"}
+START = {"norms": "norm", "heads": "head", "tokens": "start", "positions": "start_position"}
+PARTS = "label_conv propagation_0 convs1 bns1 convs2 bns2 convs3"
+GPT = {"tokens": "blocks.sos cls_token", "positions": "cls_pos sos_pos", "norms": "blocks.ln_f"}
+usual = expect(vit("blocks.0", 3, 1, "output[1] of 'tokenizer'"), **START)
+
+
+def mae(count: int, prefix: int = 1, attention: str = FUSED) -> S:
+    return vit("blocks.blocks.0", count, prefix, GROUPED, attention=attention)
+
+
+def uni3d(attention: str) -> E:
+    stage = vit("visual.blocks.0", 2, 1, GROUPED, position="once", attention=attention)
+    return expect(stage, heads="trans2embed", norms="visual.fc_norm", **CLS)
+
+
+EXPECTED: dict[str, E] = {
+    "point_mae": expect(mae(3), heads="cls_head_finetune", norms="norm", **CLS),
+    "point_bert": expect(mae(2), heads="cls_head_finetune", norms="norm", **CLS),
+    "pcp_mae": expect(mae(2), heads="cls_head_finetune", norms="norm", **CLS),
+    "recon": expect(mae(2, 3), heads="cls_head_finetune", norms="norm", **THREE),
+    "recon_contrast": expect(mae(2, 3), heads="cls_head_finetune", norms="norm", **THREE),
+    "compact": expect(mae(3, 1, SPLIT), heads="cls_head_finetune", norms="norm", **CLS),
+    "part_seg": expect(mae(3, 0), heads=PARTS, norms="norm"),
+    "point_m2ae": expect(
+        *levels("h_encoder.encoder_blocks", (12, 24, 24), "output[1] of 'group_dividers.{}'"),
+        heads="cls_head_finetune",
+        norms="norm",
+    ),
+    "torch_pointcloud": expect(
+        vit("blocks.blocks.0", 2, 1, "input[0] of 'pos_embed'"), heads="head", norms="norm_f", **CLS
+    ),
+    "torch_pointcloud_part_seg": expect(
+        vit("blocks.blocks.0", 12, 0, "input[0] of 'pos_embed'"), heads="label_conv propagation_0 head", norms="norm_f"
+    ),
+    "torch_pointcloud_point_bert": expect(
+        vit("encoder.blocks.0", 2, 1, "input[0] of 'encoder.pos_embed'"),
+        heads="head",
+        norms="encoder.norm",
+        tokens="encoder.cls_token",
+        positions="encoder.cls_pos",
+    ),
+    "torch_pointcloud_pointgpt": expect(
+        vit("blocks.layers.0", 2, 2, "input[0] of 'pos_embed'", layout="gbc", attention=TORCH),
+        heads="cls_norm head",
+        **GPT,
+    ),
+    "torch_pointcloud_point_m2ae": expect(
+        *levels("h_encoder.encoder_blocks", (12, 24, 48), "input[1][{}] of 'h_encoder'"), heads="head", norms="norm"
+    ),
+    "torch_pointcloud_point_m2ae_part_seg": expect(
+        *levels("h_encoder.encoder_blocks", (12, 24, 48), "input[1][{}] of 'h_encoder'"),
+        heads="h_encoder.encoder_norms.0 h_encoder.encoder_norms.1 propagations.0 propagations.1 propagations.2 "
+        "label_conv head",
+        norms="h_encoder.encoder_norms.2",
+    ),
+    "torch_pointcloud_ptv1": expect(
+        graph("encoder.blocks.0.blocks.0", 2, 16), graph("encoder.blocks.1.blocks.0", 2, 24), heads="head"
+    ),
+    "torch_pointcloud_ptv1_seg": expect(
+        graph("encoder.blocks.0.blocks.0", 2, 16),
+        graph("encoder.blocks.1.blocks.0", 2, 24),
+        graph("decoder.global_block", 1, 24),
+        graph("decoder.blocks.0.blocks.0", 1, 16),
+        heads="head",
+    ),
+    "torch_pointcloud_ptv2": expect(
+        graph("encoder.blocks.0.blocks.0", 2, 16), graph("encoder.blocks.1.blocks.0", 2, 24), heads="head"
+    ),
+    "torch_pointcloud_ptv2_seg": expect(
+        graph("encoder.blocks.0.blocks.0", 2, 16),
+        graph("encoder.blocks.1.blocks.0", 2, 24),
+        graph("decoder.blocks.0.blocks.0", 1, 16),
+        heads="head",
+    ),
+    "torch_pointcloud_ptv3": expect(
+        voxels("encoder.blocks.0.blocks.0", 2, 16), voxels("encoder.blocks.1.blocks.0", 2, 24), heads="head"
+    ),
+    "torch_pointcloud_ptv3_seg": expect(
+        voxels("encoder.blocks.0.blocks.0", 2, 16),
+        voxels("encoder.blocks.1.blocks.0", 2, 24),
+        voxels("decoder.blocks.0.blocks.0", 1, 16),
+        heads="head",
+    ),
+    "uni3d": uni3d(FUSED),
+    "uni3d_swiglu": uni3d(SPLIT),
+    "timm_vit": expect(vit("blocks.0", 3, 0, "output[1] of 'patches'", position="once"), heads="head", norms="norm"),
+    "pyg_point_transformer": expect(graph("layers.0", 3, WIDTH), heads="lin_out", norms="norm"),
+    "openpoints_point_vit": expect(
+        vit("encoder.blocks.0", 2, 1, "output[0][1] of 'encoder.patch_embed'"),
+        heads="prediction",
+        norms="encoder.norm",
+        tokens="encoder.cls_token",
+        positions="encoder.cls_pos",
+    ),
+    "transformer_batch_first": expect(nowhere("encoder.layers.0", TORCH), heads="classify", norms="encoder.norm"),
+    "transformer_sequence_first": expect(
+        vit("encoder.layers.0", 3, 0, "output[1] of 'tokenizer'", layout="gbc", position="once", attention=TORCH),
+        heads="classify",
+        norms="encoder.norm",
+    ),
+    "pointgpt": expect(
+        vit("blocks.layers.0", 3, 2, GROUPED, layout="gbc", attention=TORCH),
+        heads="blocks.cls_norm blocks.cls_head_finetune",
+        **GPT,
+    ),
+    "pointcept_ptv3": expect(
+        point("enc.enc0.block0", 2, 16),
+        point("enc.enc1.block0", 2, 24),
+        point("dec.dec0.block0", 1, 16),
+        heads="seg_head",
+    ),
+    "official_ptv1": expect(
+        listed("enc1.1", 1, 16), listed("enc2.1", 2, 24), listed("dec2.1", 1, 24), listed("dec1.1", 1, 16), heads="cls"
+    ),
+    "official_ptv2": expect(
+        listed("patch_embed.blocks.blocks.0", 1, 16),
+        listed("enc_stages.0.blocks.blocks.0", 2, 24),
+        listed("dec_stages.0.blocks.blocks.0", 1, 16),
+        heads="seg_head",
+    ),
+    "dict_in_dict_out": usual,
+    "channels_first": usual,
+    "point_features": usual,
+    "tuple_blocks": usual,
+    "allowed_mask": usual,
+    "random_groups": usual,
+    "head_masks": expect(vit("blocks.0", 3, 1, "output[1] of 'tokenizer'", attention=TORCH), **START),
+    # Its positions go beside the tokens, so that these come to each block as the one before left them.
+    "fused_positions": expect(
+        vit("blocks.0", 3, 1, "output[1] of 'tokenizer'", position="once", attention=TORCH),
+        **{**START, "positions": ""},
+    ),
+    # The third of the list is the first once more.
+    "shared_block": expect(vit("blocks.0", 2, 1, "output[1] of 'tokenizer'"), **START),
+    "padded_patches": expect(nowhere("blocks.0", FUSED), heads="head", norms="norm"),
+}
+"""A backbone without an entry is only asked for blocks."""
+
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+
+
+def stage_of(stage: Stage) -> S:
+    first = stage.blocks[0]
+    kinds = {block.attention_kind for block in stage.blocks}
+    assert len(kinds) == 1 and len({block.path.rpartition(".")[0] for block in stage.blocks}) == 1
+    return S(
+        first.path,
+        len(stage.blocks),
+        stage.layout,
+        stage.width,
+        stage.prefix_tokens,
+        str(stage.coordinates),
+        stage.position,
+        first.attention_kind,
+        stage.takes_prompts,
+    )
+
+
+@functools.cache
+def traced_alone(backbone: TinyBackbone) -> Anatomy:
+    """What one traced forward tells of a backbone, presets left out."""
+    return trace(backbone.build(), backbone.inputs(3, 1), {})
+
+
+def place(text: str) -> Tap | None:
+    """The tap that `str` spells so."""
+    match = re.fullmatch(r"(input|output)(\S*) of '(\S+)'", text)
+    if match is None:
+        return None
+    steps = tuple(int(number) if number else name for number, name in re.findall(r"\[(\d+)\]|\.(\w+)", match[2]))
+    tap = Tap(module=match[3], side="input" if match[1] == "input" else "output", steps=steps)
+    assert str(tap) == text
+    return tap
+
+
+def rows(anatomy: Anatomy, role: str | None = None) -> dict[str, int]:
+    return {entry.name: entry.row for entry in anatomy.prefix_parameters if role in (None, entry.role)}
+
+
+@every_backbone
+def test_detection_alone_finds_what_the_source_says(backbone: TinyBackbone) -> None:
+    anatomy = traced_alone(backbone)
+    assert anatomy.source == "traced" and anatomy.blocks
+    check_anatomy(backbone.build(), anatomy)
+    expected = EXPECTED.get(backbone.name)
+    if expected is None:
+        return
+    assert len(anatomy.stages) == len(expected.stages)
+    for stage, told in zip(anatomy.stages, expected.stages, strict=True):
+        found = stage_of(stage)
+        assert replace(found, coordinates=told.coordinates) == told
+        same_tensors(backbone.build(), backbone.inputs(3, 1), stage.coordinates, place(told.coordinates))
+    assert set(anatomy.heads) == expected.heads
+    assert anatomy.final_norms == expected.norms
+    tokens, positions = ({name: i for i, name in enumerate(names)} for names in (expected.tokens, expected.positions))
+    if anatomy.stages[0].position == "once":
+        # A position that is added once is like a token: nothing tells them apart.
+        assert rows(anatomy) == {**tokens, **positions}
+    else:
+        assert (rows(anatomy, "token"), rows(anatomy, "position")) == (tokens, positions)
+
+
+@every_backbone
+def test_preset_and_traced_forward_agree(backbone: TinyBackbone) -> None:
+    model, args = backbone.build(), backbone.inputs(3, 1)
+    known = known_anatomy(model)
+    if known is None:
+        pytest.skip("no preset describes it")
+    traced = traced_alone(backbone)
+    names = ("coordinates", "samples", "patch_tokens")
+    # Presets leave it to the shapes of arguments which of them are masks.
+    apart: dict[str, Any] = {**dict.fromkeys(names), "masks": (), "padding_masks": ()}
+    assert [replace(stage, **apart) for stage in known.stages] == [replace(stage, **apart) for stage in traced.stages]
+    for one, two in zip(known.stages, traced.stages, strict=True):
+        for name in names:
+            same_tensors(model, args, getattr(one, name), getattr(two, name))
+        assert set(one.masks) <= set(two.masks) and set(one.padding_masks) <= set(two.padding_masks)
+    if known.stages[0].position == "once":
+        assert rows(known) == rows(traced)
+    else:
+        assert set(known.prefix_parameters) == set(traced.prefix_parameters)
+    assert known.final_norms == traced.final_norms
+    assert set(known.heads) == set(traced.heads)
+    assert known.patches_read == traced.patches_read
+    assert set(known.reads) <= set(traced.reads)
+
+
+def same_tensors(model: nn.Module, args: tuple[Any, ...], one: Tap | None, two: Tap | None) -> None:
+    """Two places may differ, but the tensors seen there may not."""
+    assert (one is None) == (two is None)
+    if one is not None and two is not None and one != two:
+        a, b = seen(model, args, one), seen(model, args, two)
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def seen(model: nn.Module, args: tuple[Any, ...], tap: Tap) -> Tensor:
+    """What is seen at a place when the module is called first."""
+    found: list[Any] = []
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(token_ops.fetch_argument(inputs, named, tap.steps))
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        found.append(token_ops.fetch(output, tap.steps))
+
+    module = model.get_submodule(tap.module)
+    into = tap.side == "input"
+    handle = module.register_forward_pre_hook(before, with_kwargs=True) if into else module.register_forward_hook(after)
+    with handle, torch.no_grad():
+        model(*args)
+    assert isinstance(found[0], Tensor)
+    return found[0].clone()
+
+
+# ---- what tracing leaves behind --------------------------------------------------------------------------------------
+
+
+class Noisy(Compact):
+    """It draws random numbers, counts its calls, and fails if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing = False
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.failing:
+            self.norm.register_forward_pre_hook(fail)
+        return super().forward(points + 0.0 * torch.rand_like(points))
+
+
+def fail(module: nn.Module, inputs: Any) -> None:
+    raise LookupError("on purpose")
+
+
+def idle(*given: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_tracing_leaves_the_model_as_it_was(failing):
+    model = Noisy().train()
+    model.encoder.eval()
+    model.blocks.blocks[1].norm_a.requires_grad_(False)
+    model.blocks.blocks[0].register_forward_hook(idle)
+    model.encoder.register_forward_pre_hook(idle, with_kwargs=True)
+    if failing:
+        model.norm.register_forward_pre_hook(fail)
+    (points,) = clouds(2, 0)
+
+    def state() -> list[Any]:
+        return [
+            [(name, tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()],
+            [(name, tensor.clone(), False) for name, tensor in model.named_buffers()],
+            [(name, module.training) for name, module in model.named_modules()],
+            [dict(m._forward_pre_hooks) for m in model.modules()],
+            [dict(m._forward_hooks) for m in model.modules()],
+            [dict(m._forward_pre_hooks_with_kwargs) for m in model.modules()],
+            [dict(m._forward_hooks_always_called) for m in model.modules()],
+            [parameter.grad for parameter in model.parameters()],
+            torch.is_grad_enabled(),
+        ]
+
+    before, generator, given = state(), torch.random.get_rng_state(), points.clone()
+    if failing:
+        with pytest.raises(LookupError, match=r"on purpose"):
+            trace(model, (points,), {})
+    else:
+        trace(model, (points,), {})
+    after = state()
+    for ours, theirs in zip(before[:2], after[:2], strict=True):
+        for (name, tensor, grad), (other, again, still) in zip(ours, theirs, strict=True):
+            assert (name, grad) == (other, still) and torch.equal(tensor, again)
+    assert before[2:] == after[2:]
     assert torch.equal(generator, torch.random.get_rng_state())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(points, given) and not points.requires_grad
+
+
+def test_tracing_works_where_gradients_are_off():
+    with torch.no_grad():
+        without = trace(Compact(), clouds(2, 0), {})
+    assert without == trace(Compact(), clouds(2, 0), {})
+    with torch.inference_mode(False):
+        assert trace(Compact().requires_grad_(False), clouds(2, 0), {}) == without
+
+
+# ---- blocks by structure ---------------------------------------------------------------------------------------------
+
+
+def linears(*names: str, out: int = 8) -> dict[str, nn.Module]:
+    return {name: nn.Linear(8, out) for name in names}
+
+
+class Made(nn.Module):
+    """A module with these children, which is only looked at."""
+
+    def __init__(self, children: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def fused() -> nn.Module:
+    return Made({"qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8)})
+
+
+def mlp(hidden: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, hidden), nn.GELU(), nn.Linear(hidden, 8))
+
+
+def only(**children: nn.Module) -> Block:
+    """The one block that is found in a list of one module with these children beside two norms."""
+    model = Made({"layers": nn.ModuleList([Made({"one": nn.LayerNorm(8), **children, "two": nn.LayerNorm(8)})])})
+    blocks = find_blocks(model)
+    assert list(blocks) == ["layers.0"]
+    block = blocks["layers.0"]
+    assert block.norms[0] == "layers.0.one"
+    return block
+
+
+def test_an_mlp_that_widens_threefold_is_no_attention():
+    narrow = Made({"fc1": nn.Linear(8, 24), "fc2": nn.Linear(24, 8)})
+    for block in (only(attn=fused(), mlp=narrow), only(mlp=narrow, attn=fused())):
+        assert (block.attention, block.qkv) == ("layers.0.attn", ("layers.0.attn.qkv",))
+        assert block.projection == "layers.0.attn.out" and block.mlp == "layers.0.mlp"
+        assert block.linears == ("layers.0.mlp.fc1", "layers.0.mlp.fc2")
+    assert find_blocks(Made({"block": Made({"norm": nn.LayerNorm(8), "mlp": narrow})})) == {}
+
+
+def test_query_key_and_value_may_be_mlps():
+    def embedded() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+    attention = Made({"linear_q": embedded(), "linear_k": embedded(), **linears("linear_v")})
+    block = only(attn=attention, fc1=nn.Linear(8, 8))
+    assert block.qkv == ("layers.0.attn.linear_q.0", "layers.0.attn.linear_k.0", "layers.0.attn.linear_v")
+    assert block.attention_kind == SPLIT and block.projection is None and block.mlp is None
+
+
+def test_the_layer_for_the_values_may_be_called_lin():
+    conv = Made({"attn_nn": mlp(4), **linears("lin", "lin_src", "lin_dst")})
+    block = only(conv=conv, lin1=nn.Linear(8, 16), lin2=nn.Linear(16, 8))
+    assert set(block.qkv) == {"layers.0.conv.lin_src", "layers.0.conv.lin_dst", "layers.0.conv.lin"}
+    assert block.mlp == "layers.0.lin2" and block.linears == ("layers.0.lin1", "layers.0.lin2")
+
+
+def test_a_gated_mlp():
+    attention = Made(linears("q_proj", "k_proj", "v_proj", "proj"))
+    gated = Made({**linears("fc1_g", "fc1_x", out=16), "norm": nn.LayerNorm(16), "fc2": nn.Linear(16, 8)})
+    block = only(attn=attention, mlp=gated)
+    assert block.qkv == tuple(f"layers.0.attn.{name}_proj" for name in "qkv")
+    assert block.projection == "layers.0.attn.proj" and block.mlp == "layers.0.mlp"
+    assert block.linears == tuple(f"layers.0.mlp.{name}" for name in ("fc1_g", "fc1_x", "fc2"))
+
+
+def test_two_attentions_in_a_block():
+    """As in ReCon: the first is the block's, whatever the second is made of."""
+    contrast = Made({**linears("q"), "kv": nn.Linear(8, 16), **linears("proj")})
+    block = only(attn=fused(), mlp=mlp(), three=nn.LayerNorm(8), attn_contrast=contrast, mlp_contrast=mlp())
+    assert (block.attention, block.mlp) == ("layers.0.attn", "layers.0.mlp")
+    assert len(block.norms) == 3 and "layers.0.attn_contrast.kv" in block.linears
+    other = only(attn_contrast=contrast, mlp=mlp(), three=nn.LayerNorm(8), attn=fused(), mlp_two=mlp())
+    assert other.attention == "layers.0.attn_contrast" and other.mlp == "layers.0.mlp"
+
+
+def test_a_layer_of_torch():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+    blocks = find_blocks(model)
+    assert list(blocks) == ["layers.0", "layers.1"]
+    block = blocks["layers.1"]
+    assert (block.attention, block.qkv, block.projection) == ("layers.1.self_attn", (), "layers.1.self_attn.out_proj")
+    assert block.attention_kind == TORCH and block.mlp == "layers.1.linear2"
+    assert block.norms == ("layers.1.norm1", "layers.1.norm2")
+
+
+def test_linear_layers_are_known_by_what_they_are():
+    pyg = pytest.importorskip("torch_geometric.nn")
+    assert linear_shape(nn.Linear(3, 5)) == linear_shape(pyg.Linear(3, 5)) == (5, 3)
+    assert linear_shape(nn.Embedding(5, 3)) is None
+    assert linear_shape(nn.LayerNorm(5)) is None
+
+
+# ---- tracing: found and refused --------------------------------------------------------------------------------------
 
 
 class Unknown(nn.Module):
@@ -66,51 +567,170 @@ class Unknown(nn.Module):
         self.last = nn.LayerNorm(24)
         self.classifier = nn.Linear(24, 4)
 
-    def forward(self, points: torch.Tensor) -> torch.Tensor:
+    def forward(self, points: Tensor) -> Tensor:
         neighborhood, center = self.sampler(points)
         tokens = self.patchify(neighborhood) + self.where(center)
         tokens = torch.cat([self.extra["summary"].expand(len(points), -1, -1), tokens], 1).transpose(0, 1)
         for block in self.trunk:
             tokens = block(tokens)
-        logits: torch.Tensor = self.classifier(self.last(tokens)[0])
+        logits: Tensor = self.classifier(self.last(tokens)[0])
         return logits
 
 
-def test_an_unknown_model_is_traced_and_adapted():
+def test_an_unknown_model_is_traced():
     torch.manual_seed(0)
     model, (points,) = Unknown(), clouds(3, 0)
-    with pytest.raises(AnatomyError, match=r"no preset describes it: pass example_inputs"):
+    with pytest.raises(AnatomyError, match=r"no preset describes .*: pass example_inputs"):
         get_peft_model(model, PointPEFTConfig(memory_bank=False))
     anatomy = describe(model, points)
     (stage,) = anatomy.stages
     assert [block.path for block in stage.blocks] == ["trunk.0", "trunk.1", "trunk.2"]
     assert (stage.layout, stage.prefix_tokens, stage.position, stage.width) == ("gbc", 1, "once", 24)
-    assert str(stage.coordinates) == "output[1] of 'sampler'"
+    same_tensors(model, (points,), stage.coordinates, Tap(module="sampler", side="output", steps=(1,)))
     assert [parameter.name for parameter in anatomy.prefix_parameters] == ["extra.summary"]
     assert (anatomy.final_norms, anatomy.heads) == (("last",), ("classifier",))
+    assert not anatomy.patches_read and anatomy.uncalled == ()
+    assert {(read.module, read.reader) for read in anatomy.reads} >= {
+        (f"trunk.{i}.self_attn.out_proj", f"trunk.{i}.self_attn") for i in range(3)
+    }
 
 
-def test_describe_reads_well():
-    text = str(describe(BACKBONES["point_mae"].build()))
-    assert "stage 0: 3 blocks 'blocks.blocks.0' … 'blocks.blocks.2'" in text
-    assert "prefix tokens: 1" in text and "output[1] of 'group_divider'" in text and "'cls_head_finetune'" in text
+class Sorted(nn.Module):
+    """The patches are sorted after the grouper, outside any module; features of positions are a function, or not."""
+
+    def __init__(self, sine: bool = False, end: bool = False) -> None:
+        super().__init__()
+        self.sampler = Group(GROUPS, GROUP_SIZE)
+        self.net = PatchNet()
+        self.positions: nn.Module = nn.Linear(WIDTH, WIDTH) if sine else Positions()
+        self.start = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.blocks = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(2 * WIDTH, CLASSES)
+        self.sine = sine
+        self.end = end
+
+    def forward(self, points: Tensor) -> Tensor:
+        patches, centres = self.sampler(points)
+        if not self.end:
+            order = centres[:, :, 0].argsort(1)[:, :, None]
+            centres = centres.gather(1, order.expand(-1, -1, 3))
+            patches = patches.gather(1, order[..., None].expand(-1, -1, GROUP_SIZE, 3))
+        features = sine_features(centres, WIDTH) if self.sine else centres
+        tokens = [self.start.expand(len(points), -1, -1), self.net(patches) + self.positions(features)]
+        mixed = torch.cat(tokens[::-1] if self.end else tokens, dim=1)
+        for block in self.blocks:
+            mixed = block(mixed)
+        logits: Tensor = self.head(first_and_largest(mixed))
+        return logits
+
+
+def test_sorted_centres_are_seen_where_they_are_sorted():
+    (stage,) = trace(Sorted(), clouds(3, 0), {}).stages
+    assert (str(stage.coordinates), stage.prefix_tokens) == ("input[0] of 'positions'", 1)
+
+
+@pytest.mark.parametrize("options", [{"sine": True}, {"end": True}], ids=["centres in another order", "cls at the end"])
+def test_coordinates_in_another_order_than_the_tokens_are_not_taken(options):
+    (stage,) = trace(Sorted(**options), clouds(3, 0), {}).stages
+    assert stage.coordinates is None and not stage.takes_prompts
+    assert "consists of points of the input cloud in the order of the tokens" in stage.unknown
+    with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens .* lie in space: .*'blocks.0'"):
+        get_peft_model(Sorted(**options), PointPEFTConfig(memory_bank=False), example_inputs=clouds(3, 0))
+
+
+@pytest.mark.parametrize("name", ["padded_patches", "transformer_batch_first"])
+def test_padded_patches_are_not_taken(name):
+    backbone = BACKBONES[name]
+    anatomy = describe(backbone.build(), *backbone.inputs(3, 1))
+    assert "coordinates: unknown: the coordinates of the tokens of " in str(anatomy)
+    assert f"'{anatomy.blocks[0].path}' (3, " in anatomy.stages[0].unknown
+    # What needs no coordinates works.
+    get_peft_model(backbone.build(), LoraConfig(), example_inputs=backbone.inputs(3, 1))
+
+
+class PackedLayer(Layer):
+    """A block on packed tokens (n, c) of one cloud."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens[None])[0]
+
+
+class Thinned(nn.Module):
+    """Packed tokens (n, c) of every second point, whose coordinates no module sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, WIDTH)
+        self.layer = PackedLayer()
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, given: list[Tensor]) -> Tensor:
+        logits: Tensor = self.out(self.layer(self.embed(given[0])[::2]))
+        return logits
+
+
+def test_unknown_coordinates_of_packed_tokens():
+    (stage,) = trace(Thinned(), offset_list(3, 1), {}).stages
+    assert (stage.layout, stage.coordinates, stage.samples) == ("packed", None, None)
+    assert "the coordinates (144, 3) of the packed tokens (144, 24) of 'layer' were not found" in stage.unknown
+    with pytest.raises(AnatomyError, match=r"needs to know where the tokens .* \(144, 24\) of 'layer'"):
+        config = PointPEFTConfig(num_prompts=0, memory_bank=False)
+        get_peft_model(Thinned(), config, example_inputs=offset_list(3, 1))
+
+
+@pytest.mark.parametrize("name", ["official_ptv1", "pointcept_ptv3", "pyg_point_transformer"])
+def test_one_packed_cloud_does_not_tell_samples(name):
+    if name not in BACKBONES:
+        pytest.skip("its package is not installed")
+    backbone = BACKBONES[name]
+    anatomy = trace(backbone.build(), backbone.inputs(1, 1), {})
+    for stage in anatomy.stages:
+        assert "pass an example of two or more clouds, or state it in config.anatomy" in stage.unknown
+    assert all(stage.samples is None and stage.coordinates is None for stage in anatomy.stages)
+    assert f"'{anatomy.blocks[0].path}'" in anatomy.stages[0].unknown
+
+
+class Blind(Unknown):
+    """Its tokens have nothing to do with the points."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens = torch.randn(3, 17, 24)
+        for block in self.trunk:
+            tokens = block(tokens)
+        logits: Tensor = self.classifier(self.last(tokens)[0])
+        return logits
+
+
+class Idle(Unknown):
+    """Its blocks are called, but have no part in the output."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        super().forward(points)
+        logits: Tensor = self.classifier(torch.ones(len(points), 24))
+        return logits
+
+
+class Piecewise(Unknown):
+    """Its blocks are never called: their parts are."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens = self.patchify(self.sampler(points)[0])
+        for block in self.trunk:
+            tokens = block.get_submodule("linear2")(block.get_submodule("linear1")(tokens))
+        logits: Tensor = self.classifier(self.last(tokens)[:, 0])
+        return logits
 
 
 def test_what_cannot_be_traced_is_refused():
     points = torch.rand(2, 32, 3)
     with pytest.raises(AnatomyError, match=r"no transformer block was found in Linear"):
         describe(nn.Linear(3, 3), points)
-    with pytest.raises(PointPeftError, match=r"no preset describes Linear: pass example inputs"):
+    with pytest.raises(PointPeftError, match=r"no preset describes Linear: pass example.inputs"):
         describe(nn.Linear(3, 3))
-
-    class Blind(Unknown):
-        def forward(self, points: torch.Tensor) -> torch.Tensor:
-            tokens = torch.randn(3, 17, 24)
-            for block in self.trunk:
-                tokens = block(tokens)
-            logits: torch.Tensor = self.classifier(self.last(tokens)[0])
-            return logits
-
+    with pytest.raises(AnatomyError, match=r"no block of Idle \('trunk.0' …\) has an influence"):
+        describe(Idle(), points)
+    with pytest.raises(AnatomyError, match=r"the blocks of Piecewise \('trunk.0' …\) were never called"):
+        describe(Piecewise(), points)
     assert "coordinates: unknown: the coordinates of the tokens of 'trunk.0' (3, 17, 24) were not found" in str(
         describe(Blind(), points)
     )
@@ -118,40 +738,323 @@ def test_what_cannot_be_traced_is_refused():
         get_peft_model(Blind(), PointPEFTConfig(), example_inputs=points)
 
 
-def test_linear_layers_are_known_by_what_they_are():
-    pyg = pytest.importorskip("torch_geometric.nn")
-    assert linear_shape(nn.Linear(3, 5)) == linear_shape(pyg.Linear(3, 5)) == (5, 3)
-    assert linear_shape(nn.Embedding(5, 3)) is None
-    assert linear_shape(nn.LayerNorm(5)) is None
+def test_describe_reads_well():
+    text = str(describe(BACKBONES["point_mae"].build()))
+    assert "stage 0: 3 blocks 'blocks.blocks.0' … 'blocks.blocks.2'" in text
+    assert "prefix tokens: 1" in text and "'cls_head_finetune'" in text
+    assert f"coordinates: {described('point_mae').stages[0].coordinates}" in text
+    assert "prompts: 3 of 3 blocks" in text
+    anatomy = describe(BACKBONES["official_ptv1"].build())
+    assert "tokens:      (n, c), c = 16, prefix tokens: 0" in str(anatomy)
+    assert "samples:     input[0][2] of 'enc1.1'" in str(anatomy)
+    assert anatomy.adaptable["prompts"] == "0 of 5 blocks" and anatomy.adaptable["prior from"] == "none"
 
 
-@pytest.mark.filterwarnings("ignore:the memory bank is empty")
+# ---- presets under a prefix ------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """A model that has a backbone, and heads of its own beside it."""
+
+    def __init__(self, backbone: nn.Module, **heads: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        for name, head in heads.items():
+            self.add_module(name, head)
+
+    def forward(self, *args: Any) -> Any:
+        return self.backbone(*args)
+
+
+@every_backbone
+def test_a_preset_fits_under_a_prefix(backbone: TinyBackbone) -> None:
+    known = known_anatomy(backbone.build())
+    if known is None:
+        pytest.skip("no preset describes it")
+    wrapped = known_anatomy(Wrapper(backbone.build()))
+    assert wrapped is not None
+    check_anatomy(Wrapper(backbone.build()), wrapped)
+    assert all(block.path.startswith("backbone.") for block in wrapped.blocks)
+    assert from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
+
+
+def test_a_part_of_a_name_is_no_prefix():
+    model = Made({"myblocks": BACKBONES["point_mae"].build().get_submodule("blocks")})
+    assert known_anatomy(model) is None
+
+
+class Scene(nn.Module):
+    """As in Pointcept: the backbone gives features, the head is beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = PointTransformerV3()
+        self.backbone.seg_head = nn.Identity()  # type: ignore[assignment]
+        self.seg_head = nn.Linear(16, 7)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.seg_head(self.backbone(data))
+        return logits
+
+
+def test_the_heads_of_a_wrapper_are_its_own():
+    backbone = BACKBONES["pointcept_ptv3"]
+    known = known_anatomy(Scene())
+    assert known is not None and "seg_head" in known.heads
+    traced = trace(Scene(), backbone.inputs(2, 1), {})
+    assert traced.heads == ("seg_head",) and traced.stages == known.stages
+    torch.manual_seed(0)
+    model = get_peft_model(Scene().eval(), LoraConfig()).eval()
+    logits = model(*backbone.inputs(2, 1))
+    logits.sum().backward()
+    trained = {name for name, p in model.adapters.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("seg_head" in name for name in trained)
+
+
+# ---- as JSON ---------------------------------------------------------------------------------------------------------
+
+
+@every_backbone
+def test_an_anatomy_survives_json(backbone: TinyBackbone) -> None:
+    model = backbone.build()
+    for anatomy in (known_anatomy(model), traced_alone(backbone)):
+        if anatomy is not None:
+            again = from_json(json.loads(json.dumps(to_json(anatomy))))
+            assert again == anatomy and hash(again) == hash(anatomy) and str(again) == str(anatomy)
+
+
+def tampered(path: tuple[Any, ...], value: Any) -> Any:
+    data = to_json(described("point_mae"))
+    inner: Any = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    return data
+
+
+def described(name: str) -> Anatomy:
+    return describe(BACKBONES[name].build(), *BACKBONES[name].inputs(3, 1))
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "layout", "prefix", "stages"),
+    ("path", "value", "expected"),
     [
-        ("point_bert", "PointBERTClassification", "bgc", 1, 1),
-        ("pointgpt", "PointGPTClassification", "gbc", 2, 1),
-        ("point_m2ae", "PointM2AEClassification", "bgc", 0, 3),
+        (("stages", 0, "layout"), "cgb", "'cgb' where Literal"),
+        (("stages", 0, "width"), "24", "'24' where int"),
+        (("stages", 0, "width"), True, "True where int"),
+        (("stages", 0, "width"), None, "None where int"),
+        (("stages", 0, "prompts"), 1, "1 where bool"),
+        (("stages", 0, "blocks"), {}, "{} where tuple"),
+        (("stages", 0, "blocks", 0, "path"), 3, "3 where str"),
+        (("stages", 0, "blocks", 0, "norms"), "norm1", "'norm1' where tuple"),
+        (("stages", 0, "coordinates", "side"), "inside", "'inside' where Literal"),
+        (("stages", 0, "coordinates", "steps"), [1.5], "1.5 where "),
+        (("stages", 0, "coordinates"), {"module": "x"}, "where Tap"),
+        (("stages", 0, "position"), ["once"], "where Literal"),
+        (("prefix_parameters", 0, "role"), "tokens", "'tokens' where Literal"),
+        (("heads",), None, "None where tuple"),
+        (("more",), 1, "where Anatomy"),
+        (("source",), 1, "1 where str"),
     ],
 )
-def test_models_of_others_are_traced_and_adapted(module, name, layout, prefix, stages):
-    """torch-pointcloud's, unmodified: sequence first with a causal mask, and three stages of different widths too."""
-    supply_pyg_operators()
-    torch.manual_seed(0)
-    kind = getattr(importlib.import_module(f"torch_pointcloud.models.{module}"), name)
-    backbone = kind(0, 5) if stages == 3 else kind(0, 5, depth=2)
-    positions, samples = torch.rand(3 * 640, 3), torch.arange(3).repeat_interleave(640)
-    anatomy = describe(backbone.eval(), None, positions, samples)
-    assert len(anatomy.stages) == stages
-    assert all((stage.layout, stage.prefix_tokens) == (layout, prefix) for stage in anatomy.stages)
+def test_tampered_anatomies_are_refused(path, value, expected):
+    with pytest.raises(AnatomyError, match=r"an anatomy holds .* where .* is expected") as caught:
+        from_json(tampered(path, value))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}])
+def test_what_is_no_anatomy_is_refused(value):
+    with pytest.raises(AnatomyError, match=r"where Anatomy is expected"):
+        from_json(value)
+
+
+def changed(anatomy: Anatomy, **fields: Any) -> Anatomy:
+    """The anatomy with other fields in its first stage."""
+    return replace(anatomy, stages=(replace(anatomy.stages[0], **fields), *anatomy.stages[1:]))
+
+
+def test_what_an_anatomy_names_must_be_there():
+    model, anatomy = BACKBONES["point_mae"].build(), described("point_mae")
+    check_anatomy(model, anatomy)
+    block = anatomy.blocks[0]
+
+    def with_block(**fields: Any) -> Anatomy:
+        return changed(anatomy, blocks=(replace(block, **fields), *anatomy.blocks[1:]))
+
+    near = r"the anatomy names '{}', which PointTransformer has not; nearest: '{}'"
+    wrong = {
+        ("cls_head_finetun", "cls_head_finetune"): replace(anatomy, heads=("cls_head_finetun",)),
+        ("nrom", "norm"): replace(anatomy, final_norms=("nrom",)),
+        ("group_dividr", "group_divider"): changed(anatomy, coordinates=Tap(module="group_dividr", side="output")),
+        ("reduce_dims", "reduce_dim"): changed(anatomy, patch_tokens=Tap(module="reduce_dims", side="output")),
+        ("encodr", "encoder"): replace(anatomy, stem=("encodr",)),
+        ("blocks.blocks.0.atn", "blocks.blocks.0.attn"): with_block(attention="blocks.blocks.0.atn"),
+        ("blocks.blocks.0.mpl", "blocks.blocks.0.mlp"): with_block(mlp="blocks.blocks.0.mpl"),
+    }
+    for (name, nearest), stated in wrong.items():
+        with pytest.raises(AnatomyError, match=near.format(name, nearest)):
+            check_anatomy(model, stated)
+    parameter = replace(anatomy.prefix_parameters[0], name="cls_tokn")
+    with pytest.raises(AnatomyError, match=r"names the parameter 'cls_tokn', which is not there; .*'cls_token'"):
+        check_anatomy(model, replace(anatomy, prefix_parameters=(parameter,)))
+    for empty in (replace(anatomy, stages=()), changed(anatomy, blocks=())):
+        with pytest.raises(AnatomyError, match=r"needs at least one stage, and every stage at least one block"):
+            check_anatomy(model, empty)
+
+
+# ---- stated in a configuration ---------------------------------------------------------------------------------------
+
+
+def stated(anatomy: Anatomy, where: str) -> PeftConfig | LoraConfig:
+    if where == "TunerConfig":
+        return LoraConfig(anatomy=anatomy)
+    return PeftConfig(tuners=(LoraConfig(),), anatomy=anatomy)
+
+
+def randomised(model: PointPeftModel) -> PointPeftModel:
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        plain = backbone(None, positions, samples)
-        model = get_peft_model(backbone, PointPEFTConfig(), example_inputs=(None, positions, samples))
         for parameter in model.adapters.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        adapted = model(None, positions, samples)
-        alone = model(None, positions[640:1280], samples[:640])
-        assert not torch.allclose(adapted, plain, atol=1e-3)
-        assert torch.allclose(adapted[1:2], alone, atol=1e-4)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("where", ["TunerConfig", "PeftConfig"])
+def test_an_anatomy_can_be_stated(where):
+    backbone = BACKBONES["dict_in_dict_out"]
+    anatomy = described("dict_in_dict_out")
+    model = get_peft_model(backbone.build(), stated(anatomy, where))
+    assert model.anatomy == anatomy
+    found = get_peft_model(backbone.build(), LoraConfig(), example_inputs=backbone.example)
+    assert [row.name for row in model.get_layer_status()] == [row.name for row in found.get_layer_status()]
+
+
+def test_a_stated_anatomy_goes_through_json_with_its_configuration():
+    for config in (stated(described("tuple_blocks"), "PeftConfig"), PeftConfig.of(LoraConfig())):
+        assert isinstance(config, PeftConfig)
+        data = json.loads(json.dumps(config.to_json()))
+        assert ("anatomy" in data) == (config.anatomy is not None)
+        assert PeftConfig.from_json(data) == config
+    with pytest.raises(AnatomyError, match=r"where Literal is expected"):
+        PeftConfig.from_json({"tuners": [{"method": "LORA"}], "anatomy": tampered(("stages", 0, "layout"), "x")})
+    with pytest.raises(PointPeftError, match=r"LoraConfig.anatomy is 'traced'; allowed: Anatomy or None"):
+        LoraConfig(anatomy="traced")  # type: ignore[arg-type]
+
+
+def test_a_stated_field_is_gone_by():
+    """Where coordinates are not found, they can be said; and a head that is not wanted left out."""
+    backbone = BACKBONES["transformer_batch_first"]
+    args, anatomy = backbone.inputs(3, 1), described("transformer_batch_first")
+    with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where"):
+        get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=False), example_inputs=args)
+    right = changed(anatomy, coordinates=Tap(module="positions", side="input"), prefix_tokens=1, prompts=True)
+    right = replace(right, heads=())
+    with torch.no_grad():
+        plain = backbone.build().requires_grad_(False)(*args)
+        model = randomised(get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=False, anatomy=right)))
+        assert not torch.allclose(model(*args), plain, atol=1e-3)
         with model.disable_adapter():
-            assert torch.equal(model(None, positions, samples), plain)
+            assert torch.equal(model(*args), plain)
+    assert not any("classify" in name for name, _ in model.adapters.named_parameters())
+
+
+def test_the_anatomy_of_a_traced_model_is_saved_with_the_adapter(tmp_path):
+    backbone = BACKBONES["channels_first"]
+    args = backbone.inputs(2, 5)
+    model = randomised(
+        get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=False), example_inputs=backbone.example)
+    )
+    model.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert from_json(data["anatomy"]) == model.anatomy
+    again = PointPeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    assert again.anatomy == model.anatomy
+    assert torch.equal(again(*args), model(*args))
+
+
+def test_what_a_preset_tells_is_not_saved_and_what_corrects_it_is(tmp_path):
+    backbone, anatomy = BACKBONES["point_mae"], described("point_mae")
+    fewer = replace(anatomy, source="mine", heads=())
+    for name, config in {"found": LoraConfig(), "corrected": LoraConfig(anatomy=fewer)}.items():
+        model = randomised(get_peft_model(backbone.build(), config))
+        model.save_pretrained(tmp_path / name)
+        data = json.loads((tmp_path / name / "adapter_config.json").read_text(encoding="utf-8"))
+        assert ("mine" in json.dumps(data)) == (name == "corrected") and "anatomy" not in data
+        again = PointPeftModel.from_pretrained(backbone.build(), tmp_path / name).eval()
+        assert again.anatomy == (fewer if name == "corrected" else anatomy)
+        assert torch.equal(again(*backbone.inputs(2, 5)), model(*backbone.inputs(2, 5)))
+
+
+def test_the_methods_of_an_adapter_state_one_anatomy():
+    anatomy = described("point_mae")
+    other = replace(anatomy, heads=())
+    tuners = (LoraConfig(anatomy=anatomy), BitFitConfig(anatomy=other))
+    with pytest.raises(PointPeftError, match=r"anatomy: the methods of one adapter state different ones; state it in"):
+        get_peft_model(BACKBONES["point_mae"].build(), PeftConfig(tuners=tuners))
+    model = get_peft_model(BACKBONES["point_mae"].build(), PeftConfig(tuners=tuners, anatomy=other))
+    assert model.anatomy == other
+    for same in ((tuners[0], replace(tuners[1], anatomy=anatomy)), (tuners[0], replace(tuners[1], anatomy=None))):
+        assert get_peft_model(BACKBONES["point_mae"].build(), PeftConfig(tuners=same)).anatomy == anatomy
+
+
+def test_the_adapters_of_a_model_go_by_one_anatomy(tmp_path):
+    anatomy = described("point_mae")
+    other = changed(anatomy, mask_visible=True)
+    model = get_peft_model(BACKBONES["point_mae"].build(), LoraConfig())
+    with pytest.raises(AdapterError, match=r"states another anatomy than the one that the adapters .* go by"):
+        model.add_adapter("second", LoraConfig(anatomy=other))
+    assert list(model.adapters) == ["default"] and model.anatomy == anatomy
+    model.add_adapter("second", LoraConfig(anatomy=replace(anatomy, source="somebody")))
+    assert model.anatomy == anatomy
+    get_peft_model(BACKBONES["point_mae"].build(), LoraConfig(anatomy=other)).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"does not fit this model: .* states another anatomy"):
+        model.load_adapter(tmp_path, "third")
+    for name in ("default", "second"):
+        model.delete_adapter(name)
+    model.add_adapter("anew", LoraConfig(anatomy=other))
+    assert model.anatomy == other
+
+
+def test_a_stated_anatomy_is_not_traced():
+    """What tracing would refuse."""
+    anatomy = trace(Unknown(), clouds(3, 0), {})
+    with pytest.raises(AnatomyError, match=r"were never called"):
+        get_peft_model(Piecewise(), LoraConfig(), example_inputs=clouds(3, 0))
+    model = get_peft_model(Piecewise(), LoraConfig(anatomy=anatomy), example_inputs=clouds(3, 0))
+    assert model.anatomy == anatomy
+
+
+def test_the_next_anatomy_is_gone_by_once_all_adapters_are_deleted():
+    """Its coordinates are seen in another place."""
+    backbone, anatomy = BACKBONES["fused_positions"], described("fused_positions")
+    args = backbone.inputs(2, 5)
+    outputs = []
+    places = (Tap(module="tokenizer", side="output", steps=(1,)), Tap(module="positions", side="input"))
+    model = get_peft_model(backbone.build(), LoraConfig(anatomy=changed(anatomy, coordinates=places[1])))
+    for tap in places:
+        model.delete_adapter("default")
+        torch.manual_seed(0)
+        model.add_adapter("default", PointPEFTConfig(memory_bank=False, anatomy=changed(anatomy, coordinates=tap)))
+        model.set_adapter("default")
+        with torch.no_grad():
+            outputs.append(randomised(model)(*args))
+    assert model.anatomy == changed(anatomy, coordinates=places[1])
+    assert torch.equal(*outputs)
+
+
+def test_a_stated_anatomy_of_another_model_is_refused():
+    model = BACKBONES["point_m2ae"].build()
+    with pytest.raises(AnatomyError, match=r"names .*, which HierarchicalPointTransformer has not; nearest"):
+        get_peft_model(model, LoraConfig(anatomy=described("point_mae")))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_anatomy_is_data():
+    anatomy = described("recon_contrast")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        anatomy.source = "mine"  # type: ignore[misc]
+    assert anatomy.stage_of(anatomy.blocks[-1]) == 0
+    assert Tap(module="x", side="input") == Tap(module="x", side="input", steps=(0,))
+    assert str(Tap(module="x", side="output", steps=(0, "feat"))) == "output[0].feat of 'x'"

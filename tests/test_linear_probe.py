@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from examples.backbones import BACKBONES
-from point_peft import LinearProbeConfig, PointPeftError, get_peft_model
+from point_peft import AdapterError, LinearProbeConfig, PointPeftError, get_peft_model
 from point_peft.backbones import PointTransformer
 
 
@@ -20,6 +20,6 @@ def test_no_module_can_be_named():
         LinearProbeConfig(target_modules=["qkv"])
 
 
-def test_without_heads_nothing_is_trained():
-    model = get_peft_model(BACKBONES["point_mae"].build(), LinearProbeConfig(modules_to_save=[]))
-    assert model.get_nb_trainable_parameters()[0] == 0
+def test_without_heads_there_is_nothing_to_train():
+    with pytest.raises(AdapterError, match=r"nothing to train: no head was found .*modules_to_save"):
+        get_peft_model(BACKBONES["point_mae"].build(), LinearProbeConfig(modules_to_save=[]))

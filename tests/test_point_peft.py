@@ -810,7 +810,8 @@ def test_the_stem_prior_takes_no_second_pass_and_works_for_direct_calls() -> Non
     assert seen == [4]
     tokens: list[Tensor] = []
     base.blocks.blocks[0].norm1.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
-    patches, _ = base.group_divider(points)
+    patches, centres = base.group_divider(points)
+    base.pos_embed(centres)
     patches = base.reduce_dim(base.encoder(patches))
     base.blocks.blocks[0](torch.cat([base.cls_token.expand(4, -1, -1), patches], dim=1))
     assert tokens[0].shape == (4, 13 + 5, 24)
@@ -818,7 +819,7 @@ def test_the_stem_prior_takes_no_second_pass_and_works_for_direct_calls() -> Non
 
 def test_the_backbone_prior_tells_that_a_direct_call_has_none() -> None:
     base: Any = adapted().get_base_model()
-    base.group_divider(clouds(2))
+    base.pos_embed(base.group_divider(clouds(2))[1])
     with pytest.raises(AdapterError, match=r'needs a call of the model itself.*prior="stem"'):
         base.blocks.blocks[0](torch.zeros(2, 13, 24))
 

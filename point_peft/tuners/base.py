@@ -137,14 +137,15 @@ class Backbone:
     modules: Mapping[str, nn.Module]
     """Every module by path, under each of its names."""
     anatomy: Anatomy | None
+    why_unknown: str = ""
+    """Why there is no anatomy."""
 
     def known_anatomy(self, method: str) -> Anatomy:
         """The anatomy, which the method cannot do without."""
         if self.anatomy is None:
             raise AnatomyError(
-                f"{method} adapts transformer blocks and needs to know how {type(self.model).__name__} is built, "
-                "but no "
-                "preset describes it: pass example_inputs=(...) to let one forward be traced"
+                f"{method} adapts transformer blocks and needs to know how {type(self.model).__name__} is built, but "
+                f"{self.why_unknown}"
             )
         return self.anatomy
 

@@ -31,7 +31,7 @@ class PointPEFTConfig(TunerConfig):
     num_prompts: int = 10
     """Prompts p that each of the prompt layers gets."""
     prompt_layers: int | None = None
-    """The first blocks that get prompts; None: half of the blocks."""
+    """How many of the adapted blocks get prompts, counted from the first; None: half of them."""
     prompt_dropout: float = 0.1
     memory_bank: bool = True
     """Whether the prompts are enhanced by the prior that a memory bank of training features gives.
@@ -101,8 +101,8 @@ class PointPEFTConfig(TunerConfig):
         chosen = backbone.select_blocks(
             self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
         )
-        limit = len(anatomy.blocks) // 2 if self.prompt_layers is None else self.prompt_layers
-        prompted = {block.path for number, block in chosen if number < limit and self.num_prompts}
+        limit = len(chosen) // 2 if self.prompt_layers is None else self.prompt_layers
+        prompted = {block.path for _, block in chosen[:limit] if self.num_prompts}
         queried = self._queried_stage(anatomy)
         plan, enhanced = Blueprint(), False
         for index, stage in enumerate(anatomy.stages):
@@ -112,7 +112,7 @@ class PointPEFTConfig(TunerConfig):
             enhanced |= fits and any(block.path in prompted for block in blocks)
             if blocks:
                 last_unread = None if anatomy.patches_read else anatomy.blocks[-1]
-                self._build_stage(plan, index, stage, blocks, prompted, last_unread, with_prior=fits)
+                self._build_stage(plan, anatomy.stages, index, blocks, prompted, last_unread, with_prior=fits)
         if enhanced:
             if self.prior == "stem" and queried.patch_tokens is None:
                 raise AnatomyError(
@@ -131,23 +131,27 @@ class PointPEFTConfig(TunerConfig):
 
     def _queried_stage(self, anatomy: Anatomy) -> Stage:
         """The stage whose features query the memory bank."""
-        return anatomy.stages[0 if self.prior == "stem" else -1]
+        return anatomy.stages[0 if self.prior == "stem" else anatomy.queried]
 
     def _build_stage(
         self,
         plan: Blueprint,
+        stages: Sequence[Stage],
         index: int,
-        stage: Stage,
         blocks: Sequence[Block],
         prompted: set[str],
         last_unread: Block | None,
         *,
         with_prior: bool,
     ) -> None:
+        stage = stages[index]
         if stage.coordinates is None:
+            located = [other.blocks[0].path for other in stages if other.coordinates is not None]
+            choice = f"; target_modules can choose blocks of which it is known, as '{located[0]}'" if located else ""
             raise AnatomyError(
                 f"{self.method} needs to know where the tokens of '{blocks[0].path}' lie in space: "
                 f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, BITFIT and LINEAR_PROBE do without"
+                f"{choice}"
             )
         identity = self.init == "identity"
         with_prompts = any(block.path in prompted for block in blocks)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from point_peft import tokens as token_ops
 from point_peft.anatomy import PrefixParameter, Stage
+from point_peft.errors import AdapterError
 from point_peft.tokens import Args, Kwargs
 from point_peft.tuners.base import Call, Part, TunedTokens
 from point_peft.tuners.point_peft.bottleneck import Bottleneck
@@ -162,7 +163,23 @@ class PrefixPart(Part):
         self, call: Call, args: Args, kwargs: Kwargs, difference: Callable[[str, nn.Module], Tensor]
     ) -> tuple[Args, Kwargs]:
         tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
+        later = self._called_before(call)
         for parameter in self.parameters_of_prefix:
+            if later and (parameter.role == "token" or self.stage.position == "once"):
+                continue
             shift = difference(parameter.name, call.forward.root.base_model)
             tokens = token_ops.shift_rows(tokens, shift, parameter.row, self.stage.layout)
         return token_ops.put_argument(args, kwargs, self.stage.tokens, tokens)
+
+    def _called_before(self, call: Call) -> bool:
+        """Whether this block has run in this forward already, as one that is used for several layers does."""
+        key = call.adapter, call.path
+        if call.forward.recomputing:
+            if call.forward.calls[key] > 1:
+                raise AdapterError(
+                    f"block '{call.path}' runs several times in a forward, and checkpointing runs it again: which of "
+                    "its runs that is cannot be told, so its prefix tokens cannot be tuned; set tuned_tokens=[]"
+                )
+            return False
+        call.forward.calls[key] += 1
+        return call.forward.calls[key] > 1

@@ -1,0 +1,49 @@
+"""The page of capabilities says what the probes say, and what is not on it is tested all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples import capabilities
+from examples.backbones import BACKBONES
+from point_peft import METHODS
+from tests.methods import ToyConfig
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_page_says_what_the_probes_say(name: str) -> None:
+    found = {method: capabilities.probe(method, BACKBONES[name]) for method in sorted(METHODS)}
+    page = capabilities.known()
+    for method, (answer, why) in found.items():
+        assert (method, name) in page, "write the page anew: python -m examples.capabilities"
+        assert page[method, name] == (None if answer == "no" else answer), why
+
+
+def test_a_method_or_backbone_that_the_page_lacks_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert capabilities.labels("a new one") == sorted(METHODS)
+    monkeypatch.setitem(METHODS, "TOY", ToyConfig)
+    assert "TOY" in capabilities.labels("point_mae")
+    assert capabilities.probe("TOY", BACKBONES["point_mae"]) == ("yes", "")
+    text = capabilities.page({"point_mae": dict.fromkeys(METHODS, ("yes", ""))})
+    assert "| backbone | BITFIT | LINEAR_PROBE | LORA | POINT_PEFT | TOY |" in text
+
+
+def test_a_refusal_is_on_the_page_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = {"LORA": ("yes", ""), "POINT_PEFT": ("no", "'blocks.0' (3, 17, 24) has no place"), "OTHER": ("a=1", "")}
+    other = {**answers, "POINT_PEFT": ("no", "'layers.7' (2, 9, 16) has no place")}
+    text = capabilities.page({"one": answers, "two": other})
+    assert "| one | yes | `a=1` | no (1) |" in text and "| two | yes | `a=1` | no (1) |" in text
+    assert "1. … … has no place" in text and "2." not in text
+    page = tmp_path / "capabilities.md"
+    page.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(capabilities, "PAGE", page)
+    assert capabilities.known()["POINT_PEFT", "two"] is None
+    assert capabilities.known()["OTHER", "one"] == "a=1"
+    assert not any("POINT_PEFT" in label for label in capabilities.labels("one"))
+
+
+def test_labels_stand_for_configurations() -> None:
+    assert capabilities.labelled("LORA") == ("LORA", {})
+    assert capabilities.labelled("POINT_PEFT[num_prompts=0]") == ("POINT_PEFT", {"num_prompts": 0})

@@ -1,0 +1,314 @@
+"""Models that look like one of a family and are not, or do something that few models do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples.backbones import BACKBONES, clouds, enliven
+from point_peft import (
+    AnatomyError,
+    BitFitConfig,
+    LinearProbeConfig,
+    LoraConfig,
+    PointPEFTConfig,
+    PointPeftModel,
+    describe,
+    get_peft_model,
+    inject_adapter,
+)
+from point_peft import reading as reading_module
+from point_peft.backbones import PointTransformer
+from point_peft.injection import get_adapter
+
+WIDTH = 24
+
+
+class Official(PointTransformer):
+    """Point-MAE with its names; subclasses go their own way from the patches to the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trans_dim=WIDTH, depth=3, num_heads=4, num_group=16, group_size=8, encoder_dims=WIDTH, cls_dim=5
+        )
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        neighborhood, center = self.group_divider(points)
+        tokens, pos = self.embedded(self.encoder(neighborhood), center)
+        for block in self.blocks.blocks:
+            tokens = self.advance(block, tokens, pos)
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def embedded(self, patches: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        return self._prepend("token", patches), self._prepend("pos", self.pos_embed(center))
+
+    def advance(self, block: nn.Module, tokens: Tensor, pos: Tensor) -> Tensor:
+        out: Tensor = block(tokens + pos)
+        return out
+
+
+class Sorted(Official):
+    """Centres and patches are brought into another order after grouping."""
+
+    def embedded(self, patches: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        order = center[..., 0].argsort(dim=1)[..., None]
+        return super().embedded(patches.take_along_dim(order, 1), center.take_along_dim(order, 1))
+
+
+class TokenLast(Official):
+    """The class token comes after the patches."""
+
+    def _prepend(self, kind: str, patches: Tensor) -> Tensor:
+        return super()._prepend(kind, patches).roll(-1, dims=1)
+
+
+class PositionOnce(Official):
+    def embedded(self, patches: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, pos = super().embedded(patches, center)
+        return tokens + pos, torch.zeros(())
+
+
+class ClassTokenOnly(Official):
+    """The head reads the class token alone."""
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        return super().forward_head(tokens[:, :1].expand(-1, 2, -1))
+
+
+class TokenInHead(Official):
+    """The class token is read a second time."""
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        return super().forward_head(tokens + self.get_parameter("cls_token"))
+
+
+class Again(Official):
+    """The first block runs twice."""
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        neighborhood, center = self.group_divider(points)
+        tokens, pos = self.embedded(self.encoder(neighborhood), center)
+        for number in (0, 1, 2, 0):
+            tokens = self.blocks.blocks[number](tokens + pos)
+        out: Tensor = self.norm(tokens)
+        return out
+
+
+class Scaled(Official):
+    """Clouds are moved and scaled to a unit ball first."""
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        points = points - points.mean(1, keepdim=True)
+        return super().forward_features(points / points.norm(dim=2).amax(1)[:, None, None])
+
+
+def build(kind: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = kind()
+    enliven(model)
+    return model.eval()
+
+
+def tuned(model: nn.Module, points: Tensor, **changes: Any) -> PointPeftModel:
+    return get_peft_model(model, PointPEFTConfig(memory_bank=False, **changes), example_inputs=points).eval()
+
+
+@pytest.mark.parametrize("kind", [Official, Sorted, PositionOnce, TokenInHead, Again, Scaled])
+def test_tuned_class_tokens_act_as_if_the_backbone_had_them(kind: type[Official]) -> None:
+    (points,) = clouds(3, 0)
+    plain, changed = build(kind), build(kind)
+    model = tuned(build(kind), points, num_prompts=0)
+    adapter = get_adapter(model, "default")
+    tokens = {name: tensor for name, tensor in adapter.tensors().items() if name in ("cls_token", "cls_pos")}
+    assert set(tokens) == ({"cls_pos"} if kind is TokenInHead else {"cls_token", "cls_pos"})
+    with torch.no_grad():
+        for name, tensor in tokens.items():
+            tensor.add_(torch.randn_like(tensor))
+            changed.get_parameter(name).copy_(tensor)
+        assert torch.allclose(model(points), changed(points), atol=1e-5)
+        assert not torch.allclose(model(points), plain(points), atol=1e-2)
+
+
+def test_coordinates_are_seen_in_the_order_of_the_tokens() -> None:
+    (points,) = clouds(2, 0)
+    for anatomy in (describe(build(Sorted)), describe(build(Sorted), points)):
+        assert str(anatomy.stages[0].coordinates) == "input[0] of 'pos_embed'"
+
+
+def test_an_example_corrects_what_a_preset_says() -> None:
+    (points,) = clouds(2, 0)
+    with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens of 'blocks.blocks.0' lie"):
+        tuned(build(TokenLast), points)
+    get_peft_model(build(TokenLast), LoraConfig(), example_inputs=points)
+    assert describe(build(PositionOnce), points).stages[0].position == "once"
+    assert describe(build(Official), points) == describe(build(Official))
+    assert not describe(build(ClassTokenOnly), points).patches_read
+    model = tuned(build(ClassTokenOnly), points)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.autograd.backward(model(points).square().sum())
+    assert all(p.grad is not None and p.grad.any() for p in model.adapters.parameters())
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Official()
+        del self.backbone.cls_head_finetune
+        self.new_head = nn.Linear(WIDTH, 3)
+
+    def forward(self, points: Tensor) -> Tensor:
+        logits: Tensor = self.new_head(self.backbone.forward_features(points).amax(1))
+        return logits
+
+
+def test_the_head_of_a_wrapper_is_the_adapter_s() -> None:
+    (points,) = clouds(2, 0)
+    for options in ({}, {"example_inputs": points}):
+        model = get_peft_model(build(Wrapper), LinearProbeConfig(), **options)
+        assert [path for path, _ in get_adapter(model, "default").own_modules()] == ["new_head"]
+
+
+class Two(nn.Module):
+    """A coarse and a fine backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = Official(), Official()
+
+    def forward(self, points: Tensor) -> Tensor:
+        logits: Tensor = self.coarse(points[:, ::2]) + self.fine(points)
+        return logits
+
+
+def test_of_two_backbones_none_is_left_out() -> None:
+    (points,) = clouds(2, 0)
+    with pytest.raises(AnatomyError, match=r"no preset describes Two: pass example_inputs"):
+        get_peft_model(build(Two), LoraConfig())
+    model = get_peft_model(build(Two), LoraConfig(), example_inputs=points)
+    sites = {path.split(".")[0] for path, _ in get_adapter(model, "default").sites()}
+    assert sites == {"coarse", "fine"}
+
+
+class Pair(nn.Module):
+    """One backbone for two clouds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Official()
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(one) - self.backbone(other)
+        return logits
+
+
+def test_a_backbone_that_runs_twice_in_a_forward_is_refused_where_it_would_mix_up_its_clouds() -> None:
+    (one,), (other,) = clouds(2, 0), clouds(2, 1)
+    model = get_peft_model(build(Pair), PointPEFTConfig(memory_bank=False))
+    with pytest.raises(AnatomyError, match=r"run on a second set of points in one forward.*call the model once"):
+        model(one, other)
+    get_peft_model(build(Pair), LoraConfig())(one, other)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class InDataclass(Official):
+    def forward(self, points: Tensor) -> Any:
+        return Output(super().forward(points))
+
+
+class Record:
+    """Like torch_geometric's Data: attributes, and a way to ask for all of them."""
+
+    def __init__(self, **values: Tensor) -> None:
+        self.values = values
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+class FromRecord(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = Official()
+        self.group, self.embed, self.where = inner.group_divider, inner.encoder, inner.pos_embed
+        self.layers, self.head = inner.blocks.blocks, nn.Linear(WIDTH, 5)
+
+    def forward(self, data: Record) -> Tensor:
+        neighborhood, center = self.group(data.values["pos"])
+        tokens = self.embed(neighborhood) + self.where(center)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        logits: Tensor = self.head(tokens.amax(1))
+        return logits
+
+
+def test_dataclasses_and_records_are_looked_into() -> None:
+    (points,) = clouds(2, 0)
+    assert describe(build(InDataclass), points).heads == ("cls_head_finetune",)
+    anatomy = describe(build(FromRecord), Record(pos=points))
+    assert str(anatomy.stages[0].coordinates) == "input[0] of 'where'"
+    get_peft_model(build(FromRecord), PointPEFTConfig(memory_bank=False, anatomy=anatomy))(Record(pos=points))
+
+
+def test_ctrl_c_inside_an_attention_leaves_no_adapted_weights_behind() -> None:
+    backbone = BACKBONES["head_masks"]
+    model, args = backbone.build().requires_grad_(False), backbone.inputs(2, 5)
+    with torch.no_grad():
+        plain = model(*args)
+        inject_adapter(model, LoraConfig(), example_inputs=backbone.inputs(3, 1))
+        holder: Any = model.point_peft
+        for parameter in holder.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        adapted = model(*args)
+        attention = model.get_submodule("blocks.0.attention")
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = attention.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt, match="^$"):
+            model(*args)
+        handle.remove()
+        assert reading_module.depth() == 1  # which torch tells no hook of
+        with holder.disable_adapter():
+            assert torch.equal(model(*args), plain)
+        assert torch.equal(model(*args), adapted)
+    reading_module.unwind(0)
+
+
+def test_layers_chosen_from_the_end_get_their_prompts() -> None:
+    model = get_peft_model(build(Official), PointPEFTConfig(layers_to_transform=[1, 2], memory_bank=False))
+    prompts = [name for name, _ in model.adapters.named_parameters() if name.endswith("prompt.embeddings")]
+    assert len(prompts) == 1 and "blocks/blocks/1" in prompts[0]
+
+
+def test_a_head_that_begins_with_a_norm_is_a_head(tmp_path: Path) -> None:
+    class NormedHead(Official):
+        def __init__(self) -> None:
+            super().__init__()
+            self._modules["norm"] = nn.Identity()
+            self.cls_head_finetune = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5))
+
+        def forward_head(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = self.cls_head_finetune(tokens.amax(1))
+            return logits
+
+    (points,) = clouds(2, 0)
+    for config in (BitFitConfig(), PointPEFTConfig(memory_bank=False)):
+        model = get_peft_model(build(NormedHead), config, example_inputs=points).eval()
+        model.save_pretrained(tmp_path)
+        again = PointPeftModel.from_pretrained(build(NormedHead), tmp_path).eval()
+        assert torch.equal(again(points), model(points))
