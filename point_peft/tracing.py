@@ -160,7 +160,7 @@ def _gradients(model: nn.Module) -> Iterator[None]:
     try:
         for parameter in frozen:
             parameter.requires_grad = True
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for parameter in frozen:

@@ -142,6 +142,15 @@ def test_coordinates_are_seen_in_the_order_of_the_tokens() -> None:
         assert str(anatomy.stages[0].coordinates) == "input[0] of 'pos_embed'"
 
 
+def test_tracing_does_not_mind_the_mode_that_it_is_called_in() -> None:
+    (points,) = clouds(2, 0)
+    model = build(FromRecord)
+    expected = describe(model, Record(pos=points))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert describe(model, Record(pos=points)) == expected
+
+
 def test_an_example_corrects_what_a_preset_says() -> None:
     (points,) = clouds(2, 0)
     with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens of 'blocks.blocks.0' lie"):
