@@ -8,17 +8,14 @@ own. What is added to prefix tokens is told by its gradient too. Then prompts ar
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise, product
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from point_peft import tokens as token_ops
 from point_peft.anatomy import (
@@ -38,55 +35,12 @@ from point_peft.anatomy import (
 )
 from point_peft.context import eval_mode
 from point_peft.errors import AnatomyError
+from point_peft.observing import Trace, channel_weights, connected, gradients, gradients_of, observe, reaching, returned
 from point_peft.ragged import as_offset
+from point_peft.trial import Probe, probed, with_prompts
 
 MAX_PREFIX = 16
 """More tokens than this before the patches are not taken for prefix tokens."""
-_LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
-"""Functions that look at a tensor and do not use what it holds."""
-PROBES = 4
-"""Prompts that are put in on trial."""
-
-
-@dataclass
-class _Call:
-    """One call of a module: tensors by the steps that lead to them, as they were and as they are in the graph."""
-
-    when: int
-    inputs: dict[Steps, Tensor]
-    outputs: dict[Steps, Tensor] = field(default_factory=dict)
-    live_inputs: dict[Steps, Tensor] = field(default_factory=dict)
-    live_outputs: dict[Steps, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Trace:
-    """What was seen while a model ran."""
-
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    """Module path -> its calls, in the order in which modules were first called."""
-    clouds: list[Tensor] = field(default_factory=list)
-    """Coordinates (n, 3) of all points that the model was given, by input."""
-    given: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Further points (b n, 3) that modules were given, and when."""
-    grid: list[Tensor] = field(default_factory=list)
-    """The same for inputs of whole numbers."""
-    reads: dict[str, str] = field(default_factory=dict)
-    """Module whose weights were read without a call -> the module that read them."""
-    uses: Mapping[int, int] = field(default_factory=dict)
-    """Parameter, by its identity -> how many functions were given it."""
-    samples: int = 0
-    """How many clouds the example holds, as far as packed inputs tell."""
-    output: Any = None
-
-    def first(self, path: str) -> _Call:
-        return self.calls[path][0]
-
-    def before(self, when: int) -> Iterator[tuple[str, _Call]]:
-        """The first calls of the modules that began before, in order."""
-        for path, calls in self.calls.items():
-            if calls[0].when < when:
-                yield path, calls[0]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
@@ -102,15 +56,15 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             "the attention"
         )
     devices = sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
-    with _gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
+    with gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
         state = torch.random.get_rng_state()
-        seen = _run(model, args, kwargs)
+        seen = observe(model, args, kwargs)
         called = [path for path in seen.calls if path in blocks]
         if not called:
             raise AnatomyError(
                 f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are called one by one"
             )
-        live = _reaching(seen, called)
+        live = reaching(seen, called)
         if not live:
             raise AnatomyError(f"no block of {name} ('{called[0]}' …) has an influence on what the model returns")
         groups = stage_groups(model, [blocks[path] for path in live])
@@ -118,12 +72,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         order = [seen.first(stage.blocks[0].path).when for stage in stages]
         stages = [stage for _, stage in sorted(zip(order, stages, strict=True), key=lambda pair: pair[0])]
 
-        def again(probe: _Probe) -> None:
+        def again(probe: Probe) -> None:
             torch.random.set_rng_state(state)
             with torch.no_grad():
-                _probed(model, args, kwargs, probe)
+                probed(model, args, kwargs, probe)
 
-        stages = [_with_prompts(stage, again) for stage in stages]
+        stages = [with_prompts(stage, again) for stage in stages]
         return _anatomy(model, stages, seen, dead=[path for path in called if path not in live])
 
 
@@ -150,186 +104,10 @@ def _skeleton(stage: Stage) -> tuple[Any, ...]:
     return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _gradients(model: nn.Module) -> Iterator[None]:
-    """In here every parameter takes part in the graph; afterwards those that did before."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad = True
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad = False
-
-
-class _Reads(TorchFunctionMode):
-    """Notes which parameters are used while another module than their own runs."""
-
-    def __init__(self, model: nn.Module, running: list[str]) -> None:
-        super().__init__()
-        self.owners = {
-            id(tensor): path for path, module in model.named_modules() for tensor in module._parameters.values()
-        }
-        self.running = running
-        self.found: dict[str, str] = {}
-        self.uses: Counter[int] = Counter()
-        """Parameter, by its identity -> how many functions were given it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        values = [*args, *kwargs.values()]
-        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
-        for value in values if func.__name__ not in _LOOKS else ():
-            if not isinstance(value, nn.Parameter):
-                continue
-            self.uses[id(value)] += 1
-            owner = self.owners.get(id(value))
-            if owner and self.running and owner not in self.running:
-                self.found.setdefault(owner, self.running[-1])
-        return func(*args, **kwargs)
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
-    seen = _Trace()
-    widths = {3, *(block_width(model, block) for block in find_blocks(model).values())}
-
-    def kept(value: Tensor) -> Tensor:
-        """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
-        wanted = value.ndim < 2 or value.shape[-1] in widths
-        return value.detach().clone() if wanted else value.detach()
-
-    paths = {module: path for path, module in model.named_modules()}
-    count = 0
-    running: list[str] = []
-    open_calls: list[_Call] = []
-
-    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        nonlocal count
-        live = dict(token_ops.all_arguments(inputs, named))
-        call = _Call(count, {steps: kept(value) for steps, value in live.items()}, live_inputs=live)
-        count += 1
-        running.append(paths[module])
-        open_calls.append(call)
-        for value in live.values():
-            if value.is_floating_point() and value.ndim == 3 and value.shape[-1] == 3:
-                # Points that the model has scaled, say, before it chooses among them.
-                seen.given.append((call.when, rearrange(value.detach().clone(), "b n xyz -> (b n) xyz")))
-        seen.calls.setdefault(paths[module], []).append(call)
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        running.pop()
-        call = open_calls.pop()
-        call.live_outputs = dict(token_ops.leaves(output))
-        call.outputs = {steps: kept(value) for steps, value in call.live_outputs.items()}
-
-    args, kwargs = _attached(args, kwargs)
-    for value in _tensors((args, kwargs)):
-        _note_cloud(seen, value.detach())
-    reads = _Reads(model, running)
-    handles = []
-    try:
-        for module in paths:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        with reads:
-            seen.output = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen.reads = {owner: reader for owner, reader in reads.found.items() if owner not in seen.calls}
-    seen.uses = reads.uses
-    return seen
-
-
-def _attached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of the arguments whose floating tensors take part in the graph, so that coordinates in it do."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            own = value.detach().clone()
-            # Not a leaf: a model may write into its input.
-            return own.requires_grad_().clone() if own.is_floating_point() else own
-        if isinstance(value, dict):
-            fresh = value.copy()
-            fresh.update({key: copied(item) for key, item in value.items()})
-            return fresh
-        if isinstance(value, list):
-            return [copied(item) for item in value]
-        if type(value) is tuple:
-            return tuple(copied(item) for item in value)
-        return value
-
-    return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for _, tensor in token_ops.leaves(value):
-        yield tensor
-
-
-def _note_cloud(seen: _Trace, value: Tensor) -> None:
-    """Keep what may be coordinates: the first three of the channels, which come last or, in (b, c, n), second."""
-    if value.ndim == 1 and not value.is_floating_point() and len(value):
-        seen.samples = max(seen.samples, _sample_count(value))
-    views = [value] if value.ndim in (2, 3) and 3 <= value.shape[-1] <= 16 else []
-    if value.ndim == 3 and 3 <= value.shape[1] <= 16:
-        views.append(rearrange(value, "b c n -> b n c"))
-    for view in views:
-        points = rearrange(view[..., :3], "... xyz -> (...) xyz")
-        (seen.clouds if value.is_floating_point() else seen.grid).append(points)
-
-
-def _sample_count(value: Tensor) -> int:
-    """How many samples numbers (n,) or ends (b,) of samples speak of, 0 if they do neither."""
-    steps = value.diff()
-    if bool((steps < 0).any()) or int(value[0]) < 0:
-        return 0
-    if int(value[0]) == 0 and bool((steps <= 1).all()):
-        count = int(value[-1]) + 1
-        return count if count < len(value) else 0
-    return len(value) if bool((steps > 0).all()) and len(value) <= 64 else 0
-
-
-def _reaching(seen: _Trace, blocks: Sequence[str]) -> list[str]:
-    """The blocks that have an influence on what the model returns first, losses apart."""
-    results = _results(seen)[:1]
-    outputs = {path: list(seen.calls[path][-1].live_outputs.values()) for path in blocks}
-    flat = [(path, value) for path, values in outputs.items() for value in values if value.grad_fn is not None]
-    return sorted({flat[number][0] for number in _connected(results, [value for _, value in flat])}, key=blocks.index)
-
-
-def _results(seen: _Trace) -> list[Tensor]:
-    """What the model returns, losses apart."""
-    return [value for value in _tensors(seen.output) if value.ndim and value.grad_fn is not None]
-
-
-def _connected(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:
-    """The numbers of the tensors that the results depend on."""
-    if not results or not tensors:
-        return []
-    total = torch.stack([value.sum() for value in results]).sum()
-    return [number for number, gradient in enumerate(_gradients_of(total, tensors)) if gradient is not None]
-
-
-def _gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradient of a number to each of the tensors, None where it does not depend on it."""
-    return torch.autograd.grad(value, list(tensors), retain_graph=True, allow_unused=True)
-
-
-def _direction(like: Tensor) -> Tensor:
-    """Weights (c,) that tell channels apart."""
-    return torch.linspace(0.5, 1.5, like.shape[-1], dtype=like.dtype, device=like.device)
-
-
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: _Trace) -> Stage:
+def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
     path, width = blocks[0].path, block_width(model, blocks[0])
     call = seen.first(path)
     candidates = [
@@ -353,7 +131,7 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: _Trace) -> Stage:
     return _packed(stage, seen, tokens) if tokens.ndim == 2 else _dense(stage, seen, tokens)
 
 
-def _packed(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
+def _packed(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     """A stage with packed tokens (n, c): coordinates and sample numbers are seen by the block, or just before it."""
     path, n = stage.blocks[0].path, len(tokens)
     packed = replace(stage, layout="packed", prefix_tokens=0, prompts=False)
@@ -379,7 +157,7 @@ def _packed(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
     return replace(packed, coordinates=coordinates, samples=samples)
 
 
-def _latest(seen: _Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | None:
+def _latest(seen: Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | None:
     """Where a tensor that fits is seen: by the block itself, else where it was last seen before the block."""
     call = seen.first(block)
     fitting = sorted(
@@ -402,7 +180,7 @@ def _latest(seen: _Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | N
     return found
 
 
-def _inside(value: Tensor, seen: _Trace) -> bool:
+def _inside(value: Tensor, seen: Trace) -> bool:
     """Whether points lie within the bounds of an input cloud, as means of its points do; or whole numbers do."""
     clouds = seen.clouds if value.is_floating_point() else seen.grid
     return (
@@ -420,7 +198,7 @@ def _tells_samples(value: Tensor, n: int, samples: int) -> bool:
         return False
 
 
-def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
+def _dense(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     path = stage.blocks[0].path
     found = _coordinates(stage, seen, tokens)
     if found is None:
@@ -464,21 +242,21 @@ def _dense(stage: Stage, seen: _Trace, tokens: Tensor) -> Stage:
     )
 
 
-def _position_once(stage: Stage, seen: _Trace) -> bool:
+def _position_once(stage: Stage, seen: Trace) -> bool:
     """Whether every block gets what the one before returned, and nothing is added in between."""
     if len(stage.blocks) < 2:
         return False
     return not any(_added(one, two, stage, seen) for one, two in pairwise(stage.blocks))
 
 
-def _added(one: Block, two: Block, stage: Stage, seen: _Trace) -> bool:
+def _added(one: Block, two: Block, stage: Stage, seen: Trace) -> bool:
     """Whether the second of two blocks gets something else than what the first returned."""
     made = seen.first(one.path).outputs[stage.outputs[0]]
     given = seen.first(two.path).inputs.get(stage.tokens)
     return given is None or not torch.equal(made, given)
 
 
-def _coordinates(stage: Stage, seen: _Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None] | None:
+def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None] | None:
     """Where the coordinates are seen, what they are, and where the patch embedding is seen.
 
     They are points of the input cloud, as many as there are tokens less a prefix, in the order of the tokens.
@@ -535,7 +313,7 @@ def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
     return len(torch.unique(torch.cat([unique, rows]), dim=0)) == len(unique)
 
 
-def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, list[tuple[Tap, Tensor]]]:
+def _embeddings(seen: Trace, block: str, patches: Tensor) -> tuple[Tap | None, list[tuple[Tap, Tensor]]]:
     """Where the patch embedding is seen, and the coordinates (b, g, 3) that the positional embedding is made from.
 
     They are two outputs whose sum is the patch tokens (b, g, c) of the first block, or one that is these itself.
@@ -564,7 +342,7 @@ def _embeddings(seen: _Trace, block: str, patches: Tensor) -> tuple[Tap | None, 
     return (equal[0] if equal else None), []
 
 
-def _rank(seen: _Trace, path: str) -> tuple[int, int]:
+def _rank(seen: Trace, path: str) -> tuple[int, int]:
     """What tells a positional from a patch embedding: coordinates as input, else the smaller input."""
     inputs = list(seen.first(path).inputs.values())
     if not inputs:
@@ -579,7 +357,7 @@ def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int) 
     g = coordinates.shape[1]
     for row in sorted({0, 1, g // 2, g - 1}):
         token = token_ops.batch_first(tokens, layout)[:, prefix + row]
-        (gradient,) = _gradients_of((token * _direction(token)).sum(), [coordinates])
+        (gradient,) = gradients_of((token * channel_weights(token)).sum(), [coordinates])
         if gradient is None:
             return False
         weight = gradient.abs().sum(dim=2)
@@ -590,77 +368,10 @@ def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int) 
     return True
 
 
-# ---- prompts on trial ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Probe:
-    """Prompts that are put in before every block of a stage and taken out after it, and what came of it."""
-
-    stage: Stage
-    prompts: Tensor
-    result: Tensor | None = None
-    """What the first block makes of the other tokens."""
-
-
-def _with_prompts(stage: Stage, again: Callable[[_Probe], None]) -> Stage:
-    """The stage with what a trial of prompts tells: whether they are attended, and which mask entries let them be."""
-    if stage.layout == "packed" or stage.unknown:
-        return stage
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randn(1, PROBES, stage.width, generator=generator) for _ in range(2)]
-    # Of a batch of l clouds, any of the masks (l, l) may as well say what is padding.
-    readings = [chosen for count in range(len(stage.masks) + 1) for chosen in combinations(stage.masks, count)]
-    for others, visible in product(readings, (False, True)):
-        padding = (*stage.padding_masks, *others)
-        trial = replace(stage, mask_visible=visible, padding_masks=padding)
-        results = []
-        for values in prompts:
-            probe = _Probe(trial, values)
-            try:
-                again(probe)
-            except (RuntimeError, ValueError, IndexError, AssertionError):
-                break  # what a block of somebody else's says to more tokens than it was made for
-            if probe.result is not None:
-                results.append(probe.result)
-        if len(results) == 2 and not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
-            return replace(trial, masks=tuple(mask for mask in stage.masks if mask not in padding))
-    return replace(stage, prompts=False)
-
-
-def _probed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], probe: _Probe) -> None:
-    stage = probe.stage
-    dim, at = token_ops.token_dim(stage.layout), stage.prefix_tokens or 0
-    paths = {model.get_submodule(block.path): block.path for block in stage.blocks}
-
-    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        tokens = token_ops.block_tokens(stage, paths[module], inputs, named)
-        prompts = probe.prompts.to(tokens).expand(tokens.shape[1 - dim], -1, -1)
-        return token_ops.insert_prompts(stage, paths[module], inputs, named, prompts, at)
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        tokens = token_ops.output_tokens(stage, paths[module], output)
-        kept = token_ops.remove(tokens, PROBES, at, stage.layout)
-        if probe.result is None:
-            probe.result = kept.clone()
-        return token_ops.put(output, stage.outputs[0], kept)
-
-    handles = []
-    try:
-        for module in paths:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        copied, named = _attached(args, kwargs)
-        model(*copied, **named)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def _anatomy(model: nn.Module, stages: list[Stage], seen: _Trace, dead: list[str]) -> Anatomy:
+def _anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list[str]) -> Anatomy:
     modules = dict(model.named_modules())
     blocks = [block.path for stage in stages for block in stage.blocks]
     inside = tuple(path + "." for path in (*blocks, *dead))
@@ -685,7 +396,7 @@ def _anatomy(model: nn.Module, stages: list[Stage], seen: _Trace, dead: list[str
     )
 
 
-def _after(seen: _Trace, blocks: list[str], dead: list[str], paths: list[str], begin: int) -> list[str]:
+def _after(seen: Trace, blocks: list[str], dead: list[str], paths: list[str], begin: int) -> list[str]:
     """The modules that are called once the blocks have begun, on the way to what is returned and not to a block."""
     made = [
         (path, value)
@@ -696,16 +407,16 @@ def _after(seen: _Trace, blocks: list[str], dead: list[str], paths: list[str], b
         if value.grad_fn is not None and all(value is not given for given in seen.calls[path][-1].live_inputs.values())
     ]
     values = [value for _, value in made]
-    reaching = {made[number][0] for number in _connected(_results(seen), values)}
+    reaching = {made[number][0] for number in connected(returned(seen), values)}
     entering = [value for path in blocks for call in seen.calls[path] for value in call.live_inputs.values()]
-    feeding = {made[number][0] for number in _connected([v for v in entering if v.grad_fn is not None], values)}
+    feeding = {made[number][0] for number in connected([v for v in entering if v.grad_fn is not None], values)}
     spare = [value for path in dead for value in seen.calls[path][-1].live_outputs.values()]
     spare = [value for value in spare if value.grad_fn is not None]
     # What goes by a block that has no part in the prediction has none itself.
     return [
         path
         for path in dict.fromkeys(path for path, _ in made)
-        if path in reaching - feeding and not _connected([value for own, value in made if own == path], spare)
+        if path in reaching - feeding and not connected([value for own, value in made if own == path], spare)
     ]
 
 
@@ -713,14 +424,14 @@ def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     return next(module.parameters(recurse), None) is not None
 
 
-def _patches_read(stage: Stage, seen: _Trace) -> bool:
+def _patches_read(stage: Stage, seen: Trace) -> bool:
     """Whether what the last block makes of the patch tokens has an influence on what the model returns."""
-    results = _results(seen)
+    results = returned(seen)
     tokens = seen.calls[stage.blocks[-1].path][-1].live_outputs[stage.outputs[0]]
     if stage.unknown or stage.layout == "packed" or not results:
         return True
     total = torch.stack([(value * torch.randn_like(value)).sum() for value in results]).sum()
-    (gradient,) = _gradients_of(total, [tokens])
+    (gradient,) = gradients_of(total, [tokens])
     return gradient is None or bool(token_ops.batch_first(gradient, stage.layout)[:, stage.prefix_tokens or 0 :].any())
 
 
@@ -734,7 +445,7 @@ def _is_final_norm(module: nn.Module, width: int) -> bool:
     return is_norm(module) and isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,)
 
 
-def _prefix_parameters(model: nn.Module, stage: Stage, seen: _Trace) -> list[PrefixParameter]:
+def _prefix_parameters(model: nn.Module, stage: Stage, seen: Trace) -> list[PrefixParameter]:
     """Parameters that are added as they are to the prefix tokens of the first block, and where.
 
     Such a parameter, and no other, gets the gradient of a token unchanged, summed over the batch. A position is added
@@ -773,8 +484,8 @@ def _additive(
     rows = token_ops.batch_first(tokens, layout)[:, row]
     if rows.grad_fn is None or not parameters:
         return
-    direction = _direction(rows)
-    gradients = _gradients_of((rows * direction).sum(), [parameter for _, parameter in parameters])
+    direction = channel_weights(rows)
+    gradients = gradients_of((rows * direction).sum(), [parameter for _, parameter in parameters])
     for (name, _), gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue

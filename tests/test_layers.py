@@ -22,6 +22,8 @@ LAYERS = [
     "tokens",
     "reading",
     "context",
+    "observing",
+    "trial",
     "tracing",
     "tuners.base",
     "config",
