@@ -40,13 +40,16 @@ class Tap:
     side: Literal["input", "output"]
     steps: Steps = ()
     """For an input, none means the first positional argument."""
+    else_steps: Steps = ()
+    """Where it is seen if the steps lead nowhere; none: nowhere else."""
 
     def __post_init__(self) -> None:
         if self.side == "input" and not self.steps:
             object.__setattr__(self, "steps", (0,))
 
     def __str__(self) -> str:
-        return f"{self.side}{spell_steps(self.steps)} of '{self.module}'"
+        other = f" or {spell_steps(self.else_steps)}" if self.else_steps else ""
+        return f"{self.side}{spell_steps(self.steps)}{other} of '{self.module}'"
 
 
 def spell_steps(steps: Steps) -> str:

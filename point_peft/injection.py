@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from point_peft import context, reading
 from point_peft import tokens as token_ops
-from point_peft.anatomy import Anatomy, Stage, Tap
+from point_peft.anatomy import Anatomy, Stage, Steps, Tap
 from point_peft.config import PeftConfig
 from point_peft.context import Forward, Root
 from point_peft.errors import AdapterError, AnatomyError
@@ -576,14 +576,18 @@ def _stage(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
 
 
 def _tap_input(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    _tap(module.__dict__[SITE], "input", lambda tap: token_ops.fetch_argument(args, kwargs, tap.steps))
+    _tap(module.__dict__[SITE], "input", lambda steps: token_ops.fetch_argument(args, kwargs, steps))
 
 
 def _tap_output(module: nn.Module, args: Args, output: Any) -> None:
-    _tap(module.__dict__[SITE], "output", lambda tap: token_ops.fetch(output, tap.steps))
+    _tap(module.__dict__[SITE], "output", lambda steps: token_ops.fetch(output, steps))
 
 
-def _tap(site: Site, side: str, find: Callable[[Tap], Any]) -> None:
+def _tap(site: Site, side: str, fetch: Callable[[Steps], Any]) -> None:
+    def find(tap: Tap) -> Any:
+        found = fetch(tap.steps)
+        return fetch(tap.else_steps) if found is None and tap.else_steps else found
+
     for index, stage in enumerate(_known(site.root).stages):
         taps = stage.coordinates, stage.samples, stage.patch_tokens
         coordinates, samples, patches = (

@@ -277,7 +277,7 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"(?:enc\.enc|dec\.dec)\d+\.block\d+",
                 coordinates=Tap(module="{first}", side="input", steps=(0, "coord")),
-                samples=(Tap(module="{first}", side="input", steps=(0, "batch")),),
+                samples=(Tap(module="{first}", side="input", steps=(0, "batch"), else_steps=(0, "offset")),),
                 layout="packed",
                 tokens=(0, "feat"),
                 outputs=(("feat",), ("sparse_conv_feat", "features")),

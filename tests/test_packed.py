@@ -163,6 +163,31 @@ def test_a_block_without_an_mlp_is_refused_with_what_can_be_had() -> None:
         get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0))
 
 
+@pytest.mark.parametrize("gone", ["batch", "offset"])
+def test_samples_are_told_by_numbers_or_by_ends(gone: str) -> None:
+    backbone = BACKBONES["pointcept_ptv3"]
+    (data,) = backbone.inputs(3, 0)
+    model = get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0)).eval()
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = model(data)
+        block = model.base_model.get_submodule("enc.enc0.block0")
+        seen: list[Any] = []
+
+        def drop(module: nn.Module, args: Any) -> Any:
+            point = args[0]
+            seen.append(point.pop(gone))
+            return None
+
+        def give_back(module: nn.Module, args: Any, output: Any) -> None:
+            output[gone] = seen[-1]
+
+        block.register_forward_pre_hook(drop, prepend=True)
+        block.register_forward_hook(give_back)
+        assert torch.allclose(model(data), expected, atol=1e-5) and len(seen) == 1
+
+
 SCENE = """
 import resource
 import torch
