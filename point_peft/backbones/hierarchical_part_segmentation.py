@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from point_peft.backbones.hierarchical import HierarchicalEncoder, check_levels, group_dividers, group_levels
 from point_peft.backbones.layers import init_weights
-from point_peft.backbones.part_segmentation import FeaturePropagation
-from point_peft.errors import PointPeftError
+from point_peft.backbones.part_segmentation import FeaturePropagation, one_hot_columns
 
 
 class HierarchicalPointTransformerPartSeg(nn.Module):
@@ -63,7 +62,7 @@ class HierarchicalPointTransformerPartSeg(nn.Module):
 
     def forward(self, points: Tensor, label: Tensor) -> Tensor:
         """Log-probabilities (b, n, cls_dim) for clouds (b, n, 3) with one-hot object labels (b, 1, num_labels)."""
-        label = self._check_label(label, len(points))
+        label = one_hot_columns(label, len(points), self.num_labels).to(self.convs1.weight.dtype)
         neighborhoods, centers, index = zip(*group_levels(self.group_dividers, points), strict=True)
         levels = self.h_encoder(neighborhoods[0], centers, index)
 
@@ -78,12 +77,3 @@ class HierarchicalPointTransformerPartSeg(nn.Module):
         features = torch.relu_(self.bns3(self.convs3(features)))
         logits: Tensor = rearrange(self.convs4(features), "b c n -> b n c")
         return logits.log_softmax(dim=2)
-
-    def _check_label(self, label: Tensor, b: int) -> Tensor:
-        """The label as (b, num_labels, 1) floating point numbers."""
-        if label.shape not in ((b, self.num_labels), (b, 1, self.num_labels)):
-            raise PointPeftError(
-                f"label must be one-hot, ({b}, {self.num_labels}) or ({b}, 1, {self.num_labels}), "
-                f"got {tuple(label.shape)}"
-            )
-        return label.reshape(b, self.num_labels, 1).to(self.convs1.weight.dtype)

@@ -81,7 +81,7 @@ class PointTransformerPartSeg(nn.Module):
 
     def forward(self, points: Tensor, label: Tensor) -> Tensor:
         """Log-probabilities (b, n, cls_dim) for clouds (b, n, 3) with one-hot object labels (b, 1, num_labels)."""
-        label = self._check_label(label, len(points))
+        label = one_hot_columns(label, len(points), self.num_labels).to(self.convs1.weight.dtype)
         neighborhood, center = self.group_divider(points)
         tokens = self.reduce_dim(self.encoder(neighborhood))
         tapped = self.blocks(tokens, self.pos_embed(center), self.taps)
@@ -97,11 +97,11 @@ class PointTransformerPartSeg(nn.Module):
         logits: Tensor = rearrange(self.convs3(features), "b c n -> b n c")
         return logits.log_softmax(dim=2)
 
-    def _check_label(self, label: Tensor, b: int) -> Tensor:
-        """The label as (b, num_labels, 1) floating point numbers."""
-        if label.shape not in ((b, self.num_labels), (b, 1, self.num_labels)):
-            raise PointPeftError(
-                f"label must be one-hot, ({b}, {self.num_labels}) or ({b}, 1, {self.num_labels}), "
-                f"got {tuple(label.shape)}"
-            )
-        return label.reshape(b, self.num_labels, 1).to(self.convs1.weight.dtype)
+
+def one_hot_columns(label: Tensor, b: int, num_labels: int) -> Tensor:
+    """One-hot object labels (b, num_labels) or (b, 1, num_labels) as (b, num_labels, 1); raises on other shapes."""
+    if label.shape not in ((b, num_labels), (b, 1, num_labels)):
+        raise PointPeftError(
+            f"label must be one-hot, ({b}, {num_labels}) or ({b}, 1, {num_labels}), got {tuple(label.shape)}"
+        )
+    return label.reshape(b, num_labels, 1)
