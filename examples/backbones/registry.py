@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -56,7 +56,8 @@ class TinyBackbone:
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, always of the same values."""
-        return copy.deepcopy(_prototype(self))
+        model: nn.Module = pickle.loads(_pickled(self))
+        return model
 
 
 BACKBONES: dict[str, TinyBackbone] = {}
@@ -69,6 +70,12 @@ def _prototype(backbone: TinyBackbone) -> nn.Module:
         model = backbone.make()
         enliven(model)
     return model.eval()
+
+
+@functools.cache
+def _pickled(backbone: TinyBackbone) -> bytes:
+    """Reading this is several times as fast as a deep copy."""
+    return pickle.dumps(_prototype(backbone))
 
 
 @functools.cache
