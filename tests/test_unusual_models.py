@@ -186,6 +186,23 @@ def test_the_head_of_a_wrapper_is_the_adapter_s() -> None:
         assert [path for path, _ in get_adapter(model, "default").own_modules()] == ["new_head"]
 
 
+@pytest.mark.parametrize("name", ["head", "classifier"])
+def test_a_head_by_another_name_is_not_left_frozen(name: str) -> None:
+    class Renamed(Official):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, self.cls_head_finetune)
+            del self.cls_head_finetune
+
+        def forward_head(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = getattr(self, name)(torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], dim=1))
+            return logits
+
+    model = get_peft_model(build(Renamed), LoraConfig())
+    assert [path for path, _ in get_adapter(model, "default").own_modules()] == [name]
+    model(*clouds(2, 0))
+
+
 class Two(nn.Module):
     """A coarse and a fine backbone."""
 

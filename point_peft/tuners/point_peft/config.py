@@ -31,7 +31,10 @@ class PointPEFTConfig(TunerConfig):
     num_prompts: int = 10
     """Prompts p that each of the prompt layers gets."""
     prompt_layers: int | None = None
-    """How many of the adapted blocks get prompts, counted from the first; None: half of them."""
+    """How many of the adapted blocks get prompts, counted from the first.
+
+    None: half of them; all of them where stages differ in width, as published for Point-M2AE.
+    """
     prompt_dropout: float = 0.1
     memory_bank: bool = True
     """Whether the prompts are enhanced by the prior that a memory bank of training features gives.
@@ -101,7 +104,10 @@ class PointPEFTConfig(TunerConfig):
         chosen = backbone.select_blocks(
             self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
         )
-        limit = len(chosen) // 2 if self.prompt_layers is None else self.prompt_layers
+        limit = self.prompt_layers
+        if limit is None:
+            several = len({stage.width for stage in anatomy.stages}) > 1
+            limit = len(chosen) if several else len(chosen) // 2
         prompted = {block.path for _, block in chosen[:limit] if self.num_prompts}
         queried = self._queried_stage(anatomy)
         plan, enhanced = Blueprint(), False
