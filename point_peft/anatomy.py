@@ -287,6 +287,10 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
     blocks: dict[str, Block] = {}
     attentions = dict(_attentions(model))
     for attention, qkv in attentions.items():
+        flat = _flat_block(modules, attention, qkv)
+        if flat is not None:
+            blocks[attention] = flat
+            continue
         path = attention
         while path:
             path = path.rpartition(".")[0]
@@ -317,6 +321,27 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
         )
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
+
+
+def _flat_block(modules: Mapping[str, nn.Module], path: str, qkv: Sequence[str]) -> Block | None:
+    """A block, one of a list, that has its query, key and value layers itself, beside norms and other layers."""
+    if not qkv or not isinstance(modules[path.rpartition(".")[0]], (nn.ModuleList, nn.ModuleDict)):
+        return None
+    width = (linear_shape(modules[qkv[0]]) or (0, 0))[1]
+    norms = tuple(name for name, child in modules[path].named_modules(prefix=path) if is_norm(child))
+    weights = [modules[name]._parameters.get("weight") for name in norms]
+    linears = tuple(name for name in _linears(modules[path], path) if name not in qkv)
+    if not linears or not any(weight is not None and weight.shape[0] == width for weight in weights):
+        return None
+    return Block(
+        path=path,
+        attention=path,
+        qkv=tuple(qkv),
+        projection=None,
+        norms=norms,
+        mlp=_mlp(modules, path, linears, {}),
+        linears=linears,
+    )
 
 
 def _mlp(

@@ -31,6 +31,7 @@ from point_peft.anatomy import (
     find_blocks,
     is_norm,
     prefix_rows,
+    spell_steps,
     stage_groups,
 )
 from point_peft.context import eval_mode
@@ -143,6 +144,20 @@ def _packed(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
                 f"the coordinates ({n}, 3) of the packed tokens {tuple(tokens.shape)} of '{path}' were not found, no "
                 "such tensor within the bounds of the input cloud was seen before or by it; state them in "
                 "config.anatomy"
+            ),
+        )
+    alike = {
+        steps: value
+        for steps, value in seen.first(path).inputs.items()
+        if value.is_floating_point() and value.shape == (n, 3) and _inside(value, seen)
+    }
+    if any(not torch.equal(one, two) for one, two in combinations(alike.values(), 2)):
+        found = ", ".join(f"input{spell_steps(steps)}" for steps in alike)
+        return replace(
+            packed,
+            unknown=(
+                f"'{path}' gets more than one tensor ({n}, 3) that may be the coordinates of its tokens ({found}); "
+                "state which in config.anatomy"
             ),
         )
     samples = _latest(seen, path, lambda value: seen.samples > 1 and _tells_samples(value, n, seen.samples))

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from examples.backbones import BACKBONES
-from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, get_peft_model
+from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, describe, get_peft_model
 from point_peft.anatomy import Anatomy, Block, Stage, Tap
 from point_peft.injection import get_adapter
 
@@ -99,6 +99,17 @@ def anatomy(packed: bool) -> Anatomy:
 
 def config(packed: bool, **changes: Any) -> PointPEFTConfig:
     return PointPEFTConfig(**{"num_prompts": 0, "anatomy": anatomy(packed), "init": "published", **changes})
+
+
+def test_tracing_finds_what_is_stated_here() -> None:
+    """The blocks have their query, key and value layers themselves."""
+    torch.manual_seed(0)
+    points, samples = torch.rand(2, G, 3), torch.arange(2).repeat_interleave(G)
+    dense, packed = describe(Dense(), points), describe(Packed(), points.flatten(0, 1), samples)
+    for found, stated in ((dense, anatomy(False)), (packed, anatomy(True))):
+        (stage,), (wanted,) = found.stages, stated.stages
+        assert (stage.blocks, stage.layout, stage.samples) == (wanted.blocks, wanted.layout, wanted.samples)
+        assert found.heads == stated.heads
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

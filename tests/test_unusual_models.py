@@ -289,6 +289,43 @@ def test_dataclasses_and_records_are_looked_into() -> None:
     get_peft_model(build(FromRecord), PointPEFTConfig(memory_bank=False, anatomy=anatomy))(Record(pos=points))
 
 
+class Coloured(nn.Module):
+    """Packed blocks that are given colours as well as coordinates."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, tokens: Tensor, colour: Tensor, place: Tensor, batch: Tensor) -> Tensor:
+            normed = self.norm(tokens)
+            mask = batch[:, None] == batch
+            mixed = nn.functional.scaled_dot_product_attention(self.q(normed), self.k(normed), self.v(normed), mask)
+            out: Tensor = tokens + self.mlp(mixed)
+            return out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, colour: Tensor, place: Tensor, batch: Tensor) -> Tensor:
+        tokens = self.embed(torch.cat([colour, place], dim=1))
+        for block in self.blocks:
+            tokens = block(tokens, colour, place, batch)
+        logits: Tensor = self.head(tokens)
+        return logits
+
+
+def test_colours_are_not_taken_for_coordinates() -> None:
+    model, args = build(Coloured), (torch.rand(20, 3), torch.rand(20, 3), torch.arange(2).repeat_interleave(10))
+    message = r"more than one tensor \(20, 3\) that may be the coordinates .*input\[1\], input\[2\]"
+    with pytest.raises(AnatomyError, match=message):
+        get_peft_model(model, PointPEFTConfig(num_prompts=0), example_inputs=args)
+    get_peft_model(model, LoraConfig(), example_inputs=args)(*args)
+
+
 def test_ctrl_c_inside_an_attention_leaves_no_adapted_weights_behind() -> None:
     backbone = BACKBONES["head_masks"]
     model, args = backbone.build().requires_grad_(False), backbone.inputs(2, 5)
