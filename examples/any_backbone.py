@@ -23,13 +23,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import Tensor, nn
 
 from examples.backbones import BACKBONES, TinyBackbone
-from examples.capabilities import labelled, labels, spell
+from examples.capabilities import fill_bank, labelled, labels, spell
 from point_peft import METHODS, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.anatomy import Anatomy, Tap, spell_steps
-from point_peft.injection import get_adapter
 from point_peft.presets import known_anatomy
 from point_peft.tracing import trace
-from point_peft.tuners.base import Bank
 
 WIDTH = 160
 """Columns of the table."""
@@ -116,8 +114,7 @@ def adapt(backbone: TinyBackbone, method: str, changes: Mapping[str, Any], trace
     config = METHODS[method](**changes, anatomy=anatomy if traced else None)
     example = None if traced else backbone.example
     adapted = get_peft_model(model, config, example_inputs=example)
-    if any(isinstance(state, Bank) for state in get_adapter(adapted, "default").shared_states()):
-        adapted.build_memory_bank([backbone.inputs(4, seed) for seed in range(4)], to_inputs=lambda batch: batch)
+    fill_bank(adapted, backbone)
     trainable, total = adapted.get_nb_trainable_parameters()
     with torch.no_grad():
         before = float(loss(backbone, adapted.eval(), args))

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from examples.backbones import BACKBONES, TinyBackbone
-from point_peft import METHODS, PointPeftError, TunerConfig, get_peft_model
+from point_peft import METHODS, PointPeftError, PointPeftModel, TunerConfig, get_peft_model
 from point_peft.injection import get_adapter
 from point_peft.tuners.base import Bank
 
@@ -59,8 +59,7 @@ def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
         # Frozen: torch rounds an attention otherwise where its weights take gradients.
         plain = backbone.select(backbone.build().requires_grad_(False)(*args))
     model = get_peft_model(backbone.build(), config, example_inputs=backbone.example)
-    if any(isinstance(state, Bank) for state in get_adapter(model, "default").shared_states()):
-        model.build_memory_bank([backbone.inputs(4, seed) for seed in range(4)], to_inputs=lambda batch: batch)
+    fill_bank(model, backbone)
     model.eval()(*args)  # which proves that every part runs
     parameters = dict(model.adapters.named_parameters())
     with torch.no_grad():
@@ -75,6 +74,12 @@ def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
         raise RuntimeError(f"{config.method} on {backbone.name}: no gradient for {without}")
     if torch.allclose(adapted, plain) or not torch.equal(disabled, plain):
         raise RuntimeError(f"{config.method} on {backbone.name}: it has no effect, or one that stays")
+
+
+def fill_bank(model: PointPeftModel, backbone: TinyBackbone) -> None:
+    """Build the memory bank of the model's adapter, if it has one."""
+    if any(isinstance(state, Bank) for state in get_adapter(model, "default").shared_states()):
+        model.build_memory_bank([backbone.inputs(4, seed) for seed in range(4)], to_inputs=lambda batch: batch)
 
 
 def matrix() -> dict[str, dict[str, tuple[str, str]]]:

@@ -284,8 +284,15 @@ def _linears(module: nn.Module, path: str = "") -> list[str]:
 def find_blocks(model: nn.Module) -> dict[str, Block]:
     """The transformer blocks of a model by path: the smallest ancestor of an attention with a norm and a linear."""
     modules = dict(model.named_modules())
+    every_norm = [path for path, module in modules.items() if is_norm(module)]
+    every_linear = _linears(model)
     blocks: dict[str, Block] = {}
     attentions = dict(_attentions(model))
+
+    def outside(paths: Sequence[str], block: str, attention: str) -> tuple[str, ...]:
+        within, without = block + "." if block else "", attention + "."
+        return tuple(path for path in paths if path.startswith(within) and not (path + ".").startswith(without))
+
     for attention, qkv in attentions.items():
         flat = _flat_block(modules, attention, qkv)
         if flat is not None:
@@ -294,13 +301,7 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
         path = attention
         while path:
             path = path.rpartition(".")[0]
-            outside = {
-                name: module
-                for name, module in modules.items()
-                if name.startswith(path + "." if path else "") and not (name + ".").startswith(attention + ".")
-            }
-            norms = tuple(name for name, module in outside.items() if is_norm(module))
-            linears = tuple(name for name, module in outside.items() if linear_shape(module))
+            norms, linears = outside(every_norm, path, attention), outside(every_linear, path, attention)
             if norms and linears:
                 break
         else:

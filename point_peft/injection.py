@@ -584,24 +584,21 @@ def _tap_output(module: nn.Module, args: Args, output: Any) -> None:
 
 
 def _tap(site: Site, side: str, fetch: Callable[[Steps], Any]) -> None:
+    def is_here(tap: Tap) -> bool:
+        return tap.module == site.path and tap.side == side
+
     def find(tap: Tap) -> Any:
         found = fetch(tap.steps)
         return fetch(tap.else_steps) if found is None and tap.else_steps else found
 
     for index, stage in enumerate(_known(site.root).stages):
-        taps = stage.coordinates, stage.samples, stage.patch_tokens
-        coordinates, samples, patches = (
-            find(tap) if tap is not None and tap.module == site.path and tap.side == side else None for tap in taps
-        )
-        tap = stage.coordinates
-        if tap is not None and tap.module == site.path and tap.side == side:
+        if stage.coordinates is not None and is_here(stage.coordinates):
             context.restart_direct(site.root, index)
-            _see_coordinates(context.current_forward(site.root), index, coordinates, tap, stage)
+            forward = context.current_forward(site.root)
+            _see_coordinates(forward, index, find(stage.coordinates), stage.coordinates, stage)
         forward = context.current_forward(site.root)
-        for seen, value in (
-            (forward.samples, samples),
-            (forward.patches, patches),
-        ):
+        for tap, seen in ((stage.samples, forward.samples), (stage.patch_tokens, forward.patches)):
+            value = find(tap) if tap is not None and is_here(tap) else None
             if isinstance(value, Tensor):
                 seen.setdefault(index, value)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from point_peft import tokens as token_ops
-from point_peft.anatomy import Steps, block_width, find_blocks
+from point_peft.anatomy import Steps
+from point_peft.reading import arguments
 
 _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
 """Functions that look at a tensor and do not use what it holds."""
@@ -93,9 +94,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = [*args, *kwargs.values()]
-        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
-        for value in values if func.__name__ not in _LOOKS else ():
+        for value in arguments(args, kwargs) if func.__name__ not in _LOOKS else ():
             if not isinstance(value, nn.Parameter):
                 continue
             self.uses[id(value)] += 1
@@ -105,13 +104,13 @@ class _Reads(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], widths: set[int]) -> Trace:
+    """Run the model once and see everything; `widths` are the channels of what may be tokens."""
     seen = Trace()
-    widths = {3, *(block_width(model, block) for block in find_blocks(model).values())}
 
     def kept(value: Tensor) -> Tensor:
         """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
-        wanted = value.ndim < 2 or value.shape[-1] in widths
+        wanted = value.ndim < 2 or value.shape[-1] in (3, *widths)
         return value.detach().clone() if wanted else value.detach()
 
     paths = {module: path for path, module in model.named_modules()}

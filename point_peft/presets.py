@@ -89,9 +89,14 @@ _HIERARCHICAL_PARTS = (
 )
 _GROUPED = Tap(module="group_divider", side="output", steps=(1,))
 _BESIDE = Tap(module="{first}", side="input", steps=(1,))
-_ENCODED = (
-    Tap(module="{above}", side="input", steps=(2,)),
-    Tap(module="{above}.downsample", side="output", steps=(2,)),
+_GRAPH_ENCODER = StagePreset(
+    blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
+    coordinates=_BESIDE,
+    samples=(
+        Tap(module="{above}", side="input", steps=(2,)),
+        Tap(module="{above}.downsample", side="output", steps=(2,)),
+    ),
+    layout="packed",
 )
 _SCENE_HEADS = ("seg_head", "cls_head")
 _EMBEDDED = Tap(module="pos_embed", side="input")
@@ -335,12 +340,7 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud PTv2",
         requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
         stages=(
-            StagePreset(
-                blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
-                coordinates=_BESIDE,
-                samples=_ENCODED,
-                layout="packed",
-            ),
+            _GRAPH_ENCODER,
             StagePreset(
                 blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
                 coordinates=_BESIDE,
@@ -354,12 +354,7 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud PTv1",
         requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
         stages=(
-            StagePreset(
-                blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
-                coordinates=_BESIDE,
-                samples=_ENCODED,
-                layout="packed",
-            ),
+            _GRAPH_ENCODER,
             StagePreset(
                 blocks=r"decoder\.global_block",
                 coordinates=_BESIDE,
@@ -378,9 +373,8 @@ PRESETS: tuple[Preset, ...] = (
 )
 
 
-def prefixes(model: nn.Module, preset: Preset) -> list[str]:
-    """The prefixes of module paths under which a model has a backbone of this family; "" for the model itself."""
-    modules = dict(model.named_modules())
+def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
+    """The prefixes of paths under which a model's modules hold a backbone of this family; "" for the model itself."""
     first = preset.requires[0]
     found = [path.removesuffix(first) for path in modules if path.endswith(first)]
     return [
@@ -510,8 +504,9 @@ def _made_from_coordinates(embedding: nn.Module) -> bool:
 
 def known_anatomy(model: nn.Module) -> Anatomy | None:
     """The anatomy by the first preset that fits, None if none does, or if the model holds two backbones."""
+    modules = dict(model.named_modules())
     for preset in PRESETS:
-        found = [anatomy for prefix in prefixes(model, preset) if (anatomy := from_preset(model, preset, prefix))]
+        found = [anatomy for prefix in prefixes(modules, preset) if (anatomy := from_preset(model, preset, prefix))]
         if found:
             return found[0] if len(found) == 1 else None
     return None

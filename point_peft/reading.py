@@ -20,6 +20,12 @@ from torch.overrides import TorchFunctionMode
 _state = threading.local()
 
 
+def arguments(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a function of torch is given, with the items of lists and tuples."""
+    values = [*args, *kwargs.values()]
+    return values + [item for value in values if isinstance(value, (list, tuple)) for item in value]
+
+
 class Substitution(TorchFunctionMode):
     """Gives functions the tensors of `adapted`, by the identity of the base's, and notes whose were asked for."""
 
@@ -31,9 +37,7 @@ class Substitution(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = [*args, *kwargs.values()]
-        values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
-        if any(id(value) in self.adapted for value in values) and self.alive():
+        if any(id(value) in self.adapted for value in arguments(args, kwargs)) and self.alive():
             args = tuple(self._given(value) for value in args)
             kwargs = {name: self._given(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -52,10 +52,14 @@ def leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for number, item in enumerate(value):
             yield from leaves(item, (*steps, number))
-    elif isinstance(value, Record) or (is_dataclass(value) and not isinstance(value, type)):
+    elif isinstance(value, Record) or _is_dataclass(value):
         yield from leaves(dict(_entries(value)), steps)
     elif isinstance(value, SparseTensor):
         yield (*steps, "features"), value.features
+
+
+def _is_dataclass(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -74,7 +78,7 @@ def fetch(value: Any, steps: Steps) -> Any:
             value = value[step] if isinstance(value, (tuple, list)) and step < len(value) else None
         elif isinstance(value, Mapping):
             value = value.get(step)
-        elif isinstance(value, Record) or (is_dataclass(value) and not isinstance(value, type)):
+        elif isinstance(value, Record) or _is_dataclass(value):
             value = dict(_entries(value)).get(step)
         else:
             value = value.features if isinstance(value, SparseTensor) and step == "features" else None
@@ -97,7 +101,7 @@ def put(value: Any, steps: Steps, new: Tensor) -> Any:
     if isinstance(value, tuple) and isinstance(step, int):
         changed = [*value[:step], inner, *value[step + 1 :]]
         return type(value)(*changed) if type(value) is not tuple else tuple(changed)
-    if is_dataclass(value) and not isinstance(value, type):
+    if _is_dataclass(value):
         return replace(value, **{str(step): inner})
     value[step] = inner
     return value
@@ -247,7 +251,7 @@ def insert_prompts(
             tuple(grown(value, (number,)) for number, value in enumerate(args)),
             {name: grown(value, (name,)) for name, value in kwargs.items()},
         )
-    for steps, value in [*leaves(args), *leaves(kwargs)]:
+    for steps, value in list(all_arguments(args, kwargs)):
         args, kwargs = put_argument(args, kwargs, steps, grown(value, steps))
     return args, kwargs
 

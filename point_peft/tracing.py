@@ -59,7 +59,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     devices = sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
     with gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
         state = torch.random.get_rng_state()
-        seen = observe(model, args, kwargs)
+        seen = observe(model, args, kwargs, {block_width(model, block) for block in blocks.values()})
         called = [path for path in seen.calls if path in blocks]
         if not called:
             raise AnatomyError(
@@ -136,7 +136,11 @@ def _packed(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     """A stage with packed tokens (n, c): coordinates and sample numbers are seen by the block, or just before it."""
     path, n = stage.blocks[0].path, len(tokens)
     packed = replace(stage, layout="packed", prefix_tokens=0, prompts=False)
-    coordinates = _latest(seen, path, lambda value: value.shape == (n, 3) and _inside(value, seen))
+
+    def may_be_coordinates(value: Tensor) -> bool:
+        return value.shape == (n, 3) and _inside(value, seen)
+
+    coordinates = _latest(seen, path, may_be_coordinates)
     if coordinates is None:
         return replace(
             packed,
@@ -149,7 +153,7 @@ def _packed(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     alike = {
         steps: value
         for steps, value in seen.first(path).inputs.items()
-        if value.is_floating_point() and value.shape == (n, 3) and _inside(value, seen)
+        if value.is_floating_point() and may_be_coordinates(value)
     }
     if any(not torch.equal(one, two) for one, two in combinations(alike.values(), 2)):
         found = ", ".join(f"input{spell_steps(steps)}" for steps in alike)
@@ -395,20 +399,20 @@ def _anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list[str]
     after = _after(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)], begin)
     tops = _outermost([path for path in after if _has_parameters(modules[path])], blocks)
     final_norms = [path for path in tops if _is_final_norm(modules[path], stages[-1].width)][:1]
-    queried = stages[max([i for i, stage in enumerate(stages) if stage.coordinates is not None], default=0)]
     own = [path for path, module in modules.items() if path and _has_parameters(module, recurse=False)]
-    return Anatomy(
+    anatomy = Anatomy(
         source="traced",
         stages=tuple(stages),
         stem=_outermost(before, blocks),
         prefix_parameters=tuple(_prefix_parameters(model, stages[0], seen)),
         final_norms=tuple(final_norms),
         heads=tuple(path for path in tops if path not in final_norms),
-        last_block_calls=len(seen.calls[queried.blocks[-1].path]),
         patches_read=_patches_read(stages[-1], seen),
         reads=tuple(Read(module=owner, reader=reader) for owner, reader in seen.reads.items()),
         uncalled=tuple(path for path in own if path not in seen.calls and path not in seen.reads),
     )
+    last = anatomy.stages[anatomy.queried].blocks[-1]
+    return replace(anatomy, last_block_calls=len(seen.calls[last.path]))
 
 
 def _after(seen: Trace, blocks: list[str], dead: list[str], paths: list[str], begin: int) -> list[str]:
