@@ -28,6 +28,14 @@ Deviations from the published code, each with its reason:
 - No parameters exist that the forward cannot reach (62,268 in the published Point-MAE variant).
 - The adapter after the MLP acts inside the backbone's stochastic depth, not outside: what a hook on the MLP sees.
 - The bank belongs to the adapter and is saved with it, in half precision.
+- Packed tokens (PTv3 and the like) get no prompts, their attention has no place for them. Centres are chosen within
+  blocks of at most 1024 points of a sample, and the k nearest of them reach a token, not all: a scene has too many.
+- Where stages differ in width all blocks get prompts, and those as wide as the features the prior: as published for
+  Point-M2AE.
+- Where the prediction is made from the prefix tokens alone, the last block has no geometry-aware adapter: nothing
+  would read it.
+- The values that the base had for its prefix tokens are saved beside the trained ones, because a checkpoint may lack
+  them: the second pass that queries the bank must be that of the base which was trained on.
 """
 
 from __future__ import annotations
