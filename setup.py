@@ -10,6 +10,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
+# Not needed to read or write its files; what they are read with elsewhere.
+PEFT = ["peft>=0.21"]
 # Other people's models that the tests adapt, unmodified.
 BACKBONES = [
     "openpoints==0.1.2",
@@ -59,9 +61,11 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
+        "peft": PEFT,
         "test": [
             *EXAMPLES,
             *BACKBONES,
+            *PEFT,
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",

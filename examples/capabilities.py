@@ -28,6 +28,10 @@ from point_peft.tuners.base import Bank
 PAGE = Path(__file__).parent.parent / "docs" / "capabilities.md"
 
 ALTERNATIVES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "DAPT": ({"internal_prompts": False},),
+    "GA_PROMPT": ({"shift": False, "point_prompts": 0},),
+    "IA3": ({"scale_mlp": False},),
+    "POINT_LORA": ({"shared_mlp_width": 0},),
     "POINT_PEFT": ({"num_prompts": 0}, {"num_prompts": 0, "adapter_scale": 0.0}),
 }
 """Changes of a method's defaults that are tried, in this order, where the defaults are refused."""
@@ -45,7 +49,7 @@ def probe(method: str, backbone: TinyBackbone) -> tuple[str, str]:
         try:
             _train(METHODS[method](**changes), backbone)
         except PointPeftError as error:
-            why = why or str(error)
+            why = why or str(error).replace(type(backbone.build()).__name__, "the backbone")
         else:
             return spell(changes), ""
     return "no", why
@@ -108,7 +112,7 @@ def page(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
         for method in methods:
             answer, why = row[method]
             if answer == "no":
-                note = reasons.setdefault(re.sub(r"'[^']*'|\([\d, ]+\)", "…", why), len(reasons) + 1)
+                note = reasons.setdefault(re.sub(r"'[^']*'|\([\d, ]+\)|\d+ stages", "…", why), len(reasons) + 1)
                 cells.append(f"no ({note})")
             else:
                 cells.append(answer if answer == "yes" else f"`{answer}`")

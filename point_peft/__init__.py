@@ -10,20 +10,35 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+# Before anything of the package is imported: see point_peft.tuners.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
 from point_peft import tuners
 from point_peft.anatomy import Anatomy
 from point_peft.config import METHODS, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.tuners.bitfit import BitFitConfig
+from point_peft.tuners.bottleneck import BottleneckConfig
+from point_peft.tuners.dapt import DAPTConfig
+from point_peft.tuners.ga_prompt import GAPromptConfig
+from point_peft.tuners.gem import GEMConfig
+from point_peft.tuners.ia3 import IA3Config
+from point_peft.tuners.idpt import IDPTConfig
 from point_peft.tuners.linear_probe import LinearProbeConfig
 from point_peft.tuners.lora import LoraConfig
+from point_peft.tuners.norm_tuning import NormTuningConfig
+from point_peft.tuners.point_gst import PointGSTConfig
+from point_peft.tuners.point_lora import PointLoRAConfig
 from point_peft.tuners.point_peft import PointPEFTConfig
+from point_peft.tuners.ppt import PPTConfig
+from point_peft.tuners.ssf import SSFConfig
+from point_peft.tuners.stag import STAGConfig
+from point_peft.tuners.vpt import VPTConfig
 from point_peft.version import __version__
 
-for _folder in pkgutil.iter_modules(tuners.__path__, f"{tuners.__name__}."):
-    if _folder.ispkg:
-        importlib.import_module(_folder.name)
+for _module in pkgutil.iter_modules(tuners.__path__, f"{tuners.__name__}."):
+    importlib.import_module(_module.name)
 
 __all__ = [
     "METHODS",
@@ -32,14 +47,27 @@ __all__ = [
     "Anatomy",
     "AnatomyError",
     "BitFitConfig",
+    "BottleneckConfig",
+    "DAPTConfig",
+    "GAPromptConfig",
+    "GEMConfig",
+    "IA3Config",
+    "IDPTConfig",
     "LinearProbeConfig",
     "LoraConfig",
     "MatchError",
+    "NormTuningConfig",
+    "PPTConfig",
     "PeftConfig",
+    "PointGSTConfig",
+    "PointLoRAConfig",
     "PointPEFTConfig",
     "PointPeftError",
     "PointPeftModel",
+    "SSFConfig",
+    "STAGConfig",
     "TunerConfig",
+    "VPTConfig",
     "__version__",
     "describe",
     "get_peft_model",

@@ -11,7 +11,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -70,6 +70,8 @@ class Block:
     """The module that returns what the MLP adds to the tokens."""
     linears: tuple[str, ...]
     """The linear layers outside the attention, those of the MLP among them."""
+    mlp_norm: str | None = None
+    """The norm ahead of the MLP: what it gets is the stream of tokens after the attention."""
 
     @property
     def attention_kind(self) -> str:
@@ -94,8 +96,15 @@ class Stage:
     """Where the coordinates of the patch tokens, (b, g, 3) or packed (n, 3), are seen, at the latest by a block."""
     samples: Tap | None = None
     """For packed tokens: where it is seen which sample each belongs to, as numbers (n,) or as ends of samples (b,)."""
+    points: Tap | None = None
+    """Where the clouds (b, n, 3) are seen that are grouped: at best the input of the module that does."""
+    tokenizer: tuple[str, ...] = ()
+    """The modules that, one after another, turn neighbourhoods (b, g, k, 3), each relative to its centre, into the
+    patch embedding."""
     patch_tokens: Tap | None = None
     """Where the patch embedding (b, g, c) is seen, before positions are added."""
+    position_embedding: str | None = None
+    """The module that turns coordinates (b, g, 3) into positions (b, g, c)."""
     position: Literal["every_block", "once"] = "every_block"
     """Whether the positional embedding is added before every block or before the first only."""
     masks: tuple[Steps, ...] = ()
@@ -108,6 +117,11 @@ class Stage:
     """Whether prompts can be put among the tokens and are attended there."""
     unknown: str = ""
     """What could not be established, so that no method can use it."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Every place where something of the stage is seen."""
+        return tuple(tap for tap in (self.coordinates, self.samples, self.points, self.patch_tokens) if tap is not None)
 
     @property
     def takes_prompts(self) -> bool:
@@ -201,13 +215,15 @@ class Anatomy:
                 + " and ".join(f"output{spell_steps(steps)}" for steps in stage.outputs),
                 f"  coordinates: {stage.coordinates or 'unknown: ' + (stage.unknown or 'not stated')}",
                 *([f"  samples:     {stage.samples or 'unknown'}"] if stage.layout == "packed" else []),
-                f"  patches:     {stage.patch_tokens or 'unknown'}; position added: {stage.position.replace('_', ' ')}",
+                f"  points:      {stage.points or 'unknown'}; made into tokens by {_list(stage.tokenizer)}",
+                f"  patches:     {stage.patch_tokens or 'unknown'}",
+                f"  positions:   added {stage.position.replace('_', ' ')}, made by {_list([stage.position_embedding])}",
                 f"  masks:       {_masks(stage)}",
                 f"  prompts:     {'yes' if stage.takes_prompts else 'no'}",
                 f"  attention:   '{first.attention}', {first.attention_kind} {_list(first.qkv)}",
                 f"  projection:  {_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])}; linears outside the attention: {_list(first.linears)}",
-                f"  norms:       {_list(first.norms)}",
+                f"  norms:       {_list(first.norms)}; ahead of the MLP {_list([first.mlp_norm])}",
             ]
         parameters = [f"{parameter.name} ({parameter.role})" for parameter in self.prefix_parameters]
         lines += [
@@ -311,14 +327,16 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
         inside = [name for name in _linears(modules[attention], attention) if name not in qkv]
         direct = [name for name in inside if name.rpartition(".")[0] == attention]
         projection = direct if len(direct) == 1 else inside
+        mlp = _mlp(modules, path, linears, attentions)
         blocks[path] = Block(
             path=path,
             attention=attention,
             qkv=qkv,
             projection=projection[0] if len(projection) == 1 else None,
             norms=norms,
-            mlp=_mlp(modules, path, linears, attentions),
+            mlp=mlp,
             linears=linears,
+            mlp_norm=_mlp_norm(modules, path, norms, mlp),
         )
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
@@ -334,14 +352,16 @@ def _flat_block(modules: Mapping[str, nn.Module], path: str, qkv: Sequence[str])
     linears = tuple(name for name in _linears(modules[path], path) if name not in qkv)
     if not linears or not any(weight is not None and weight.shape[0] == width for weight in weights):
         return None
+    mlp = _mlp(modules, path, linears, {})
     return Block(
         path=path,
         attention=path,
         qkv=tuple(qkv),
         projection=None,
         norms=norms,
-        mlp=_mlp(modules, path, linears, {}),
+        mlp=mlp,
         linears=linears,
+        mlp_norm=_mlp_norm(modules, path, norms, mlp),
     )
 
 
@@ -362,6 +382,21 @@ def _mlp(
         if wide == hidden and width == out and wide > width:
             return two
     return None
+
+
+def mlp_entrance(model: nn.Module, block: Block) -> str | None:
+    """The module whose input is that of a block's MLP: the MLP itself, or its first layer where it is not a module."""
+    if block.mlp is None or linear_shape(model.get_submodule(block.mlp)) is None:
+        return block.mlp
+    pairs = [one for one, two in pairwise(block.linears) if two == block.mlp]
+    return pairs[0] if pairs else None
+
+
+def _mlp_norm(modules: Mapping[str, nn.Module], block: str, norms: Sequence[str], mlp: str | None) -> str | None:
+    """The second of a block's own norms, as pre-norm blocks have it; a traced forward verifies it."""
+    # What stands beside layers in a child of the block, as in a positional encoding, is not the block's own.
+    own = [path for path in norms if not _linears(modules[f"{block}.{path[len(block) + 1 :].split('.')[0]}"])]
+    return own[1] if mlp is not None and len(own) > 1 else None
 
 
 def _innermost(modules: Mapping[str, nn.Module], path: str) -> str:
@@ -430,7 +465,8 @@ def _build(hint: Any, value: Any) -> Any:
             return tuple(_build(options[0], item) for item in value)
     elif is_dataclass(hint) and isinstance(hint, type):
         names = {item.name for item in fields(hint)}
-        if isinstance(value, dict) and set(value) == names:
+        needed = {item.name for item in fields(hint) if item.default is MISSING}
+        if isinstance(value, dict) and needed <= set(value) <= names:
             hints = get_type_hints(hint)
             return hint(**{name: _build(hints[name], item) for name, item in value.items()})
     elif type(value) is hint:
@@ -446,7 +482,8 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
     if not anatomy.stages or not all(stage.blocks for stage in anatomy.stages):
         raise AnatomyError("an anatomy needs at least one stage, and every stage at least one block")
     for stage in anatomy.stages:
-        named += [tap.module for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap is not None]
+        named += [tap.module for tap in stage.taps]
+        named += [*stage.tokenizer, stage.position_embedding]
         for block in stage.blocks:
             named += [
                 block.path,
@@ -456,6 +493,7 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
                 *block.norms,
                 block.mlp,
                 *block.linears,
+                block.mlp_norm,
             ]
         _check_stage(stage)
     if from_json(to_json(anatomy)) != anatomy:
@@ -481,8 +519,7 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
 
 def _check_stage(stage: Stage) -> None:
     """Raise `AnatomyError` for what no stage can be."""
-    taps = [tap for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap is not None]
-    steps = [stage.tokens, *stage.outputs, *stage.masks, *stage.padding_masks, *(tap.steps for tap in taps)]
+    steps = [stage.tokens, *stage.outputs, *stage.masks, *stage.padding_masks, *(tap.steps for tap in stage.taps)]
     negative = any(isinstance(step, int) and step < 0 for way in steps for step in way)
     if negative or not stage.tokens or not stage.outputs:
         raise AnatomyError(
@@ -493,7 +530,8 @@ def _check_stage(stage: Stage) -> None:
     if len(set(paths)) != len(paths) or not all(paths):
         raise AnatomyError(f"the blocks of a stage must be different modules of the model, got {paths}")
     for block in stage.blocks:
-        parts = [block.attention, block.mlp, block.projection, *block.qkv, *block.norms, *block.linears]
+        parts = [block.attention, block.mlp, block.mlp_norm, block.projection]
+        parts += [*block.qkv, *block.norms, *block.linears]
         outside = [part for part in parts if part is not None and not (part + ".").startswith(block.path + ".")]
         if outside:
             raise AnatomyError(f"the anatomy says that '{outside[0]}' is a part of block '{block.path}': it is not")

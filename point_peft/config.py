@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from point_peft.anatomy import Anatomy
 from point_peft.anatomy import from_json as anatomy_from_json
@@ -19,10 +19,34 @@ from point_peft.anatomy import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
 from point_peft.tuners.base import Backbone, Blueprint
 
+V = TypeVar("V", covariant=True)
+
 METHODS: dict[str, type[TunerConfig]] = {}
 """Every method by name; a class enters by being defined."""
 MAX_INTEGER = 2**24
 """No integer of a configuration is larger."""
+
+
+class FrozenMapping(Mapping[str, V]):
+    """A mapping that can be hashed and not changed; it keeps its order. In JSON it is a list of pairs."""
+
+    def __init__(self, items: Mapping[str, V] | None = None) -> None:
+        self._items: dict[str, V] = dict(items or {})
+
+    def __getitem__(self, key: str) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +78,7 @@ class TunerConfig(ABC):
         METHODS[name] = cls
 
     def __post_init__(self) -> None:
-        freeze_sequences(self)
+        freeze_collections(self)
         check_types(self)
         for layer in self.layers_to_transform or ():
             require(layer >= 0, self, "layers_to_transform", "block numbers from 0")
@@ -97,7 +121,7 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        freeze_sequences(self)
+        freeze_collections(self)
         require(bool(self.tuners), self, "tuners", "a list of at least one method's configuration")
         check_types(self)
 
@@ -168,13 +192,15 @@ def require(holds: bool, config: object, name: str, allowed: str) -> None:
         raise PointPeftError(f"{type(config).__name__}.{name} is {quoted(getattr(config, name))}; allowed: {allowed}")
 
 
-def freeze_sequences(config: Any) -> None:
-    """Turn lists given for fields into tuples, so that a configuration can be hashed and nobody changes it."""
+def freeze_collections(config: Any) -> None:
+    """Turn lists given for fields into tuples, and dicts too, so that a configuration can be hashed and not changed."""
     for item in fields(config):
         value = getattr(config, item.name)
         if isinstance(value, (list, set, frozenset)):
             ordered = value if isinstance(value, list) else sorted(value, key=_by_type)
             object.__setattr__(config, item.name, tuple(ordered))
+        elif isinstance(value, Mapping):
+            object.__setattr__(config, item.name, FrozenMapping(value))
 
 
 def _by_type(value: Any) -> tuple[str, Any]:
@@ -200,6 +226,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
     if origin is not None and issubclass(origin, Sequence):
         return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if origin is Mapping:
+        key, entry = get_args(hint)
+        return isinstance(value, FrozenMapping) and all(_fits(k, key) and _fits(v, entry) for k, v in value.items())
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if hint is int:
@@ -213,6 +242,8 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(option) for option in get_args(hint))
     if origin is Literal:
         return " or ".join(repr(option) for option in get_args(hint))
+    if origin is Mapping:
+        return "a mapping of {} to {}".format(*map(_spell, get_args(hint)))
     if origin is not None:
         return f"a list of {_spell(get_args(hint)[0])}"
     words: dict[Any, str] = {
@@ -236,6 +267,8 @@ def _to_json(value: Any) -> Any:
         return value.to_json()
     if isinstance(value, Anatomy):
         return anatomy_to_json(value)
+    if isinstance(value, FrozenMapping):
+        return [[key, entry] for key, entry in value.items()]  # a file's objects are sorted, and the order counts
     return [_to_json(entry) for entry in value] if isinstance(value, tuple) else value
 
 
@@ -246,5 +279,13 @@ def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
         raise PointPeftError(
             f"{kind.__name__} has no field {quoted(unknown[0])}; a newer version of point_peft may have written it"
         )
+    hints = get_type_hints(kind)
+    found = {name: _pairs(value) if get_origin(hints[name]) is Mapping else value for name, value in data.items()}
     anatomy = data.get("anatomy")
-    return dict(data) if anatomy is None else {**data, "anatomy": anatomy_from_json(anatomy)}
+    return found if anatomy is None else {**found, "anatomy": anatomy_from_json(anatomy)}
+
+
+def _pairs(value: Any) -> Any:
+    """A list of pairs as a mapping; anything else, or a key that stands twice, is left to the check of types."""
+    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 and type(p[0]) is str for p in value)
+    return FrozenMapping(dict(value)) if pairs and len(dict(value)) == len(value) else value

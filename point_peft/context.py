@@ -22,9 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy import Anatomy
+from point_peft.errors import AdapterError
 from point_peft.tokens import leaves
 
 T = TypeVar("T")
+
+
+_NO_GRADIENT = (
+    "a method that hands tensors on beside the tokens needs their gradient, and a part of the model runs without: use "
+    "torch.utils.checkpoint with use_reentrant=False, and no torch.no_grad() inside the model"
+)
 
 
 class Key:
@@ -38,6 +45,7 @@ class Root(Protocol):
     anatomy: Anatomy | None
     default: tuple[str, ...]
     traced: Forward | None
+    losses: tuple[Tensor, ...]
     unproven: set[str]
     base_model: nn.Module
     adapters: nn.ModuleDict
@@ -70,6 +78,21 @@ class Forward:
         """(adapter, site) -> calls so far, where a part must tell its first call from others."""
         self.patches: dict[int, Tensor] = {}
         """Stage -> patch embedding (b, g, c), before positions are added."""
+        self.points: dict[int, Tensor] = {}
+        """Stage -> the clouds (b, n, 3) that its tokens were grouped from."""
+        self.notes: dict[Hashable, Tensor] = {}
+        """What one hook of a module leaves for another of the same call, as of a norm for its block."""
+        self.gradless: set[Hashable] = set()
+        """Notes that were made where gradients were off."""
+        self.first_seen: tuple[str, int] | None = None
+        """What was seen first in it, of which stage."""
+        self.losses: list[Tensor] = []
+        """What parts add to the training loss."""
+        self.apart = False
+        """Whether a part runs modules of the backbone for itself, so that what they are given is not the model's."""
+        self._left: dict[Hashable, Tensor] = {}
+        self._taken: dict[tuple[Hashable, str], list[Tensor | None]] = {}
+        self.with_gradient = torch.is_grad_enabled()
         self.cache: dict[Hashable, Any] = {}
         self.stem: dict[str, tuple[tuple[Any, ...], tuple[int, ...], Any]] = {}
         """Stem module -> its inputs, the versions of its output tensors, its output."""
@@ -87,6 +110,70 @@ class Forward:
     def recomputing(self) -> bool:
         """Whether gradient checkpointing is running a part of this forward again."""
         return graph_task() != self.task
+
+    def leave(self, key: Hashable, value: Tensor) -> None:
+        """Leave a tensor for modules that run later in this forward; it may have a gradient."""
+        if self.recomputing:
+            return  # those that run later have taken theirs
+        if self.with_gradient and self.inputs is not None and not torch.is_grad_enabled():
+            raise AdapterError(_NO_GRADIENT)
+        self._left[key] = value
+
+    def take(self, key: Hashable, path: str) -> Tensor | None:
+        """What was last left under a key, None if nothing was; `path` says which module takes it.
+
+        When checkpointing runs the module again, it gets what it got the first time.
+        """
+        taken = self._taken.setdefault((key, path), [])
+        if not self.recomputing:
+            taken.append(self._left.get(key))
+        elif len(taken) > 1:
+            raise AdapterError(
+                f"'{path}' runs several times in a forward, and checkpointing runs it again: which of its runs that is "
+                "cannot be told, so neither can what the block before it left for it; do without one of the two"
+            )
+        return taken[-1] if taken else None
+
+    def note(self, key: Hashable, value: Tensor) -> None:
+        """Leave a tensor for another hook of the same call of a module; it may have a gradient."""
+        self.notes[key] = value
+        if torch.is_grad_enabled():
+            self.gradless.discard(key)
+        else:
+            self.gradless.add(key)
+
+    def noted(self, key: Hashable) -> Tensor:
+        """What was noted under a key."""
+        if key in self.gradless and torch.is_grad_enabled():
+            raise AdapterError(_NO_GRADIENT)
+        return self.notes[key]
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a term to what `auxiliary_loss` gives; not a second time when checkpointing runs a part again."""
+        if not self.recomputing:
+            self.losses.append(loss)
+
+    def left(self, adapter: str, what: str) -> list[Tensor]:
+        """What the methods of an adapter have left under `(adapter, number of the method, what)`."""
+        return [value for key, value in self._left.items() if isinstance(key, tuple) and key[::2] == (adapter, what)]
+
+    @property
+    def leaves(self) -> bool:
+        """Whether anything was left in it."""
+        return bool(self._left)
+
+    def forget_left(self) -> None:
+        """At the end of a forward: what was taken stays for checkpointing, what was only left does not."""
+        self._left.clear()
+
+    @contextmanager
+    def running_apart(self) -> Iterator[None]:
+        """Within the block, a part runs modules of the backbone for itself."""
+        self.apart = True
+        try:
+            yield
+        finally:
+            self.apart = False
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, called once per forward for a key. Only for results without gradient.
@@ -134,6 +221,7 @@ _active: _PerModel[tuple[str, ...]] = _PerModel("point_peft_active")
 _forward: _PerModel[Forward] = _PerModel("point_peft_forward")
 _direct: _PerModel[Forward] = _PerModel("point_peft_direct")
 _replica: _PerModel[Root] = _PerModel("point_peft_replica")
+_losses: _PerModel[tuple[Tensor, ...]] = _PerModel("point_peft_losses")
 _backward = threading.local()
 
 
@@ -203,10 +291,27 @@ def close_forward(forward: Forward) -> None:
     """End a forward. What checkpointing may need of it stays with its autograd graph."""
     forward.inputs = None
     forward.stem.clear()
+    forward.notes.clear()
+    forward.forget_left()
+    if forward.parent is None:
+        _keep_losses(forward)
     reopen(forward.root, forward.parent)
     forward.parent = None
     if not torch.compiler.is_compiling():
         _direct.set(forward.root.key, None)
+
+
+def _keep_losses(forward: Forward) -> None:
+    """Keep what the parts of a forward add to the training loss until the next forward."""
+    if torch.compiler.is_compiling():
+        forward.root.losses = tuple(forward.losses)
+    elif forward.losses or _losses.get(forward.root.key):
+        _losses.set(forward.root.key, tuple(forward.losses))
+
+
+def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:
+    """What the parts of the last forward of this thread or task add to the training loss."""
+    return _losses.get(root.key) or root.losses
 
 
 def opened(root: Root) -> Forward | None:
@@ -245,13 +350,17 @@ def current_forward(root: Root) -> Forward:
     return direct
 
 
-def restart_direct(root: Root, stage: int) -> None:
-    """Coordinates of a stage arrive: if they already did in a direct call, another one has begun."""
+def restart_direct(root: Root, what: str, stage: int) -> None:
+    """Something is seen that begins another direct call: what was seen first in the last one, or its coordinates."""
     if torch.compiler.is_compiling() or _current(root) is not None:
         return
     direct = _direct.get(root.key)
-    if direct is not None and stage in direct.coordinates:
+    if direct is not None and (
+        direct.first_seen == (what, stage) or (what == "coordinates" and stage in direct.coordinates)
+    ):
         _direct.set(root.key, None)
+    fresh = current_forward(root)
+    fresh.first_seen = fresh.first_seen or (what, stage)
 
 
 def _current(root: Root) -> Forward | None:

@@ -68,10 +68,22 @@ def knn(queries: Tensor, points: Tensor, k: int) -> Tensor:
     _check_points(queries, "queries")
     _check_points(points, "points")
     _check_same_batch(queries, points, "queries", "points")
+    if not 1 <= k <= points.shape[1]:
+        raise PointPeftError(f"knn: cannot choose {k} of {points.shape[1]} points")
+    return _nearest(queries, points, k)
+
+
+def feature_knn(features: Tensor, k: int) -> Tensor:
+    """Indices (b, g, k) of the `k` features (b, g, c) nearest to each of them, nearest first. No gradient."""
+    if features.ndim != 3 or not 1 <= k <= features.shape[1]:
+        raise PointPeftError(f"feature_knn: cannot choose {k} of features (b, g, c) of shape {tuple(features.shape)}")
+    return _nearest(features, features, k)
+
+
+def _nearest(queries: Tensor, points: Tensor, k: int) -> Tensor:
     b, n, _ = points.shape
-    if not 1 <= k <= n:
-        raise PointPeftError(f"knn: cannot choose {k} of {n} points")
-    with torch.no_grad():
+    # Autocast would take the distances in half precision.
+    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
         queries, points = _wide(queries.detach()), _wide(points.detach())
         chunk = max(1, CHUNK_ELEMENTS // max(1, b * n))
         parts = (queries[:, start : start + chunk] for start in range(0, queries.shape[1], chunk))

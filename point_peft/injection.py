@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from point_peft.anatomy import Anatomy, Stage, Steps, Tap
 from point_peft.config import PeftConfig
 from point_peft.context import Forward, Root
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.heads import HeadSource, OwnModule, make_head
+from point_peft.heads import HeadSource, OwnModule, PooledHead, make_head, place_head, split_pool
 from point_peft.matching import match_names
 from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Backbone, Bank, Call, Part, SharedState, TunedCopy, TunedTokens
+from point_peft.tuners.base import Backbone, Bank, Call, Part, SharedState, TunedCopy, TunedModule
+from point_peft.tuners.prefix import TunedTokens
 
 SITE = "_point_peft_site"
 CHILD = "point_peft"
@@ -53,6 +54,8 @@ class Adapter(nn.Module):
         """One ModuleDict of shared state for each of the configuration's tuners."""
         self.saved: tuple[str, ...] = ()
         """Paths of the modules that the adapter has to itself."""
+        self.in_stem: frozenset[str] = frozenset()
+        """Modules of the stem in which it has parts, so that what they compute is not what the backbone would."""
         self.readers: dict[str, list[str]] = {}
         """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
         self.merged: dict[str, Tensor] | None = None
@@ -154,37 +157,43 @@ def _assemble(
     first_names: dict[int, str] = {}
     for path, module in modules.items():
         first_names.setdefault(id(module), path)
+    chosen = {id(modules[p]) for p in (_saved_modules(backbone, config, heads) if saved is None else saved)}
+    # In the order of the backbone, read from a file or not: an optimizer's state goes by the order of parameters.
+    adapter.saved = tuple(path for number, path in first_names.items() if number in chosen)
+    sources = match_heads(heads, adapter.saved) if saved is None else dict(heads or {})
+    own = {
+        path: make_head(sources[path], path, backbone) if path in sources else clean_copy(modules[path])
+        for path in adapter.saved
+    }
+    pooled = [name for head in own.values() if isinstance(head, PooledHead) for name in split_pool(head.pool)]
+    backbone = replace(backbone, pooled=frozenset(pooled))
     planned: dict[str, list[Part]] = {}
     for number, tuner in enumerate(config.tuners):
         blueprint = tuner.build(backbone)
+        names = [name for state in blueprint.shared.values() if isinstance(state, TunedTokens) for name in state.tuned]
+        backbone = replace(backbone, tuned_tokens=backbone.tuned_tokens.union(names))
         adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
+        whole = [(path, TunedModule(clean_copy(modules[path]).requires_grad_(True))) for path in blueprint.modules]
         meant: dict[int, str] = {}
-        for path, part in blueprint.parts:
+        for path, part in [*blueprint.parts, *whole]:
             # A module under two names is one site, and what is meant for it under the second was planned already.
             if meant.setdefault(id(modules[path]), path) != path:
                 continue
             part.tuner = number
             _plan(planned.setdefault(first_names[id(modules[path])], []), part)
-    chosen = {id(modules[p]) for p in (_saved_modules(backbone, config, heads) if saved is None else saved)}
-    # In the order of the backbone, read from a file or not: an optimizer's state goes by the order of parameters.
-    adapter.saved = tuple(path for number, path in first_names.items() if number in chosen)
-    own = match_heads(heads, adapter.saved) if saved is None else dict(heads or {})
-    for path in adapter.saved:
-        for other in planned:
-            if other == path or other.startswith(path + "."):
-                raise AdapterError(
-                    f"'{other}' is tuned by {config.tuners[planned[other][0].tuner].method} and lies in '{path}', "
-                    "which modules_to_save trains as a whole: take one of them out"
-                )
-        source = own.get(path)
-        head = clean_copy(modules[path]) if source is None else make_head(source, path)
+    _check_inside(adapter, planned)
+    for path, head in own.items():
         head.requires_grad_(True)
-        planned.setdefault(path, []).append(OwnModule(head))
+        for site, part in place_head(head, path, backbone):
+            # First in the list, it sees what all others make of the output.
+            planned.setdefault(site, []).insert(0, part)
     for path, parts in planned.items():
         reader = _plan_reads(backbone, path, parts)
         if reader is not None:
             adapter.readers.setdefault(reader, []).append(path)
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
+    stem = () if backbone.anatomy is None else backbone.anatomy.stem
+    adapter.in_stem = frozenset(path for path in stem if any((site + ".").startswith(path + ".") for site in planned))
     adapter.tensors()
     if next(adapter.parameters(), None) is None:
         raise AdapterError(
@@ -194,8 +203,28 @@ def _assemble(
     return adapter
 
 
+def _check_inside(adapter: Adapter, planned: Mapping[str, Sequence[Part]]) -> None:
+    """Nothing may be put into a module that the adapter has a copy of: it would act on what the copy replaces."""
+    methods = [tuner.method for tuner in adapter.config.tuners]
+    trained = dict.fromkeys(adapter.saved, "modules_to_save")
+    for path, parts in planned.items():
+        for part in parts:
+            if isinstance(part, TunedModule):
+                trained[path] = methods[part.tuner]
+    for path, by in trained.items():
+        for other, parts in planned.items():
+            inside = other.startswith(path + ".") or (other == path and (by == "modules_to_save" or len(parts) > 1))
+            if inside:
+                raise AdapterError(
+                    f"'{other}' is tuned by {methods[parts[0].tuner]} and lies in '{path}', which {by} trains as a "
+                    "whole: take one of them out"
+                )
+
+
 def _plan(parts: list[Part], part: Part) -> None:
     """Add a part to those of its site; what is tuned already is not tuned again."""
+    if isinstance(part, TunedModule) and any(isinstance(other, TunedModule) for other in parts):
+        return
     if isinstance(part, TunedCopy):
         own = set(part.state_dict())
         copies = [other for other in parts if isinstance(other, TunedCopy)]
@@ -309,8 +338,7 @@ def attach_model(root: Root) -> None:
         module = _site(root, path)
         module.register_forward_pre_hook(_reuse_stem, with_kwargs=True)
         module.register_forward_hook(_keep_stem, with_kwargs=True)
-    taps = [tap for stage in anatomy.stages for tap in (stage.coordinates, stage.samples, stage.patch_tokens) if tap]
-    for path in dict.fromkeys(tap.module for tap in taps):
+    for path in dict.fromkeys(tap.module for stage in anatomy.stages for tap in stage.taps):
         module = _site(root, path)
         module.register_forward_pre_hook(_tap_input, with_kwargs=True)
         module.register_forward_hook(_tap_output)
@@ -469,8 +497,10 @@ def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> 
         output = part.after(call, args, kwargs, output)
         if forward.ran is not None:
             forward.ran.add((call.adapter, site.path))
-    if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled():
-        context.mark(forward, output)  # a direct call, which no end of a model's forward will mark
+    if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and not forward.leaves:
+        # A direct call, which no end of a model's forward will mark. Not where blocks hand on tensors: the forward
+        # holds those, and the mark would hold the forward in a circle that no garbage collector sees.
+        context.mark(forward, output)
     return output
 
 
@@ -591,15 +621,19 @@ def _tap(site: Site, side: str, fetch: Callable[[Steps], Any]) -> None:
         found = fetch(tap.steps)
         return fetch(tap.else_steps) if found is None and tap.else_steps else found
 
+    if context.current_forward(site.root).apart:
+        return
     for index, stage in enumerate(_known(site.root).stages):
         if stage.coordinates is not None and is_here(stage.coordinates):
-            context.restart_direct(site.root, index)
+            context.restart_direct(site.root, "coordinates", index)
             forward = context.current_forward(site.root)
             _see_coordinates(forward, index, find(stage.coordinates), stage.coordinates, stage)
-        forward = context.current_forward(site.root)
-        for tap, seen in ((stage.samples, forward.samples), (stage.patch_tokens, forward.patches)):
+        for what, tap in (("samples", stage.samples), ("points", stage.points), ("patches", stage.patch_tokens)):
             value = find(tap) if tap is not None and is_here(tap) else None
             if isinstance(value, Tensor):
+                context.restart_direct(site.root, what, index)
+                forward = context.current_forward(site.root)
+                seen = {"samples": forward.samples, "points": forward.points, "patches": forward.patches}[what]
                 seen.setdefault(index, value)
 
 
@@ -636,7 +670,7 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
     take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block. An
     adapter that was made for other random values of prefix tokens gets a second pass with those.
     """
-    if source == "stem" and 0 in forward.patches:
+    if source == "stem" and 0 in forward.patches and not _changes_stem(forward):
         return forward.patches[0].detach()
     tokens = [state for state in get_adapter(forward.root, adapter).shared_states() if isinstance(state, TunedTokens)]
     owner = adapter if any(state.other_base(forward.root.base_model) for state in tokens) else None
@@ -720,9 +754,15 @@ def _keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> An
     forward = context.current_forward(site.root)
     if site.path in forward.stem and forward.parent is not None:
         return forward.stem[site.path][2]
-    if forward.active and not kwargs:
+    if forward.active and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
         forward.stem[site.path] = (args, _versions(output), output)
     return None
+
+
+def _changes_stem(forward: Forward, path: str | None = None) -> bool:
+    """Whether an active adapter has a part in a module of the stem, or in any."""
+    changed = [get_adapter(forward.root, name).in_stem for name in forward.active]
+    return any(paths if path is None else path in paths for paths in changed)
 
 
 def _reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:

@@ -29,26 +29,33 @@ _parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) el
 
 
 def match_names(
-    patterns: str | Sequence[str], names: Sequence[str], *, what: str = "module", field: str = "target_modules"
+    patterns: str | Sequence[str],
+    names: Sequence[str],
+    *,
+    what: str = "module",
+    field: str = "target_modules",
+    required: bool = True,
+    share: int = 1,
 ) -> tuple[str, ...]:
     """The names that `patterns` means, in the order of `names` and each once.
 
     A list entry means the names equal to it or ending in "." and it. A string is a regular expression for the whole
     name. The empty name (a model's root) is never matched. `what` and `field` are for the errors: what is being named
-    and which field named it.
+    and which field named it. Not `required`, an entry may match nothing. That many as `share` says together take no
+    longer than one may.
 
     Raises `MatchError` if an entry or the expression matches no name, is empty or is not a string, or if the
     expression is invalid, too large, or uses a construct that is not supported (flags, back-references, look-behind).
     """
     names = [name for name in dict.fromkeys(names) if name]
     if isinstance(patterns, str):
-        return _match_expression(patterns, names, what, field)
+        return _match_expression(patterns, names, what, field, required, share)
     found: set[str] = set()
     for entry in patterns:
         if not isinstance(entry, str) or not entry:
             raise MatchError(f"{field}: an entry must be a non-empty string, not {entry!r}")
         hits = [name for name in names if name == entry or name.endswith("." + entry)]
-        if not hits:
+        if required and not hits:
             is_name = entry.replace(".", "").isidentifier() or entry.replace(".", "").isalnum()
             hint = "" if is_name else "; a list holds names, a regular expression is given as one string"
             raise _no_match(entry, names, what, field, hint)
@@ -136,7 +143,9 @@ class _TooMuchWork(Exception):
     """Matching has taken more steps than it may."""
 
 
-def _match_expression(pattern: str, names: Sequence[str], what: str, field: str) -> tuple[str, ...]:
+def _match_expression(
+    pattern: str, names: Sequence[str], what: str, field: str, required: bool, share: int
+) -> tuple[str, ...]:
     if not pattern:
         raise MatchError(f"{field}: the regular expression is empty")
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -155,7 +164,7 @@ def _match_expression(pattern: str, names: Sequence[str], what: str, field: str)
         raise MatchError(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
     except _Unsupported as error:
         raise MatchError(f"{field}: {_short(pattern)} uses {error}, which is not supported here") from error
-    found, steps = [], 0
+    found, steps = [], MAX_STEPS - MAX_STEPS // share
     for name in names:
         scan = _Scan(name)
         scan.steps = steps
@@ -166,7 +175,7 @@ def _match_expression(pattern: str, names: Sequence[str], what: str, field: str)
         if ends >> len(name) & 1:
             found.append(name)
         steps = scan.steps
-    if not found:
+    if required and not found:
         hint = ""
         if any(name == pattern or name.endswith("." + pattern) for name in names):
             hint = f"; a string is a regular expression for the whole name, a list [{pattern!r}] matches its end"

@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from point_peft import context, injection, reading, state
+from point_peft import context, exchange, injection, reading, state
 from point_peft.anatomy import Anatomy, check_anatomy
+from point_peft.combining import Combination, combine
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.context import Forward, Key
-from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, PointPeftError, quoted
+from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError, quoted
 from point_peft.heads import HeadSource, build_head, describe_head, make_head
 from point_peft.injection import CHILD, Adapter, get_adapter
 from point_peft.matching import nearest_names
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
+Format = Literal["auto", "peft", "point_peft"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}")
 
 
@@ -87,6 +89,7 @@ class AdapterSet(nn.Module):
         self.key = Key()
         self.default: tuple[str, ...] = ()
         self.traced: Forward | None = None
+        self.losses: tuple[Tensor, ...] = ()
         self.unproven: set[str] = set()
         self.fingerprints = state.Fingerprints()
         self.anatomy = None if isinstance(anatomy, AnatomyError) else anatomy
@@ -203,6 +206,26 @@ class AdapterSet(nn.Module):
         for module in injection.frozen_norms(self).values():
             module.training = False
         injection.attach_model(self)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Combination = "linear",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add a LoRA adapter that combines others at the same layers, each with a weight, which may be negative.
+
+        "cat" is the weighted sum of their changes exactly, of the rank of all together; "svd" is the best approximation
+        of it of rank `svd_rank` (default: the largest of theirs); "linear" adds up the factors, which is cheap, keeps
+        the rank, and is rough. Modules of their own (heads) must be equal, since these do not add up.
+
+        The new adapter is frozen and not active. On any error the model is as it was.
+        """
+        self._check_new(adapter_name)
+        chosen = {name: get_adapter(self, name) for name in self._names(adapters)}
+        self._attach(adapter_name, combine(chosen, weights, combination_type, svd_rank, self._backbone))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; the others stay as they are. If it was active, it no longer is."""
@@ -473,6 +496,19 @@ class AdapterSet(nn.Module):
             )
         return self.active_adapters[0]
 
+    # ---- losses ----
+
+    def auxiliary_loss(self) -> Tensor:
+        """What the methods of the last forward in this thread or task add to the training loss, 0 if nothing.
+
+        It is the sum over all active adapters, each term weighted by its configuration. `torch.nn.DataParallel` runs
+        forwards on threads of its own, and theirs are not seen here.
+        """
+        losses = context.auxiliary_losses(self)
+        if losses:
+            return torch.stack([loss.float() for loss in losses]).sum()
+        return torch.zeros((), device=next(self.base_model.parameters()).device)
+
     # ---- memory bank ----
 
     def build_memory_bank(
@@ -546,12 +582,23 @@ class AdapterSet(nn.Module):
 
     # ---- files ----
 
-    def save_pretrained(self, save_directory: str | Path, adapter_name: str | Sequence[str] | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        adapter_name: str | Sequence[str] | None = None,
+        *,
+        format: Format = "auto",
+    ) -> None:
         """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
         Without a name all adapters are written: a single one, or the one named "default", into the folder itself,
         the others into a subfolder of their name. Each is replaced as a whole or not at all. No network is touched.
+
+        An adapter of LoRA alone is written so that the PEFT package reads it too, unless it has something that PEFT's
+        `format` cannot say: "peft" makes that an error, which names it; "point_peft" never writes PEFT's format.
         """
+        if format not in get_args(Format):
+            raise PointPeftError(f"format is {quoted(format)}; allowed: {', '.join(map(repr, get_args(Format)))}")
         if not self.adapters:
             raise AdapterError("there is no adapter to save")
         self._check_unmerged("adapters cannot be saved")
@@ -559,10 +606,21 @@ class AdapterSet(nn.Module):
         names = self._names(adapter_name)
         if not names:
             raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
-        for name in names:
+        modules = injection.backbone_modules(self)
+        reasons = {
+            name: f'format="{format}"' if format == "point_peft" else exchange.why_not(get_adapter(self, name), modules)
+            for name in names
+        }
+        for name, reason in reasons.items():
+            if format == "peft" and reason is not None:
+                raise AdapterError(f"adapter '{name}' cannot be saved in PEFT's format: {reason}")
+        for name, reason in reasons.items():
             own = folder if len(names) == 1 or name == "default" else folder / name
             adapter = get_adapter(self, name)
-            state.write_folder(own, self._file_config(adapter), adapter.tensors(), self._card(adapter))
+            config, record = self._file_config(adapter), None
+            if reason is None:
+                config, record = exchange.to_peft(adapter, modules), config
+            state.write_folder(own, config, adapter.tensors(), self._card(adapter), record)
 
     def _file_config(self, adapter: Adapter) -> dict[str, Any]:
         return {
@@ -634,8 +692,9 @@ class AdapterSet(nn.Module):
     ) -> None:
         """Add the adapter that a folder holds; it is not made active unless it is the only one.
 
-        Everything is checked first: names, shapes, types and values of all tensors, and that the backbone is the one
-        that the adapter was trained on. On any error the model is as it was. `heads` gives modules of classes that a
+        The folder may be one that the PEFT package has written, of LoRA. Everything is checked first: names, shapes,
+        types and values of all tensors, and that the backbone is the one that the adapter was trained on, which PEFT's
+        files do not tell. On any error the model is as it was. `heads` gives modules of classes that a
         file cannot describe.
         """
         self._check_new(adapter_name)
@@ -645,12 +704,16 @@ class AdapterSet(nn.Module):
     def _restore(
         self, files: state.AdapterFiles, folder: Path, is_trainable: bool, heads: Mapping[str, HeadSource] | None
     ) -> Adapter:
-        about = dict(files.config)
+        modules = injection.backbone_modules(self)
+        try:
+            about = dict(exchange.described(files, modules))
+        except MatchError as error:
+            raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
         extra = {name: about.pop(name, None) for name in ("peft_type", "format_version", "point_peft_version")}
         described, adapted = about.pop("heads", None), about.pop("adapted_modules", None)
         fingerprint = about.pop("base_fingerprint", None)
         del extra
-        if not isinstance(described, dict) or not isinstance(adapted, list):
+        if not isinstance(described, dict) or (not isinstance(adapted, list) and not files.foreign):
             raise AdapterFileError(f"'{folder / state.CONFIG_FILE}' lacks heads or adapted_modules")
         try:
             config = PeftConfig.from_json(about)
@@ -664,17 +727,27 @@ class AdapterSet(nn.Module):
             if not path or path not in backbone.modules:
                 near = nearest_names(path, list(backbone.modules))
                 raise AdapterFileError(f"the adapter has its own {quoted(path)}, this model has not; nearest: {near}")
-        given = {p: make_head(source, p) for p, source in injection.match_heads(heads, list(described)).items()}
+        given = {
+            p: make_head(source, p, backbone) for p, source in injection.match_heads(heads, list(described)).items()
+        }
         try:
             adapter = self._checked(backbone, config, described, adapted, given, files)
         except AdapterFileError:
             raise
         except PointPeftError as error:
             raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
-        warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), type(self.base_model).__name__)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=3)
-        state.copy_tensors(files.tensors, adapter, adapter.tensors(), keep_types=warning is None)
+        if files.foreign:
+            # PEFT says nothing of the base, and keeps the adapter in another type than that.
+            reason, keep_types = exchange.why_not(adapter, modules), False
+            if reason is not None:
+                raise AdapterFileError(f"the adapter in '{folder}' is not what PEFT makes for this model: {reason}")
+        else:
+            kind = type(self.base_model).__name__
+            warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), kind)
+            keep_types = warning is None
+            if warning is not None:
+                warnings.warn(warning, stacklevel=3)
+        state.copy_tensors(files.tensors, adapter, adapter.tensors(), keep_types=keep_types)
         for shared in adapter.shared_states():
             try:
                 shared.check(self.base_model)
@@ -688,7 +761,7 @@ class AdapterSet(nn.Module):
         backbone: Backbone,
         config: PeftConfig,
         described: Mapping[str, Any],
-        adapted: list[Any],
+        adapted: list[Any] | None,
         given: Mapping[str, nn.Module],
         files: state.AdapterFiles,
     ) -> Adapter:
@@ -702,7 +775,7 @@ class AdapterSet(nn.Module):
                 own[path] = partial(build_head, description, path)
         planned = injection.plan_adapter(backbone, config, own, list(described))
         sites = sorted(path for path, _ in planned.sites())
-        if sites != adapted:
+        if adapted is not None and sites != adapted:
             differing = sorted(set(sites) ^ {str(path) for path in adapted})
             shown = ", ".join(map(quoted, differing[:3])) or "named twice"
             raise AdapterFileError(f"the adapter was made for modules {shown} otherwise than this model has them")

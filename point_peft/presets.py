@@ -41,13 +41,18 @@ class StagePreset:
     seen there."""
     samples: tuple[Tap, ...] = ()
     """The last whose module exists counts."""
+    points: Tap | None = None
     patch_tokens: tuple[str, ...] = ()
-    """Modules whose output is the patch embedding; the last that exists counts."""
+    """Modules that make the patch embedding; those that exist run one after another, the output of the last is it."""
+    neighbourhoods: bool = False
+    """Whether the first of them gets nothing but neighbourhoods (b, g, k, 3)."""
     layout: Layout = "bgc"
     tokens: Steps = (0,)
     outputs: tuple[Steps, ...] = ((),)
     position: Literal["every_block", "once"] = "every_block"
     masks: tuple[Steps, ...] = ()
+    mlp_norm: str | None = None
+    """The norm ahead of the MLP in each block, where it is not the second of the block's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,7 @@ _HIERARCHICAL_PARTS = (
     "convs4",
 )
 _GROUPED = Tap(module="group_divider", side="output", steps=(1,))
+_CLOUD = Tap(module="group_divider", side="input")
 _BESIDE = Tap(module="{first}", side="input", steps=(1,))
 _GRAPH_ENCODER = StagePreset(
     blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
@@ -111,8 +117,10 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"blocks\.blocks\.\d+",
                 coordinates=_GROUPED,
+                points=_CLOUD,
                 embedding="pos_embed",
                 patch_tokens=("encoder", "reduce_dim"),
+                neighbourhoods=True,
             ),
         ),
         stem=("group_divider", "encoder", "reduce_dim"),
@@ -143,7 +151,9 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"blocks\.layers\.\d+",
                 coordinates=_GROUPED,
+                points=_CLOUD,
                 patch_tokens=("encoder",),
+                neighbourhoods=True,
                 layout="gbc",
                 masks=((1,),),
             ),
@@ -164,6 +174,7 @@ PRESETS: tuple[Preset, ...] = (
                 blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
                 coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
                 embedding="h_encoder.encoder_pos_embeds.{stage}",
+                points=Tap(module="group_dividers.{stage}", side="input"),
                 patch_tokens=("h_encoder.token_embed.{stage}",),
                 masks=((1,),),
             ),
@@ -180,6 +191,7 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"visual\.blocks\.\d+",
                 coordinates=_GROUPED,
+                points=_CLOUD,
                 embedding="pos_embed",
                 patch_tokens=("encoder", "encoder2trans"),
                 position="once",
@@ -216,7 +228,15 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud Point-MAE",
         requires=("blocks.blocks.0", "encoder", "pos_embed", "norm_f", "head"),
         absent=("group_divider",),
-        stages=(StagePreset(blocks=r"blocks\.blocks\.\d+", coordinates=_EMBEDDED, patch_tokens=("encoder",)),),
+        stages=(
+            StagePreset(
+                blocks=r"blocks\.blocks\.\d+",
+                coordinates=_EMBEDDED,
+                embedding="pos_embed",
+                patch_tokens=("encoder",),
+                neighbourhoods=True,
+            ),
+        ),
         stem=("encoder",),
         tokens=("cls_token",),
         positions=("cls_pos",),
@@ -230,7 +250,9 @@ PRESETS: tuple[Preset, ...] = (
             StagePreset(
                 blocks=r"encoder\.blocks\.\d+",
                 coordinates=Tap(module="encoder.pos_embed", side="input"),
+                embedding="encoder.pos_embed",
                 patch_tokens=("encoder.encoder", "encoder.reduce_dim"),
+                neighbourhoods=True,
             ),
         ),
         stem=("encoder.encoder", "encoder.reduce_dim"),
@@ -248,6 +270,7 @@ PRESETS: tuple[Preset, ...] = (
                 blocks=r"blocks\.layers\.\d+",
                 coordinates=_EMBEDDED,
                 patch_tokens=("encoder",),
+                neighbourhoods=True,
                 layout="gbc",
                 masks=((1,),),
             ),
@@ -332,6 +355,7 @@ PRESETS: tuple[Preset, ...] = (
                 samples=(Tap(module="{first}", side="input", steps=(3,)),),
                 layout="packed",
                 outputs=((0,), (1, "features")),
+                mlp_norm="norm2",
             ),
         ),
         heads=("head",),
@@ -480,8 +504,12 @@ def _stage(
     embedding = path(entry.embedding) if entry.embedding is not None else None
     if embedding is not None and embedding in modules and _made_from_coordinates(modules[embedding]):
         where = Tap(module=embedding, side="input")
+    else:
+        embedding = None
     samples = [tap(one) for one in entry.samples if path(one.module) in modules]
     patches = [path(name) for name in entry.patch_tokens if path(name) in modules]
+    if entry.mlp_norm is not None:
+        blocks = tuple(replace(block, mlp_norm=f"{block.path}.{entry.mlp_norm}") for block in blocks)
     return Stage(
         blocks=blocks,
         width=block_width(model, blocks[0]),
@@ -490,6 +518,10 @@ def _stage(
         outputs=entry.outputs,
         coordinates=where,
         samples=samples[-1] if samples else None,
+        # Where the grouping is a function, the clouds are what the model gets.
+        points=tap(entry.points) if entry.points is not None and path(entry.points.module) in modules else None,
+        tokenizer=tuple(patches) if entry.neighbourhoods else (),
+        position_embedding=embedding,
         patch_tokens=Tap(module=patches[-1], side="output", steps=()) if patches else None,
         position=entry.position,
         masks=entry.masks,

@@ -88,6 +88,30 @@ def as_offset(value: Tensor, n: int) -> Tensor:
     raise PointPeftError(f"expected an offset that ends in {n} or one sample number for each of {n} points, got {got}")
 
 
+def gathered(samples: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The order (n,) of points in which each sample is in one piece, and the offset (b,) of the samples then.
+
+    `samples` is an offset, or the sample number of each of the n points, which may be mingled.
+    """
+    order = torch.arange(n, device=samples.device)
+    if len(samples) == n:
+        samples, order = samples.sort(stable=True)
+    return order, as_offset(samples, n)
+
+
+def rows_of(offset: Tensor, n: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n points of all samples in rows of at most `size`, each of one sample: a batch for dense functions.
+
+    Returns the numbers of the points (rows, size), where a shorter row repeats its last; which of them are not repeated
+    (rows, size); and the sample (rows,). The rows of a sample are of nearly equal length.
+    """
+    row_offset, bounds = _runs(_checked(offset, n, "offset"), size)
+    count = bounds.diff()
+    place = torch.arange(int(count.amax() if len(count) else 0), device=offset.device)
+    index = bounds[:-1, None] + torch.minimum(place, count[:, None] - 1)
+    return index, place < count[:, None], samples_of(row_offset, len(count))
+
+
 def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Tensor, k: int) -> Tensor:
     """Indices (m, k) of the `k` points (n, 3) nearest to each query (m, 3) in its own sample, nearest first.
 

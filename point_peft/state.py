@@ -41,12 +41,15 @@ PENDING_CONFIG_FILE = ".adapter_config.json.pending"
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "POINT_PEFT"
+LORA_TYPE = "LORA"
+"""The `peft_type` of an adapter in PEFT's own format."""
 KEY_PREFIX = "base_model.model."
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSOR_BYTES = 4 << 30
 MAX_HEADER_BYTES = 8 << 20
 _DIGEST = "config_sha256"
+_RECORD = "point_peft"
 _LEFTOVER = re.compile(r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{12}\.tmp")
 _ROUNDS = 10
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,6 +61,15 @@ class AdapterFiles:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    record: dict[str, Any] | None
+    """In PEFT's format: what our own would say in its configuration; None in our own, and where PEFT wrote the file."""
+    edited: bool
+    """Whether the configuration is another than the one that the tensors were saved with."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether PEFT wrote the files."""
+        return self.config["peft_type"] == LORA_TYPE and self.record is None
 
 
 # ---- the base's fingerprint ------------------------------------------------------------------------------------------
@@ -196,8 +208,18 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Write an adapter into a folder, which is made if need be; other files in it stay. Complete or not at all."""
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter into a folder, which is made if need be; other files in it stay. Complete or not at all.
+
+    The `record` is what a configuration in PEFT's format cannot say. It goes where PEFT does not look: into the header
+    of the tensors' file.
+    """
     text = (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
     # Clones, because tensors that share memory are not written.
     plain = {
@@ -205,7 +227,10 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         for name, tensor in sorted(tensors.items())
     }
     check_finite(plain, "the adapter")
-    data = _reproducible(safetensors.torch.save(plain, metadata={"format": "pt", _DIGEST: _sha256(text)}))
+    metadata = {"format": "pt", _DIGEST: _sha256(text)}
+    if record is not None:
+        metadata[_RECORD] = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    data = _reproducible(safetensors.torch.save(plain, metadata=metadata))
     try:
         if folder.exists() and not folder.is_dir():
             raise AdapterFileError(f"cannot save to '{folder}': it is not a folder")
@@ -315,7 +340,7 @@ def read_folder(folder: Path) -> AdapterFiles:
     try:
         if not folder.is_dir():
             raise AdapterFileError(f"there is no folder '{folder}'")
-        text, data = _read_pair(folder)
+        text, data, metadata = _read_pair(folder)
     except OSError as error:
         raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
     where = f"'{folder / TENSOR_FILE}'"
@@ -328,23 +353,32 @@ def read_folder(folder: Path) -> AdapterFiles:
     wrong = [name for name in tensors if not name.startswith(KEY_PREFIX)]
     if wrong:
         raise AdapterFileError(f"{where}: the tensor name {quoted(wrong[0])} does not begin with '{KEY_PREFIX}'")
+    config, record = parse_config(text, folder / CONFIG_FILE), None
+    if config["peft_type"] == LORA_TYPE and _RECORD in metadata:
+        record = parse_config(metadata[_RECORD].encode(), folder / TENSOR_FILE)
     return AdapterFiles(
-        parse_config(text, folder / CONFIG_FILE), {name.removeprefix(KEY_PREFIX): t for name, t in tensors.items()}
+        config=config,
+        tensors={name.removeprefix(KEY_PREFIX): tensor for name, tensor in tensors.items()},
+        record=record,
+        edited=metadata.get(_DIGEST) != _sha256(text),
     )
 
 
-def _read_pair(folder: Path) -> tuple[bytes, bytes]:
-    """The configuration and the tensors of a folder: those that belong together, whatever a save does meanwhile.
+def _read_pair(folder: Path) -> tuple[bytes, bytes, dict[str, str]]:
+    """The configuration, the tensors and their metadata in a folder.
+
+    They are those that belong together, whatever a save does meanwhile.
 
     A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
     """
     before: tuple[bytes, str] | None = None
     for _ in range(_ROUNDS):
         data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
-        digest = _metadata(data, folder / TENSOR_FILE).get(_DIGEST)
+        metadata = _metadata(data, folder / TENSOR_FILE)
+        digest = metadata.get(_DIGEST)
         text, fits = _config_text(folder, digest)
         if fits or digest is None or (text, digest) == before:
-            return text, data
+            return text, data, metadata
         before = (text, digest)
     raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
 
@@ -357,9 +391,11 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
-    if config.get("peft_type") != PEFT_TYPE:
+    if config.get("peft_type") not in (PEFT_TYPE, LORA_TYPE):
         found = quoted(config.get("peft_type"))
-        raise AdapterFileError(f"'{path}': peft_type is {found}; this version reads '{PEFT_TYPE}'")
+        raise AdapterFileError(f"'{path}': peft_type is {found}; this version reads '{PEFT_TYPE}' and '{LORA_TYPE}'")
+    if config["peft_type"] == LORA_TYPE:
+        return config
     version = config.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         newer = ": a newer point_peft is needed" if type(version) is int and version > FORMAT_VERSION else ""

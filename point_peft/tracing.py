@@ -30,6 +30,7 @@ from point_peft.anatomy import (
     block_width,
     find_blocks,
     is_norm,
+    mlp_entrance,
     prefix_rows,
     spell_steps,
     stage_groups,
@@ -91,6 +92,16 @@ def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
     names = {parameter.name for parameter in traced.prefix_parameters}
     return replace(
         known,
+        stages=tuple(
+            replace(
+                stage,
+                blocks=tuple(
+                    replace(block, mlp_norm=seen.mlp_norm)
+                    for block, seen in zip(stage.blocks, found.blocks, strict=True)
+                ),
+            )
+            for stage, found in zip(known.stages, traced.stages, strict=True)
+        ),
         prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
         heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
         patches_read=traced.patches_read,
@@ -128,8 +139,26 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
         raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
     # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
     outputs = (outputs[0], *(found for found in outputs[1:] if found[-1:] == ("features",)))
-    stage = Stage(blocks=blocks, width=width, tokens=steps, outputs=outputs)
+    stage = Stage(
+        blocks=tuple(_with_mlp_norm(model, block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
+    )
     return _packed(stage, seen, tokens) if tokens.ndim == 2 else _dense(stage, seen, tokens)
+
+
+def _with_mlp_norm(model: nn.Module, block: Block, seen: Trace) -> Block:
+    """A block with the norm whose output its MLP gets, if there is one."""
+    fed = mlp_entrance(model, block)
+    if fed is None or fed not in seen.calls:
+        return replace(block, mlp_norm=None)
+    given = list(seen.first(fed).inputs.values())
+    feeding = [
+        path
+        for path in block.norms
+        if path in seen.calls and not path.startswith(fed + ".")
+        for made in seen.first(path).outputs.values()
+        if given and made.shape == given[0].shape and torch.equal(made, given[0])
+    ]
+    return replace(block, mlp_norm=feeding[-1] if feeding else None)
 
 
 def _packed(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
@@ -230,7 +259,7 @@ def _dense(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
                 "config.anatomy"
             ),
         )
-    tap, coordinates, patches = found
+    tap, coordinates, patches, embedding = found
     layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
     rows = token_ops.batch_first(tokens, layout)
     g = coordinates.shape[1]
@@ -252,7 +281,10 @@ def _dense(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
         layout=layout,
         prefix_tokens=prefix,
         coordinates=tap,
+        points=_points(seen, coordinates, call.when),
+        tokenizer=() if patches is None else _tokenizer(seen, path, patches, coordinates),
         patch_tokens=patches,
+        position_embedding=embedding,
         position="once" if _position_once(stage, seen) else "every_block",
         masks=tuple(steps for steps, value in call.inputs.items() if value.shape[-2:] == (length, length)),
         padding_masks=tuple(
@@ -275,8 +307,59 @@ def _added(one: Block, two: Block, stage: Stage, seen: Trace) -> bool:
     return given is None or not torch.equal(made, given)
 
 
-def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None] | None:
-    """Where the coordinates are seen, what they are, and where the patch embedding is seen.
+def _points(seen: Trace, coordinates: Tensor, when: int) -> Tap | None:
+    """Where the clouds (b, n, 3) are seen that the coordinates (b, g, 3) are chosen from: in what a module is called
+    with that returns these, else in what the model is called with."""
+    b, g, _ = coordinates.shape
+    found: Tap | None = None
+    for path, call in seen.before(when):
+        if path and not any(
+            value.shape == coordinates.shape and torch.equal(value, coordinates) for value in call.outputs.values()
+        ):
+            continue
+        clouds = [
+            steps
+            for steps, value in call.inputs.items()
+            if value.ndim == 3 and (value.shape[0], value.shape[2]) == (b, 3) and value.shape[1] > g
+            if _consists_of(coordinates, rearrange(value, "b n xyz -> (b n) xyz"))
+        ]
+        if clouds:
+            found = Tap(module=path, side="input", steps=clouds[0])
+    return found
+
+
+def _tokenizer(seen: Trace, block: str, patches: Tap, coordinates: Tensor) -> tuple[str, ...]:
+    """The modules that turn neighbourhoods (b, g, k, 3) into the patch embedding: one, or two after another."""
+    last = seen.first(patches.module)
+    alone = {
+        path: call
+        for path, call in seen.before(seen.first(block).when)
+        if path and len(call.inputs) == 1 and list(call.outputs) == [()]
+    }
+
+    def makes(wanted: Tensor) -> list[str]:
+        return [
+            p for p, c in alone.items() if c.outputs[()].shape == wanted.shape and torch.equal(c.outputs[()], wanted)
+        ]
+
+    for path in makes(last.outputs[patches.steps]):
+        (given,) = alone[path].inputs.values()
+        for chain in ((path,), *((first, path) for first in makes(given))):
+            (first,) = alone[chain[0]].inputs.values()
+            if _neighbourhoods(first, coordinates):
+                return chain
+    return ()
+
+
+def _neighbourhoods(value: Tensor, centres: Tensor) -> bool:
+    """Whether a tensor (b, g, k, 3) holds neighbourhoods relative to their centres, which are among them."""
+    if value.ndim != 4 or value.shape[:2] != centres.shape[:2] or value.shape[3] != 3:
+        return False
+    return bool((value == 0).all(dim=3).any(dim=2).all())
+
+
+def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None, str | None] | None:
+    """Where the coordinates are seen, what they are, where the patch embedding is seen, what makes the positions.
 
     They are points of the input cloud, as many as there are tokens less a prefix, in the order of the tokens.
     """
@@ -312,9 +395,11 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
         patches, made_from = summed[key]
         same = [(source, other) for source, other in made_from if torch.equal(value, other)]
         if same:
-            return *same[0], patches
+            source, points = same[0]
+            made = seen.first(source.module)
+            return source, points, patches, source.module if len(made.inputs) == 1 and () in made.outputs else None
         if not made_from and _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix):
-            return tap, value, patches
+            return tap, value, patches, None
     return None
 
 

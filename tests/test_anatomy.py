@@ -29,6 +29,7 @@ from point_peft import (
     PointPeftModel,
     describe,
     get_peft_model,
+    state,
 )
 from point_peft import tokens as token_ops
 from point_peft.anatomy import (
@@ -340,10 +341,17 @@ def test_preset_and_traced_forward_agree(backbone: TinyBackbone) -> None:
     names = ("coordinates", "samples", "patch_tokens")
     # Presets leave it to the shapes of arguments which of them are masks.
     apart: dict[str, Any] = {**dict.fromkeys(names), "masks": (), "padding_masks": ()}
+    # What a preset says of the stem it must say rightly, but it need not say all.
+    apart |= {"points": None, "tokenizer": (), "position_embedding": None}
     assert [replace(stage, **apart) for stage in known.stages] == [replace(stage, **apart) for stage in traced.stages]
     for one, two in zip(known.stages, traced.stages, strict=True):
         for name in names:
             same_tensors(model, args, getattr(one, name), getattr(two, name))
+        if one.points is not None:
+            same_tensors(model, args, one.points, two.points)
+        idle = {path for path in one.tokenizer if isinstance(model.get_submodule(path), nn.Identity)}
+        assert one.tokenizer == () or tuple(path for path in one.tokenizer if path not in idle) == two.tokenizer
+        assert one.position_embedding in (None, two.position_embedding)
         assert set(one.masks) <= set(two.masks) and set(one.padding_masks) <= set(two.padding_masks)
     if known.stages[0].position == "once":
         assert rows(known) == rows(traced)
@@ -980,8 +988,8 @@ def test_what_a_preset_tells_is_not_saved_and_what_corrects_it_is(tmp_path):
     for name, config in {"found": LoraConfig(), "corrected": LoraConfig(anatomy=fewer)}.items():
         model = randomised(get_peft_model(backbone.build(), config))
         model.save_pretrained(tmp_path / name)
-        data = json.loads((tmp_path / name / "adapter_config.json").read_text(encoding="utf-8"))
-        assert ("mine" in json.dumps(data)) == (name == "corrected") and "anatomy" not in data
+        data = state.read_folder(tmp_path / name).record
+        assert data is not None and ("mine" in json.dumps(data)) == (name == "corrected") and "anatomy" not in data
         again = PointPeftModel.from_pretrained(backbone.build(), tmp_path / name).eval()
         assert again.anatomy == (fewer if name == "corrected" else anatomy)
         assert torch.equal(again(*backbone.inputs(2, 5)), model(*backbone.inputs(2, 5)))

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
+from examples.backbones import BACKBONES
+from point_peft import LinearProbeConfig, PointPEFTConfig, PointPeftModel, TunerConfig, VPTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
-from point_peft.errors import AdapterError, AdapterFileError, MatchError
-from point_peft.heads import build_head, describe_head, make_head
+from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError
+from point_peft.heads import HeadSource, PooledHead, PooledModule, build_head, describe_head, make_head, mlp_head
+from point_peft.injection import get_adapter
+from point_peft.tuners.base import Backbone
 
 HEAD = "cls_head_finetune"
 CONFIG = PointPEFTConfig(memory_bank=False)
+PLAIN = Backbone(model=nn.Identity(), modules={}, anatomy=None)
 
 
 def backbone(**options: Any) -> PointTransformer:
@@ -187,17 +191,17 @@ def test_a_wrong_description_is_refused(description: Any, match: str) -> None:
 
 def test_a_module_is_copied_and_a_function_called() -> None:
     head = nn.Linear(2, 2)
-    copied = make_head(head, "h")
+    copied = make_head(head, "h", PLAIN)
     assert copied is not head and torch.equal(copied.get_parameter("weight"), head.weight)
-    assert make_head(lambda: head, "h") is head
+    assert make_head(lambda: head, "h", PLAIN) is head
     for wrong, match in (
         (lambda: 3, r"heads\['h'\] must give an nn.Module, it gave a int"),
         (lambda: nn.Linear, r"heads\['h'\] must give an nn.Module, it gave a type"),
-        (3, r"heads\['h'\] must be an nn.Module or a function that makes one, not 3"),
-        (None, r"heads\['h'\] must be an nn.Module or a function that makes one, not None"),
+        (3, r"heads\['h'\] must be an nn.Module, a function that makes one, or the name of a pooled head, not 3"),
+        (None, r"heads\['h'\] must be an nn.Module, a function that makes one, or the name of a pooled head, not None"),
     ):
         with pytest.raises(AdapterError, match=match):
-            make_head(wrong, "h")  # type: ignore[arg-type]
+            make_head(wrong, "h", PLAIN)  # type: ignore[arg-type]
 
 
 def broken() -> nn.Module:
@@ -280,3 +284,103 @@ def test_heads_for_a_module_that_the_adapter_has_not(tmp_path: Path) -> None:
     get_peft_model(backbone(), CONFIG).save_pretrained(tmp_path)
     with pytest.raises(MatchError, match=r"no module matches 'norm' \(heads\); nearest: none"):
         PointPeftModel.from_pretrained(backbone(), tmp_path, heads={"norm": nn.LayerNorm(48)})
+
+
+# ---- pooled heads ----------------------------------------------------------------------------------------------------
+
+
+def pooled_model(pool: HeadSource, config: TunerConfig | None = None, **options: Any) -> PointPeftModel:
+    how = config or VPTConfig(mode="shallow", num_prompts=3, modules_to_save=[])
+    return get_peft_model(backbone(**options), how, heads={HEAD: pool}).eval()
+
+
+def own_head(model: PointPeftModel) -> PooledHead:
+    (head,) = [part.module for _, part in get_adapter(model, "default").all_parts() if isinstance(part, PooledModule)]
+    return head
+
+
+def what_is_pooled(model: PointPeftModel, points: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head gets, and the tokens of the base after the final norm."""
+    seen: list[Tensor] = []
+    head = own_head(model)
+    handles = [
+        head.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+        model.base_model.get_submodule("norm").register_forward_hook(lambda module, args, output: seen.append(output)),
+    ]
+    with torch.no_grad():
+        model(points)
+    for handle in handles:
+        handle.remove()
+    tokens, pooled = seen
+    return pooled, tokens
+
+
+def test_what_the_names_of_a_pooled_head_mean() -> None:
+    points = torch.randn(3, 128, 3)
+    pooled, tokens = what_is_pooled(pooled_model("cls+max+mean+prompt+all_max+all_mean"), points)
+    cls, largest, mean, prompt, all_max, all_mean = pooled.chunk(6, dim=1)
+    assert torch.equal(cls, tokens[:, 0]) and torch.equal(largest, tokens[:, 1:].amax(dim=1))
+    assert torch.allclose(mean, tokens[:, 1:].mean(dim=1), atol=1e-6)
+    assert (all_max >= largest).all() and not torch.equal(all_max, largest)
+    assert torch.allclose(all_mean * 20, tokens.sum(dim=1) + 3 * prompt, atol=1e-4)
+
+
+def test_a_named_head_takes_its_sizes_from_the_backbone() -> None:
+    model = pooled_model("cls+prompt+max", cls_dim=7)
+    first, *_, last = own_head(model)
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    assert (first.in_features, last.out_features) == (3 * 48, 7)
+    assert logits(model).shape == (2, 7)
+
+
+def test_a_pooled_head_without_prompts_is_the_backbones_own() -> None:
+    """What Point-MAE pools itself, by name: the same numbers, with the weights of the backbone's head."""
+    model = pooled_model(mlp_head(48, 5, "cls+max"), LinearProbeConfig(modules_to_save=[]))
+    with model.disable_adapter():
+        expected = logits(model)
+    own_head(model).load_state_dict(model.base_model.get_submodule(HEAD).state_dict())
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_pooled_head_survives_its_file(tmp_path: Path) -> None:
+    model = pooled_model(mlp_head(48, 4, "cls+prompt+max", hidden=32, activation=nn.GELU))
+    with torch.no_grad():
+        for tensor in get_adapter(model, "default").tensors().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor))
+    model.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())["heads"][HEAD]
+    assert described["layer"] == "PooledHead" and described["pool"] == "cls+prompt+max"
+    torch.manual_seed(99)
+    again = PointPeftModel.from_pretrained(backbone(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"pool": "cls+thumb"}, r"the head 'h': a head pools 'cls\+thumb'; allowed: different ones of cls, max"),
+        ({"pool": 3}, r"the description of the head 'h' is not one"),
+        ({"extra": 1}, r"the description of the head 'h' is not one"),
+    ],
+)
+def test_a_wrong_description_of_a_pooled_head_is_refused(change: dict[str, Any], match: str) -> None:
+    description = {**describe_head(mlp_head(4, 2, "max")), **change}
+    with pytest.raises(AdapterFileError, match=match):
+        build_head(description, "h")
+
+
+def test_pooled_heads_that_cannot_be() -> None:
+    with pytest.raises(
+        AdapterError, match=r"a head pools 'cls\+cls'; allowed: different ones of cls, max, mean, prompt"
+    ):
+        pooled_model("cls+cls")
+    with pytest.raises(AdapterError, match=r"heads\['norm'\]='cls' .* number of classes .* last linear layer"):
+        get_peft_model(backbone(), VPTConfig(modules_to_save=[]), heads={"norm": "cls"})
+    with pytest.raises(AdapterError, match=r"a head pools prompts, and none of the adapter's methods leaves any"):
+        logits(pooled_model("cls+prompt", LinearProbeConfig(modules_to_save=[])))
+    with pytest.raises(AdapterError, match=r"pools 'feature', and 0 of the adapter's methods offer one"):
+        logits(pooled_model("cls+feature"))
+    packed = BACKBONES["pointcept_ptv3"]
+    with pytest.raises(AnatomyError, match=r"pools the tokens of .* itself, and cannot: its tokens are packed"):
+        get_peft_model(packed.build(), LinearProbeConfig(), heads={packed.heads[0]: "max"})

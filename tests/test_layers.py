@@ -26,14 +26,24 @@ LAYERS = [
     "trial",
     "tracing",
     "tuners.base",
+    "tuners.batch_norm",
+    "tuners.scale_shift",
+    "tuners.sequence",
+    "tuners.second_grouping",
+    "tuners.prefix",
+    "tuners.propagation",
+    "tuners.quick_bottleneck",
     "config",
     "tuners.*",
     "tuners",
     "heads",
     "injection",
+    "combining",
     "state",
+    "exchange",
     "model",
     "hub",
+    "integrations",
 ]
 # The reference backbones know nothing of the library, and the library knows nothing of them.
 BACKBONES_SEE = {"errors", "geometry"}
@@ -52,7 +62,7 @@ def unit(module: str) -> str:
 
 def rank(module: str) -> int:
     layer = unit(module)
-    if layer.startswith("tuners.") and layer != "tuners.base":
+    if layer.startswith("tuners.") and layer not in LAYERS:
         layer = "tuners.*"
     assert layer in LAYERS, f"point_peft/{module} is in no layer: give it its place in LAYERS of {__file__}"
     return LAYERS.index(layer)
@@ -108,6 +118,9 @@ def test_every_folder_is_a_package_and_so_gets_installed(folder: Path) -> None:
         ("model", "from point_peft import hub", False),
         ("model", "from . import hub", False),
         ("model", "from .hub import push", False),
+        ("integrations.peft", "import peft\nfrom point_peft.model import PointPeftModel", True),
+        ("integrations.peft", "from point_peft import PointPeftModel", False),
+        ("hub", "import point_peft.integrations.peft", False),
         ("model", "def late():\n    import point_peft.hub", False),
         ("state", "import point_peft", False),
         ("state", "from point_peft import get_peft_model", False),
@@ -124,7 +137,7 @@ def test_every_folder_is_a_package_and_so_gets_installed(folder: Path) -> None:
     ],
 )
 def test_the_rule_itself(importer: str, source: str, allowed: bool) -> None:
-    modules = {*LAYERS, "backbones", "tuners.lora", "tuners.lora.layer", "tuners.prompt.layer"}
+    modules = {*LAYERS, "backbones", "integrations.peft", "tuners.lora", "tuners.lora.layer", "tuners.prompt.layer"}
     assert all(may_import(importer, name) for name in imports(importer, source, modules)) == allowed
 
 

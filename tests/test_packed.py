@@ -88,6 +88,7 @@ def anatomy(packed: bool) -> Anatomy:
             norms=(f"blocks.{i}.norm1", f"blocks.{i}.norm2"),
             mlp=f"blocks.{i}.mlp",
             linears=(f"blocks.{i}.mlp.0", f"blocks.{i}.mlp.2"),
+            mlp_norm=f"blocks.{i}.norm2",
         )
         for i in range(2)
     )

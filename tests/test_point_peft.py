@@ -29,9 +29,10 @@ from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Block, Group
 from point_peft.injection import Adapter, get_adapter
 from point_peft.tuners.point_peft import prior
-from point_peft.tuners.point_peft.geometry_aware import Neighbourhoods, StageState
+from point_peft.tuners.point_peft.geometry_aware import StageState
 from point_peft.tuners.point_peft.parts import BlockPart, MlpPart
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
+from point_peft.tuners.propagation import Neighbourhoods, coordinates_of
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
 
@@ -169,7 +170,7 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         near: Neighbourhoods = args[2]
         _, centres = setup.base.group_divider(setup.points)
-        places = setup.stage.coordinates(centres, with_prompts=kind == "early")
+        places = coordinates_of(centres, setup.stage.prompt_coordinates if kind == "early" else None)
         recorder.tensors[f"{kind}_centre_idx"] = near.centre
         recorder.tensors[f"{kind}_neighbour_idx"] = near.neighbour.sort(dim=2).values
         recorder.tensors[f"{kind}_centres"] = geometry.gather(places, near.centre)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from point_peft.anatomy import Anatomy, Block
+from point_peft.anatomy import Anatomy, Block, is_norm
 from point_peft.context import Forward
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.matching import match_names
@@ -48,7 +47,7 @@ class Part(nn.Module):
 
     prefix: ClassVar[str] = ""
     """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
-    mergeable: ClassVar[bool] = False
+    mergeable: bool = False
     """Whether the part is a change of the module's own tensors, which `weights` gives."""
     needs_coordinates: ClassVar[bool] = False
     """Whether the part, at a block, needs one patch token for each of the coordinates that were seen."""
@@ -126,6 +125,8 @@ class Blueprint:
 
     parts: list[tuple[str, Part]] = field(default_factory=list)
     """(site path, part)"""
+    modules: list[str] = field(default_factory=list)
+    """Modules of the backbone that the method trains as a whole, which the adapter then has copies of."""
     shared: dict[str, SharedState] = field(default_factory=dict)
 
 
@@ -139,6 +140,10 @@ class Backbone:
     anatomy: Anatomy | None
     why_unknown: str = ""
     """Why there is no anatomy."""
+    tuned_tokens: frozenset[str] = frozenset()
+    """Prefix tokens and positions that a method before this one in the adapter trains."""
+    pooled: frozenset[str] = frozenset()
+    """What the adapter's own heads pool of the tokens, by the names of `heads.POOLS`; empty for the base's heads."""
 
     def known_anatomy(self, method: str) -> Anatomy:
         """The anatomy, which the method cannot do without."""
@@ -200,11 +205,25 @@ class TunedCopy(Part):
     """
 
     mergeable = True
-    tuned: ClassVar[tuple[str, ...]]
+    tuned: tuple[str, ...]
     """The names of the tensors, which DataParallel's replicas do not have as parameters."""
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.tuned}
+
+
+class TunedModule(Part):
+    """A module of the adapter's own, whose output replaces that of the base's module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def file_name(self, name: str) -> str:
+        return name.removeprefix("module.")
 
 
 class TunedBias(TunedCopy):
@@ -220,87 +239,45 @@ class TunedBias(TunedCopy):
         self.bias = _copy(bias)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        shift = (self.bias - getattr(call.module, "bias")).to(output.dtype)  # noqa: B009 - a replica's is a tensor
-        # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
-        second = isinstance(call.module, _BatchNorm) and output.ndim > 2
-        return output + (shift.reshape(-1, *[1] * (output.ndim - 2)) if second else shift)
+        shift = self.bias - getattr(call.module, "bias")  # noqa: B009 - a replica's is a tensor
+        return output + per_channel(shift, call.module, output).to(output.dtype)
 
 
-class TunedLayerNorm(TunedCopy):
-    """Trained copies of a LayerNorm's weight and bias; they act as differences to the base's."""
-
-    tuned = ("weight", "bias")
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight = _copy(norm.weight)
-        self.bias = _copy(norm.bias)
-
-    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        norm = call.module
-        assert isinstance(norm, nn.LayerNorm)
-        tokens = args[0] if args else kwargs["input"]
-        normed = nn.functional.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
-        return output + (normed * (self.weight - norm.weight) + (self.bias - norm.bias)).to(output.dtype)
+def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
+    """One value a channel (c,), shaped so that it meets the channels of what a norm or a linear layer returns."""
+    # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
+    second = isinstance(module, _BatchNorm) and output.ndim > 2
+    return values.reshape(-1, *[1] * (output.ndim - 2)) if second else values
 
 
-class TunedTokens(SharedState):
-    """Trained copies of prefix tokens and positions (1, rows, c) of the base, by their names there.
+class TunedNorm(TunedCopy):
+    """Trained copies of a norm's weight and, if it has one, bias.
 
-    A checkpoint may lack them, and then they are other random numbers in every process. With `keep_base` the values
-    that the base had are kept as well, so that what the frozen backbone makes of a cloud is the same everywhere.
+    They act as differences to the base's where torch has a function for the norm, else in the place of its tensors.
     """
 
-    prefix = "point_peft.base"
-
-    def __init__(self, tokens: Mapping[str, Tensor], *, keep_base: bool) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        for name, tensor in tokens.items():
-            # A parameter's name may not hold a dot.
-            self.register_parameter(name.replace(".", "/"), _copy(tensor))
-            if keep_base:
-                self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
-        self.compared: tuple[tuple[int, int], ...] = ()
-        """Where the tensors lay, and how often each had been written to, when they were last compared."""
-        self.differs = False
+        self.tuned = tuple(name for name in ("weight", "bias") if norm._parameters.get(name) is not None)
+        for name in self.tuned:
+            self.register_parameter(name, _copy(norm.get_parameter(name)))
 
-    def file_name(self, name: str) -> str:
-        known = name.replace("/", ".")
-        return f"{self.prefix}.{known.removeprefix('base:')}" if known.startswith("base:") else known
-
-    def other_base(self, base_model: nn.Module) -> bool:
-        """Whether the adapter was made for a base that had other values here; told without stopping a GPU each time."""
-        if torch.compiler.is_compiling():
-            return self.differs
-        names = [name.removeprefix("base:").replace("/", ".") for name, _ in self.named_buffers()]
-        pairs = list(zip(self.buffers(), [_found(base_model, name) for name in names], strict=True))
-        places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for pair in pairs for t in pair)
-        if places != self.compared:
-            self.differs = any(not torch.equal(kept, base) for kept, base in pairs)
-            self.compared = places
-        return self.differs
-
-    def difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """What training has added to the base's tensor of that name, as (rows, c)."""
-        return self._less_base(getattr(self, name.replace(".", "/")), name, base_model)
-
-    def base_difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """What the base that the adapter was made for had more than this one, as (rows, c); for `keep_base`."""
-        return self._less_base(getattr(self, "base:" + name.replace(".", "/")), name, base_model)
-
-    @staticmethod
-    def _less_base(value: Tensor, name: str, base_model: nn.Module) -> Tensor:
-        difference = value - _found(base_model, name)
-        return difference.reshape(-1, value.shape[-1])
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        norm, x = call.module, args[0] if args else kwargs["input"]
+        change = {name: per_channel(getattr(self, name) - getattr(norm, name), norm, output) for name in self.tuned}
+        changed = _normalised(norm, x) * change["weight"]
+        return output + (changed + change["bias"] if "bias" in change else changed).to(output.dtype)
 
 
-def _found(base_model: nn.Module, name: str) -> Tensor:
-    """A tensor by its dotted name; those of DataParallel's replicas are no parameters."""
-    found: Any = base_model
-    for component in name.split("."):
-        found = getattr(found, component)
-    tensor: Tensor = found
-    return tensor
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm gives before its weight and bias; a BatchNorm's frozen statistics do not move."""
+    if isinstance(norm, nn.LayerNorm):
+        return nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return nn.functional.rms_norm(x, norm.normalized_shape, eps=norm.eps)
+    assert isinstance(norm, _BatchNorm)
+    mean, var = norm.running_mean, norm.running_var
+    return nn.functional.batch_norm(x, mean, var, training=mean is None, eps=norm.eps)
 
 
 def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
@@ -326,13 +303,68 @@ def block_biases(backbone: Backbone, blocks: Sequence[Block]) -> list[str]:
 
 
 def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
-    """A `TunedLayerNorm` for each of the modules; each must be a LayerNorm with weight and bias."""
+    """A `TunedNorm` for each of the modules; each must be a norm with a weight."""
     parts: list[tuple[str, Part]] = []
     for path in paths:
         norm = backbone.modules[path]
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            raise AnatomyError(
-                f"'{path}' is a {type(norm).__name__}; only a LayerNorm with weight and bias can be tuned"
-            )
-        parts.append((path, TunedLayerNorm(norm)))
+        if not is_norm(norm) or norm._parameters.get("weight") is None:
+            raise AnatomyError(f"'{path}' is a {type(norm).__name__}; only a norm with a weight can be tuned")
+        part = TunedNorm(norm)
+        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, _BatchNorm)):
+            part.act_by_weight(path)  # how it normalises is not known
+        parts.append((path, part))
     return parts
+
+
+# ---- what several methods are made of --------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """A(x) = W_up dropout(activation(W_down x + b_down)) + b_up, from c channels to `width` and back."""
+
+    def __init__(self, channels: int, width: int, dropout: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Linear(channels, width)
+        self.up = nn.Linear(width, channels)
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(self.dropout(self.activation(self.down(x))))
+        return out
+
+    def zero_up(self) -> None:
+        """Let the up-projection give zero, whatever it gets."""
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+
+_ROLES = {
+    **dict.fromkeys(("q", "query", "queries", "dst"), "q"),
+    **dict.fromkeys(("k", "key", "keys", "src"), "k"),
+    **dict.fromkeys(("v", "value", "values"), "v"),
+    "qk": "qk",
+    "kv": "kv",
+}
+
+
+def projects(block: Block, path: str) -> str:
+    """What one of a block's `qkv` layers makes, in the order of its rows: "qkv", "kv", "k"; "" if no name tells it."""
+    if len(block.qkv) == 1:
+        return "qkv"
+    words = path.removeprefix(block.attention + ".").replace(".", "_").split("_")
+    # In torch_geometric's convolutions the layer for the values has no name but `lin`.
+    return "v" if words == ["lin"] else next((_ROLES[word] for word in words if word in _ROLES), "")
+
+
+def mlp_linears(block: Block) -> tuple[str, str] | None:
+    """The first and the last linear layer of a block's MLP; None if it has none that was found."""
+    if block.mlp is None:
+        return None
+    inside = [path for path in block.linears if path.startswith(block.mlp + ".")]
+    if inside:
+        return inside[0], inside[-1]
+    # The MLP is then the second of two layers side by side.
+    beside = [path for path in block.linears if path.rpartition(".")[0] == block.mlp.rpartition(".")[0]]
+    at = beside.index(block.mlp) if block.mlp in beside else 0
+    return (beside[at - 1], block.mlp) if at else None

@@ -8,15 +8,17 @@ from typing import ClassVar, Literal
 
 import torch
 
-from point_peft.anatomy import Anatomy, Block, PrefixParameter, Stage
+from point_peft.anatomy import Anatomy, Block, Stage
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, TunedTokens, block_biases, tuned_biases, tuned_norms
-from point_peft.tuners.point_peft.bottleneck import Bottleneck
-from point_peft.tuners.point_peft.geometry_aware import GeometryAwareAdapter, StageState
-from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, PrefixPart, Prompt
+from point_peft.tuners.base import Backbone, Blueprint, block_biases, tuned_biases, tuned_norms
+from point_peft.tuners.point_peft.geometry_aware import StageState
+from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, Prompt
 from point_peft.tuners.point_peft.prior import MemoryBank
+from point_peft.tuners.prefix import tune_prefix
+from point_peft.tuners.propagation import GeometryAwareAdapter
+from point_peft.tuners.quick_bottleneck import quick_bottleneck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,14 @@ class PointPEFTConfig(TunerConfig):
     None: half of them; all of them where stages differ in width, as published for Point-M2AE.
     """
     prompt_dropout: float = 0.1
+    """Dropout of the learned prompts."""
     memory_bank: bool = True
     """Whether the prompts are enhanced by the prior that a memory bank of training features gives.
 
     Where stages differ in width: the prompts of the blocks that are as wide as the features.
     """
     bank_dtype: Literal["float16", "float32"] = "float16"
+    """How the rows of the bank are kept and saved."""
     top_k: int | None = None
     """Rows retrieved from the bank; they enhance the first 2 + top_k prompts. None: num_prompts - 2."""
     leave_nearest_out: bool = False
@@ -49,8 +53,11 @@ class PointPEFTConfig(TunerConfig):
     prior: Literal["backbone", "stem"] = "backbone"
     """The feature that queries the bank: after the frozen backbone (a second pass), or its patch embedding."""
     prior_adapter_width: int = 8
+    """Channels in the middle of the adapter of the prior, CPA."""
     adapter_width: int = 16
+    """Channels in the middle of the adapters after the MLP and after the block."""
     adapter_dropout: float = 0.1
+    """Dropout in the middle of all these adapters."""
     adapter_scale: float = 0.7
     """Scale of the adapter after the MLP; 0: no adapter there."""
     centre_ratio: float = 0.5
@@ -58,10 +65,15 @@ class PointPEFTConfig(TunerConfig):
     neighbours: int = 16
     """Tokens in a neighbourhood, at most as many as there are tokens."""
     local_attention_width: int = 18
+    """Channels of query, key and value in a neighbourhood, all heads together."""
     local_attention_heads: int = 6
+    """Heads of the local attention."""
     local_attention_drop_path: float = 0.1
+    """How often, while training, a neighbourhood goes without its local attention."""
     propagation_scale: float = 0.3
+    """Scale of what the centres propagate to the tokens."""
     centre_scale: float = 0.3
+    """Scale of the centre's own token in what it propagates."""
     pooling_norm: Literal["batch", "layer"] = "batch"
     """The norm of pooled neighbourhoods; "layer" for training with batches of one."""
     tuned_biases: str | Sequence[str] | None = None
@@ -71,6 +83,7 @@ class PointPEFTConfig(TunerConfig):
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all, because checkpoints of Point-MAE lack them."""
     init: Literal["identity", "published"] = "identity"
+    """Start as the backbone, or as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +197,8 @@ class PointPEFTConfig(TunerConfig):
         for block in blocks:
             prompt = None
             if block.path in prompted:
-                narrow = Bottleneck(stage.width, self.prior_adapter_width, self.adapter_dropout, identity=identity)
+                width, dropout = self.prior_adapter_width, self.adapter_dropout
+                narrow = quick_bottleneck(stage.width, width, dropout, identity=identity)
                 prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if with_prior else None)
             part = BlockPart(
                 stage=stage,
@@ -200,7 +214,7 @@ class PointPEFTConfig(TunerConfig):
                     centre_scale=self.centre_scale,
                     gated=identity,
                 ),
-                adapter=Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity),
+                adapter=quick_bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity),
                 prior=self.prior if prompt is not None and with_prior else None,
                 centre_ratio=self.centre_ratio,
                 neighbours=self.neighbours,
@@ -213,7 +227,7 @@ class PointPEFTConfig(TunerConfig):
                     f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: set "
                     "adapter_scale=0.0 to do without, or name it in config.anatomy"
                 )
-            after_mlp = Bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
+            after_mlp = quick_bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
             plan.parts.append((block.mlp, MlpPart(after_mlp, self.adapter_scale)))
 
     def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
@@ -226,21 +240,5 @@ class PointPEFTConfig(TunerConfig):
         if self.tuned_norms is not None:
             norms = match_names(self.tuned_norms, names, field="tuned_norms")
         plan.parts += tuned_norms(backbone, norms)
-        tokens = anatomy.prefix_parameters
-        if self.tuned_tokens is not None:
-            known = [parameter.name for parameter in tokens]
-            kept = match_names(self.tuned_tokens, known, what="prefix parameter", field="tuned_tokens")
-            tokens = tuple(parameter for parameter in tokens if parameter.name in kept)
-        if tokens:
-            copies = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in tokens}
-            second_pass = "memory_bank" in plan.shared and self.prior == "backbone"
-            plan.shared["tokens"] = TunedTokens(copies, keep_base=second_pass)
-            self._build_prefix(plan, anatomy.stages[0], tokens)
-
-    @staticmethod
-    def _build_prefix(plan: Blueprint, stage: Stage, tokens: tuple[PrefixParameter, ...]) -> None:
-        """A token is added once, before the first block; a position before every block, where the backbone does so."""
-        for number, block in enumerate(stage.blocks):
-            added = tokens if number == 0 else tuple(parameter for parameter in tokens if parameter.role == "position")
-            if added and (number == 0 or stage.position == "every_block"):
-                plan.parts.insert(number, (block.path, PrefixPart(added, stage)))
+        second_pass = "memory_bank" in plan.shared and self.prior == "backbone"
+        tune_prefix(plan, backbone, self.method, self.tuned_tokens, keep_base=second_pass)

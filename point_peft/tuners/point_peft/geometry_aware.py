@@ -1,49 +1,19 @@
-"""The geometry-aware adapter: neighbourhoods of tokens, local attention, pooling and propagation."""
+"""What pools the neighbourhoods of tokens in Point-PEFT: local attention, one for all blocks of a stage."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from point_peft import geometry, ragged
-from point_peft.context import Forward
+from point_peft import geometry
 from point_peft.tuners.base import SharedState
 
 # Features of neighbourhoods that are kept for the backward pass, 64 MB of float32. Of more, as of a scene's, so many at
 # a time are made, and made again in the backward pass.
 KEPT_ELEMENTS = 2**24
 CHUNK_ELEMENTS = 2**22
-
-
-@dataclass(frozen=True)
-class Neighbourhoods:
-    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k).
-
-    In packed tokens b is one: all samples are in one row, and no neighbourhood reaches beyond its sample.
-    """
-
-    centre: Tensor
-    neighbour: Tensor
-
-
-@dataclass(frozen=True)
-class Propagation:
-    """How much each of the centres gives to each of the patches: from all of them, or packed, from the k nearest."""
-
-    weights: Tensor
-    """(b, g, s), or packed (1, g, k)."""
-    nearest: Tensor | None = None
-    """Packed: the centres (g, k) that the weights are of."""
-
-    def __call__(self, centres: Tensor) -> Tensor:
-        """What features of the centres (b, s, c) propagate to the patches, (b, g, c)."""
-        if self.nearest is None:
-            return geometry.interpolate(centres, self.weights)
-        return ragged.ragged_interpolate(centres[0], self.nearest, self.weights[0])[None]
 
 
 class StageState(SharedState):
@@ -56,12 +26,6 @@ class StageState(SharedState):
         self.prompt_coordinates = nn.Parameter(torch.empty(prompts, 3)) if prompts else None
         if self.prompt_coordinates is not None:
             nn.init.trunc_normal_(self.prompt_coordinates, std=0.02)
-
-    def coordinates(self, patches: Tensor, *, with_prompts: bool) -> Tensor:
-        """Coordinates of the tokens: [Q; c] (b, p + g, 3) with prompts, else those of the patches (b, g, 3)."""
-        if not with_prompts or self.prompt_coordinates is None:
-            return patches
-        return torch.cat([self.prompt_coordinates.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
 
 
 class LocalAttention(nn.Module):
@@ -113,103 +77,3 @@ class LocalAttention(nn.Module):
             return None
         keep = 1.0 - self.drop_path
         return like.new_empty(*neighbour.shape[:2], 1, 1).bernoulli_(keep) / keep
-
-
-class PoolingNorm(nn.BatchNorm1d):
-    """BatchNorm over pooled features (b, s, c); its running statistics belong to the adapter."""
-
-    def normalise(self, pooled: Tensor, *, recomputing: bool) -> Tensor:
-        """Normalised features; when checkpointing repeats a forward, the statistics are not updated again."""
-        x = rearrange(pooled, "b s c -> b c s")
-        if self.training and recomputing:
-            # On copies: a recomputation must save for backward just what the forward saved.
-            mean, var = (None if stat is None else stat.clone() for stat in (self.running_mean, self.running_var))
-            momentum = 0.0 if self.momentum is None else self.momentum
-            x = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
-        else:
-            x = self(x)
-        return rearrange(x, "b c s -> b s c")
-
-
-class GeometryAwareAdapter(nn.Module):
-    """t_i <- t_i + scale * sum_j w_ij (GELU(norm(max N_j)) + centre_scale * U_j), for the patch tokens of one block."""
-
-    def __init__(self, channels: int, *, batch_norm: bool, scale: float, centre_scale: float, gated: bool) -> None:
-        super().__init__()
-        self.scale = scale
-        self.centre_scale = centre_scale
-        self.norm: PoolingNorm | nn.LayerNorm = PoolingNorm(channels) if batch_norm else nn.LayerNorm(channels)
-        self.gate = nn.Parameter(torch.zeros(())) if gated else None
-
-    def forward(
-        self,
-        patches: Tensor,
-        tokens: Tensor,
-        near: Neighbourhoods,
-        propagate: Propagation,
-        attention: LocalAttention,
-        *,
-        recomputing: bool,
-    ) -> Tensor:
-        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate to them."""
-        pooled = attention(tokens, near.neighbour)
-        if isinstance(self.norm, PoolingNorm):
-            pooled = self.norm.normalise(pooled, recomputing=recomputing)
-        else:
-            pooled = self.norm(pooled)
-        centres = nn.functional.gelu(pooled) + self.centre_scale * geometry.gather(tokens, near.centre)
-        propagated = self.scale * propagate(centres)
-        return patches + (propagated if self.gate is None else self.gate * propagated).to(patches.dtype)
-
-
-def neighbourhoods(
-    forward: Forward, stage: int, state: StageState, owner: str, centre_ratio: float, k: int, *, with_prompts: bool
-) -> tuple[Neighbourhoods, Propagation]:
-    """Neighbourhoods among the tokens of a stage, and how their centres propagate to the patches.
-
-    Once per forward; weights that carry a gradient to the prompts' coordinates are made anew at every block, because a
-    checkpointed block must be able to make them again.
-    """
-    patches = forward.coordinates[stage]
-    # Without prompts nothing depends on the adapter, so all adapters share the result.
-    key = ("point_peft", stage, owner if with_prompts else "", centre_ratio, k)
-    if stage in forward.samples:
-        return forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
-
-    def choose() -> Neighbourhoods:
-        with torch.no_grad():
-            points = state.coordinates(patches, with_prompts=with_prompts)
-            centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
-            neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
-            return Neighbourhoods(centre, neighbour)
-
-    def weigh() -> Propagation:
-        points = state.coordinates(patches, with_prompts=with_prompts)
-        return Propagation(geometry.inverse_distance_weights(patches, geometry.gather(points, near.centre)))
-
-    near = forward.once(("neighbourhoods", *key), choose)
-    learned = state.prompt_coordinates
-    if with_prompts and learned is not None and learned.requires_grad and torch.is_grad_enabled():
-        return near, weigh()
-    return near, forward.once(("weights", *key), weigh)
-
-
-def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tuple[Neighbourhoods, Propagation]:
-    """The same for packed tokens at points (n, 3).
-
-    A scene has too many centres for all of them to reach every token, so the k nearest do.
-    """
-    with torch.no_grad():
-        # Voxels may come in any order; the functions on packed points want each sample in one piece.
-        order = torch.arange(len(points), device=points.device)
-        if len(samples) == len(points):
-            samples, order = samples.sort(stable=True)
-        points = points.detach()[order]
-        ends = ragged.as_offset(samples, len(points))
-        centre, centre_ends = ragged.ragged_farthest_point_sample(points, ends, centre_ratio)
-        neighbour = ragged.ragged_knn(points[centre], centre_ends, points, ends, k)
-        nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)
-        weights = ragged.nearest_weights(points, points[centre], nearest)
-        place = order.argsort()
-        near = Neighbourhoods(order[centre][None], order[neighbour][None])
-        return near, Propagation(weights[place][None], nearest[place])

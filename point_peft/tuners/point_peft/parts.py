@@ -1,21 +1,19 @@
-"""The parts of Point-PEFT: one around every block, one on every MLP, one for the prefix tokens."""
+"""The parts of Point-PEFT: one around every block, one on every MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from point_peft import tokens as token_ops
-from point_peft.anatomy import PrefixParameter, Stage
-from point_peft.errors import AdapterError
+from point_peft.anatomy import Stage
 from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call, Part, TunedTokens
-from point_peft.tuners.point_peft.bottleneck import Bottleneck
-from point_peft.tuners.point_peft.geometry_aware import GeometryAwareAdapter, StageState, neighbourhoods
+from point_peft.tuners.base import Bottleneck, Call, Part
+from point_peft.tuners.point_peft.geometry_aware import StageState
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
+from point_peft.tuners.propagation import GeometryAwareAdapter, neighbourhoods
 
 
 class MlpPart(Part):
@@ -107,11 +105,10 @@ class BlockPart(Part):
         near, propagate = neighbourhoods(
             call.forward,
             self.number,
-            state,
-            call.adapter,
             self.centre_ratio,
             self.neighbours,
-            with_prompts=self.prompt is not None,
+            None if self.prompt is None else state.prompt_coordinates,
+            owner=(call.adapter, self.tuner),
         )
         recomputing = call.forward.recomputing
         aware: Tensor = geometry(patches, tokens, near, propagate, state.local_attention, recomputing=recomputing)
@@ -138,48 +135,3 @@ class BlockPart(Part):
                 return bank.prior(query_of(call.forward.root.backbone_tokens(call.forward, source, call.adapter)))
 
         return call.forward.once(("point_peft.prior", call.adapter), retrieve)
-
-
-class PrefixPart(Part):
-    """Adds what training has changed of prefix tokens and positions to the tokens that a block gets.
-
-    In the second pass it adds what the base that the adapter was made for had there more than this one.
-    """
-
-    in_second_pass = True
-
-    def __init__(self, parameters: tuple[PrefixParameter, ...], stage: Stage) -> None:
-        super().__init__()
-        self.parameters_of_prefix = parameters
-        self.stage = stage
-
-    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        return self._shift(call, args, kwargs, call.state("tokens", TunedTokens).difference)
-
-    def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        return self._shift(call, args, kwargs, call.state("tokens", TunedTokens).base_difference)
-
-    def _shift(
-        self, call: Call, args: Args, kwargs: Kwargs, difference: Callable[[str, nn.Module], Tensor]
-    ) -> tuple[Args, Kwargs]:
-        tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
-        later = self._called_before(call)
-        for parameter in self.parameters_of_prefix:
-            if later and (parameter.role == "token" or self.stage.position == "once"):
-                continue
-            shift = difference(parameter.name, call.forward.root.base_model)
-            tokens = token_ops.shift_rows(tokens, shift, parameter.row, self.stage.layout)
-        return token_ops.put_argument(args, kwargs, self.stage.tokens, tokens)
-
-    def _called_before(self, call: Call) -> bool:
-        """Whether this block has run in this forward already, as one that is used for several layers does."""
-        key = call.adapter, call.path
-        if call.forward.recomputing:
-            if call.forward.calls[key] > 1:
-                raise AdapterError(
-                    f"block '{call.path}' runs several times in a forward, and checkpointing runs it again: which of "
-                    "its runs that is cannot be told, so its prefix tokens cannot be tuned; set tuned_tokens=[]"
-                )
-            return False
-        call.forward.calls[key] += 1
-        return call.forward.calls[key] > 1

@@ -1,0 +1,59 @@
+"""The configuration of GEM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from point_peft.config import TunerConfig, require
+from point_peft.errors import AnatomyError
+from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.tuners.gem.context_adapter import ContextAdapter
+from point_peft.tuners.gem.parts import GEMPart
+from point_peft.tuners.gem.spatial_adapter import SpatialAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class GEMConfig(TunerConfig):
+    """GEM; `target_modules` and the like choose among the transformer blocks, None means all."""
+
+    method: ClassVar[str] = "GEM"
+
+    spatial_width: int = 16
+    """The channels r of the sparse convolution."""
+    context_width: int = 36
+    """The channels d of the latent tokens and their attention."""
+    num_latents: int = 8
+    """The latent tokens m of a block."""
+    neighbours: int = 27
+    """The nearest tokens that can lie in the kernel, itself among them; at most as many as there are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("spatial_width", "context_width"):
+            require(getattr(self, name) >= 1, self, name, "1 or more")
+        # Of one alone, neither a softmax over latents nor a neighbourhood depends on anything.
+        for name in ("num_latents", "neighbours"):
+            require(getattr(self, name) >= 2, self, name, "2 or more")
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
+        plan = Blueprint()
+        for _, block in backbone.select_blocks(self.method, *fields):
+            number = anatomy.stage_of(block)
+            stage = anatomy.stages[number]
+            if stage.coordinates is None:
+                raise AnatomyError(
+                    f"{self.method} needs to know where the tokens of '{block.path}' lie in space: "
+                    f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
+                )
+            part = GEMPart(
+                stage,
+                number,
+                spatial=SpatialAdapter(stage.width, self.spatial_width),
+                context=ContextAdapter(stage.width, self.context_width, self.num_latents),
+                neighbours=self.neighbours,
+            )
+            plan.parts.append((block.path, part))
+        return plan

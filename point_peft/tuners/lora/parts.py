@@ -1,0 +1,168 @@
+"""What LoRA puts at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k, v."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from point_peft.errors import AnatomyError
+from point_peft.tokens import Args, Kwargs
+from point_peft.tuners.base import Call, Part
+
+
+class LoraPart(Part):
+    """y <- y + s B A dropout(x); where the module is not called, W <- W + s B A for whoever reads W.
+
+    With a magnitude m, the rows of W + s B A have the lengths m.
+    """
+
+    mergeable = True
+    lora_magnitude_vector: Tensor | None
+    """(out,), of a convolution (1, out, 1)"""
+    chosen: tuple[int, ...] = ()
+    """Which of query, key and value, if not all rows of the weight."""
+
+    def __init__(self, module: nn.Module, weight: str, r: int, scale: float, dropout: float, use_dora: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.r = r
+        self.scale = scale
+        self.slices = max(1, len(self.chosen))
+        self.dropout = nn.Dropout(dropout)
+        whole: Tensor = getattr(module, weight)
+        rows = self.rows(whole, 0)
+        self.lora_A, self.lora_B = _factors(module, rows.shape[0], whole.shape[1], r, self.slices)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        magnitude = _lengths(rows.detach()) if use_dora else None
+        if magnitude is not None and rows.ndim == 3:
+            magnitude = rearrange(magnitude, "out -> 1 out 1")
+        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
+
+    def rows(self, whole: Tensor, dim: int) -> Tensor:
+        """What is adapted of a weight (dim 0) or an output (its last dimension)."""
+        return whole
+
+    def put(self, whole: Tensor, rows: Tensor, dim: int) -> Tensor:
+        """`whole` with `rows` in the place of what is adapted."""
+        return rows
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (slices, out, r) and A (slices, r, in), in which a convolution's kernel is part of `in`."""
+        return (
+            rearrange(self.lora_B.weight, "(n out) r ... -> n out (r ...)", n=self.slices),
+            rearrange(self.lora_A.weight, "(n r) ... -> n r (...)", n=self.slices),
+        )
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        x = self.dropout(args[0] if args else kwargs["input"])
+        update = self.scale * self._low_rank(x)
+        if self.lora_magnitude_vector is not None:
+            weight = self.rows(getattr(call.module, self.weight), 0)
+            ratio = self._ratio(self.lora_magnitude_vector, weight)
+            if weight.ndim == 3:
+                ratio = rearrange(ratio, "out -> out 1")
+            update = ratio * update + (ratio - 1) * _without_bias(call.module, x, weight)
+        return self.put(output, self.rows(output, -1) + update.to(output.dtype), -1)
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        whole: Tensor = getattr(module, self.weight)
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        rows = self.rows(whole.to(wide), 0)
+        changed = rows + self._delta(rows)
+        if self.lora_magnitude_vector is not None:
+            ratio = self._ratio(self.lora_magnitude_vector.to(wide), rows)
+            changed = torch.einsum("o,o...->o...", ratio, changed)
+        return {self.weight: self.put(whole, changed.to(whole.dtype), 0)}
+
+    def act_by_weight(self, path: str) -> None:
+        if self.dropout.p:
+            raise AnatomyError(
+                f"'{path}' is not called, its weight is read by another module, so lora_dropout={self.dropout.p} "
+                "cannot act on its input: set lora_dropout=0.0 or leave it out with exclude_modules"
+            )
+        super().act_by_weight(path)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """B A x"""
+        found: Tensor = self.lora_B(self.lora_A(x))
+        return found
+
+    def _delta(self, weight: Tensor) -> Tensor:
+        """s B A, in the shape and type of what is adapted of the weight."""
+        up, down = (factor.to(weight.dtype) for factor in self.factors())
+        product = einsum(up, down, "n out r, n r i -> n out i")
+        return self.scale * rearrange(product, "n out i -> (n out) i").reshape(weight.shape)
+
+    def _ratio(self, magnitude: Tensor, weight: Tensor) -> Tensor:
+        """m / |V|, (out,): by how much longer a row gets. The length of V takes no part in the gradient."""
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        # In the weight's type, in which the magnitude was taken, so that a fresh adapter changes nothing.
+        lengths = _lengths(wide + self._delta(wide).detach()).to(weight.dtype)
+        return magnitude.flatten() / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+
+
+class QkvLoraPart(LoraPart):
+    """LoRA on some of the query, key and value that a fused projection (3 c, in) makes, each with its own A and B.
+
+    `lora_A` holds the factors one below the other, (chosen * r, in); so does `lora_B`, (chosen * c, r).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weight: str,
+        r: int,
+        scale: float,
+        dropout: float,
+        use_dora: bool,
+        chosen: tuple[int, ...],
+    ) -> None:
+        self.chosen = chosen  # first, because the factors are made for these rows
+        super().__init__(module, weight, r, scale, dropout, use_dora)
+
+    def rows(self, whole: Tensor, dim: int) -> Tensor:
+        thirds = whole.chunk(3, dim)
+        return torch.cat([thirds[index] for index in self.chosen], dim)
+
+    def put(self, whole: Tensor, rows: Tensor, dim: int) -> Tensor:
+        thirds = list(whole.chunk(3, dim))
+        for index, third in zip(self.chosen, rows.chunk(len(self.chosen), dim), strict=True):
+            thirds[index] = third
+        return torch.cat(thirds, dim)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        up, _ = self.factors()
+        down = rearrange(self.lora_A(x), "... (n r) -> ... n r", n=self.slices)
+        return rearrange(torch.einsum("...nr,ncr->...nc", down, up), "... n c -> ... (n c)")
+
+
+def _factors(
+    module: nn.Module, out: int, width: int, r: int, slices: int
+) -> tuple[nn.Linear | nn.Conv1d, nn.Linear | nn.Conv1d]:
+    """A and B for a layer; of a convolution, A moves over the input as the layer does."""
+    if not isinstance(module, nn.Conv1d):
+        return nn.Linear(width, slices * r, bias=False), nn.Linear(r, out, bias=False)
+    (kernel,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
+    padding = module.padding if isinstance(module.padding, str) else module.padding[0]
+    like = nn.Conv1d(width, r, kernel, stride, padding, dilation, bias=False, padding_mode=module.padding_mode)
+    return like, nn.Conv1d(r, out, 1, bias=False)
+
+
+def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a layer makes of x with some weight and no bias."""
+    if isinstance(module, nn.Conv1d):
+        made: Tensor = module._conv_forward(x, weight, None)
+        return made
+    return nn.functional.linear(x, weight)
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    """The Euclidean length of each row of a weight (out, ...), in its type."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    lengths: Tensor = torch.linalg.vector_norm(rearrange(wide, "out ... -> out (...)"), dim=1)
+    return lengths.to(weight.dtype)

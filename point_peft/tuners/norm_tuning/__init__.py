@@ -1,0 +1,21 @@
+"""Norm tuning: only the weights and biases of norms are trained.
+
+S. Basu, D. Massiceti, S. X. Hu, S. Feizi: "Strong Baselines for Parameter Efficient Few-Shot Fine-tuning", AAAI 2024,
+https://arxiv.org/abs/2304.01917
+
+The norms of every block and the final norm get trained copies of their weight w and bias b:
+
+    y = w * normalised(x) + b
+
+They act as differences to the backbone's own, which stay as they are. Running statistics of a BatchNorm are the frozen
+backbone's. Merged, the copies take the place of the tensors they are copies of.
+
+When to use it: as the smallest baseline that is worth beating, and for few-shot tasks, where so few parameters can
+hardly overfit. With more data, SSF or LoRA reach further.
+"""
+
+from __future__ import annotations
+
+from point_peft.tuners.norm_tuning.config import NormTuningConfig
+
+__all__ = ["NormTuningConfig"]

@@ -1,0 +1,55 @@
+"""The configuration of PointGST."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from point_peft.config import TunerConfig, require
+from point_peft.errors import AnatomyError
+from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.tuners.point_gst.parts import SpectralAdapter, SpectralPart, Transform
+from point_peft.tuners.prefix import tune_prefix
+from point_peft.tuners.sequence import note_stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointGSTConfig(TunerConfig):
+    """PointGST; `target_modules` and the like choose among the transformer blocks, None means all."""
+
+    method: ClassVar[str] = "POINT_GST"
+
+    rank: int = 36
+    """The channels r that are transformed."""
+    local_size: int = 32
+    """Tokens in a local graph, at most."""
+    transform: Transform = "fourier"
+    """U a(U^T h), or with U and U^T exchanged, as published."""
+    tuned_tokens: str | Sequence[str] | None = None
+    """Prefix tokens and positions that are trained; None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rank >= 1, self, "rank", "1 or more")
+        require(self.local_size >= 2, self, "local_size", "2 or more")
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
+        plan = Blueprint()
+        for _, block in backbone.select_blocks(self.method, *fields):
+            index = anatomy.stage_of(block)
+            stage = anatomy.stages[index]
+            if stage.coordinates is None:
+                raise AnatomyError(
+                    f"{self.method} needs to know where the tokens of '{block.path}' lie in space: "
+                    f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
+                )
+            # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
+            scales = 2 if anatomy.patches_read or block != anatomy.blocks[-1] else 0
+            adapter = SpectralAdapter(stage.width, self.rank, self.transform, scales=scales)
+            plan.parts.append((block.path, SpectralPart(stage, index, adapter, self.local_size)))
+            plan.parts.append(note_stream(block, self.method))
+        tune_prefix(plan, backbone, self.method, self.tuned_tokens)
+        return plan

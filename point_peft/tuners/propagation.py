@@ -1,0 +1,135 @@
+"""Propagation of features: neighbourhoods of tokens are pooled, and their centres give to all patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from point_peft import geometry, ragged
+from point_peft.context import Forward
+from point_peft.tuners.batch_norm import BatchNorm
+
+Pool = Callable[[Tensor, Tensor], Tensor]
+"""What is pooled, (b, s, c), over neighbourhoods (b, s, k) of tokens (b, l, c)."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k).
+
+    In packed tokens b is one: all samples are in one row, and no neighbourhood reaches beyond its sample.
+    """
+
+    centre: Tensor
+    neighbour: Tensor
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """How much each of the centres gives to each of the patches: from all of them, or packed, from the k nearest."""
+
+    weights: Tensor
+    """(b, g, s), or packed (1, g, k)."""
+    nearest: Tensor | None = None
+    """Packed: the centres (g, k) that the weights are of."""
+
+    def __call__(self, centres: Tensor) -> Tensor:
+        """What features of the centres (b, s, c) propagate to the patches, (b, g, c)."""
+        if self.nearest is None:
+            return geometry.interpolate(centres, self.weights)
+        return ragged.ragged_interpolate(centres[0], self.nearest, self.weights[0])[None]
+
+
+class GeometryAwareAdapter(nn.Module):
+    """t_i <- t_i + scale * sum_j w_ij (GELU(norm(pool N_j)) + centre_scale * U_j), for the patch tokens of a block."""
+
+    def __init__(self, channels: int, *, batch_norm: bool, scale: float, centre_scale: float, gated: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.centre_scale = centre_scale
+        self.norm: BatchNorm | nn.LayerNorm = BatchNorm(channels) if batch_norm else nn.LayerNorm(channels)
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        near: Neighbourhoods,
+        propagate: Propagation,
+        pool: Pool,
+        *,
+        recomputing: bool,
+    ) -> Tensor:
+        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate to them."""
+        pooled = pool(tokens, near.neighbour)
+        if isinstance(self.norm, BatchNorm):
+            pooled = self.norm.normalise(pooled, recomputing=recomputing)
+        else:
+            pooled = self.norm(pooled)
+        centres = nn.functional.gelu(pooled) + self.centre_scale * geometry.gather(tokens, near.centre)
+        propagated = self.scale * propagate(centres)
+        return patches + (propagated if self.gate is None else self.gate * propagated).to(patches.dtype)
+
+
+def neighbourhoods(
+    forward: Forward, stage: int, centre_ratio: float, k: int, ahead: Tensor | None = None, owner: Hashable = None
+) -> tuple[Neighbourhoods, Propagation]:
+    """Neighbourhoods among the tokens of a stage, and how their centres propagate to the patches.
+
+    `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s. Once per forward; weights
+    that carry a gradient to coordinates are made anew at every block, because a checkpointed block must be able to make
+    them again.
+    """
+    patches = forward.coordinates[stage]
+    # Without prompts nothing depends on the adapter, so all adapters share the result.
+    key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k)
+    if stage in forward.samples:
+        return forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
+
+    def choose() -> Neighbourhoods:
+        with torch.no_grad():
+            points = coordinates_of(patches, ahead)
+            centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
+            neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
+            return Neighbourhoods(centre, neighbour)
+
+    def weigh() -> Propagation:
+        centres = geometry.gather(coordinates_of(patches, ahead), near.centre)
+        return Propagation(geometry.inverse_distance_weights(patches, centres))
+
+    near = forward.once(("neighbourhoods", *key), choose)
+    learned = patches.requires_grad or (ahead is not None and ahead.requires_grad)
+    if learned and torch.is_grad_enabled():
+        return near, weigh()
+    return near, forward.once(("weights", *key), weigh)
+
+
+def coordinates_of(patches: Tensor, ahead: Tensor | None) -> Tensor:
+    """Coordinates (b, p + g, 3) of prompts and patches, of those of the patches (b, g, 3) and of prompts (p, 3)."""
+    if ahead is None:
+        return patches
+    return torch.cat([ahead.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
+
+
+def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tuple[Neighbourhoods, Propagation]:
+    """The same for packed tokens at points (n, 3).
+
+    A scene has too many centres for all of them to reach every token, so the k nearest do.
+    """
+    with torch.no_grad():
+        # Voxels may come in any order; the functions on packed points want each sample in one piece.
+        order = torch.arange(len(points), device=points.device)
+        if len(samples) == len(points):
+            samples, order = samples.sort(stable=True)
+        points = points.detach()[order]
+        ends = ragged.as_offset(samples, len(points))
+        centre, centre_ends = ragged.ragged_farthest_point_sample(points, ends, centre_ratio)
+        neighbour = ragged.ragged_knn(points[centre], centre_ends, points, ends, k)
+        nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)
+        weights = ragged.nearest_weights(points, points[centre], nearest)
+        place = order.argsort()
+        near = Neighbourhoods(order[centre][None], order[neighbour][None])
+        return near, Propagation(weights[place][None], nearest[place])

@@ -1,0 +1,102 @@
+"""The configuration of STAG and how its side network runs along the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from point_peft.anatomy import Block, Stage
+from point_peft.config import TunerConfig, require
+from point_peft.errors import AnatomyError
+from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.tuners.stag.parts import SidePart
+from point_peft.tuners.stag.side_network import SideNetwork
+
+# Blocks that share a down-projection and blocks that share a graph module, where not all of them do.
+DOWN_GROUP = 3
+GRAPH_GROUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class STAGConfig(TunerConfig):
+    """STAG; `target_modules` and the like choose the blocks that give tokens to the side network, None means all."""
+
+    method: ClassVar[str] = "STAG"
+
+    size: Literal["std", "sl"] = "std"
+    """Standard: the same modules at all blocks. Slightly large: a down-projection for three blocks each, and a graph
+    module for two."""
+    width: int = 192
+    """The channels w of the side tokens."""
+    neighbours: int = 8
+    """Tokens in a neighbourhood, itself among them; at most as many as there are."""
+    first_graph_layer: int | None = None
+    """The number of the first block that the side network displaces tokens after; None: half the number of blocks."""
+    init: Literal["identity", "published"] = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("width", "neighbours"):
+            require(getattr(self, name) >= 1, self, name, "1 or more")
+        first = self.first_graph_layer
+        require(first is None or first >= 0, self, "first_graph_layer", "a block number from 0, or None")
+
+    @property
+    def identity_at_init(self) -> bool:
+        return self.init == "identity"
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
+        chosen = backbone.select_blocks(self.method, *fields)
+        first = len(anatomy.blocks) // 2 if self.first_graph_layer is None else self.first_graph_layer
+        if chosen[-1][0] < first:
+            raise AnatomyError(
+                f"{self.method} displaces tokens after the blocks from {first} on, and the last of those that are "
+                f"adapted is {chosen[-1][0]}: set first_graph_layer to at most that"
+            )
+        plan = Blueprint()
+        for index, stage in enumerate(anatomy.stages):
+            numbered = [(number, block) for number, block in chosen if block in stage.blocks]
+            # A stage that is not displaced has no use for side tokens: those of one stage do not fit the next.
+            if numbered and numbered[-1][0] >= first:
+                self._build_stage(plan, index, stage, numbered, first)
+        return plan
+
+    def _build_stage(
+        self, plan: Blueprint, index: int, stage: Stage, numbered: Sequence[tuple[int, Block]], first: int
+    ) -> None:
+        if stage.coordinates is None:
+            raise AnatomyError(
+                f"{self.method} needs to know where the tokens of '{stage.blocks[0].path}' lie in space: "
+                f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
+            )
+        large = self.size == "sl"
+        down = {number: str(number - number % DOWN_GROUP if large else 0) for number, _ in numbered}
+        graph = {
+            number: str(number - (number - first) % GRAPH_GROUP if large else first)
+            for number, _ in numbered
+            if number >= first
+        }
+        plan.shared[f"stage_{index}"] = SideNetwork(
+            "stag" if index == 0 else f"stag.stage_{index}",
+            stage.width,
+            self.width,
+            dict.fromkeys(down.values()),
+            dict.fromkeys(graph.values()),
+            gated=self.init == "identity",
+        )
+        paths = [block.path for block in stage.blocks]
+        places = [paths.index(block.path) for _, block in numbered]
+        for place, (number, block) in zip(places, numbered, strict=True):
+            part = SidePart(
+                stage,
+                index,
+                down=down[number],
+                graph=graph.get(number),
+                neighbours=self.neighbours,
+                begins=place == places[0],
+                follows=place == 0 or place - 1 in places,
+            )
+            plan.parts.append((block.path, part))

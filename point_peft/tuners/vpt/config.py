@@ -1,0 +1,59 @@
+"""The configuration of VPT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from point_peft.config import TunerConfig, require
+from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.tuners.sequence import check_takes_prompts
+from point_peft.tuners.vpt.parts import DeepPrompts, ShallowPrompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPTConfig(TunerConfig):
+    """VPT; `target_modules` and the like choose among the transformer blocks."""
+
+    method: ClassVar[str] = "VPT"
+
+    num_prompts: int = 10
+    """Prompts p that a block gets."""
+    mode: Literal["deep", "shallow"] = "deep"
+    """Prompts of its own for each block, or one set that enters at the first block of a stage and stays to its last."""
+    prompt_dropout: float = 0.0
+    """Dropout of the prompts' channels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_prompts >= 1, self, "num_prompts", "1 or more")
+        require(0.0 <= self.prompt_dropout < 1.0, self, "prompt_dropout", "0 or more and less than 1")
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Prompts are attended from the start."""
+        return False
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        chosen = backbone.select_blocks(
+            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
+        )
+        plan = Blueprint()
+        for number, stage in enumerate(anatomy.stages):
+            blocks = [block for _, block in chosen if block in stage.blocks]
+            if not blocks:
+                continue
+            check_takes_prompts(stage, self.method, "Use a method that adapts the layers, as LORA or SSF")
+            for block in blocks:
+                pooled = block == anatomy.blocks[-1] and bool(backbone.pooled)
+                if self.mode == "deep":
+                    plan.parts.append(
+                        (block.path, DeepPrompts(stage, number, self.num_prompts, self.prompt_dropout, pooled=pooled))
+                    )
+                else:
+                    count = self.num_prompts if block == blocks[0] else 0
+                    plan.parts.append(
+                        (block.path, ShallowPrompts(stage, number, count, self.prompt_dropout, pooled=pooled))
+                    )
+        return plan

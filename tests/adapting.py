@@ -1,0 +1,247 @@
+"""Making adapted models and looking at them: what the tests of every method on every backbone share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from examples import capabilities
+from examples.backbones import BACKBONES, Args, TinyBackbone
+from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
+from point_peft.injection import Adapter, get_adapter
+from point_peft.model import AdapterSet
+from point_peft.tuners.base import Bank
+from tests.methods import config
+
+Config = TunerConfig | PeftConfig
+Pair = tuple[str, TinyBackbone]
+"""A method, or a method with what a backbone asks of it as `examples.capabilities` labels it, and that backbone."""
+
+METHOD_NAMES = sorted(METHODS)
+PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() for method in capabilities.labels(name)]
+"""What the page of capabilities calls supported, in the form that it asks for, and whatever it does not know."""
+
+
+def each(pairs: Iterable[Pair]) -> pytest.MarkDecorator:
+    """Run a test of `method` and `backbone` on each of the pairs."""
+    named = [pytest.param(method, backbone, id=f"{method}-{backbone.name}") for method, backbone in pairs]
+    return pytest.mark.parametrize(("method", "backbone"), named)
+
+
+every_method = pytest.mark.parametrize("method", METHOD_NAMES)
+every_pair = each(PAIRS)
+
+
+# ---- making adapted models -------------------------------------------------------------------------------------------
+
+
+def adapt(
+    backbone: TinyBackbone, how: str | Config, *, seed: int = 0, fresh: bool = False, **options: Any
+) -> PointPeftModel:
+    """An adapted backbone in eval mode, its banks filled; but for `fresh`, all its tensors at random values."""
+    torch.manual_seed(seed)
+    model = get_peft_model(backbone.build(), stated(how, backbone), **options)
+    complete(model, backbone, options.get("adapter_name", "default"), seed, fresh)
+    return model.eval()
+
+
+def add(
+    model: AdapterSet, backbone: TinyBackbone, how: str | Config, name: str, *, seed: int = 1, **options: Any
+) -> None:
+    """A further adapter, like that of `adapt`."""
+    torch.manual_seed(seed)
+    model.add_adapter(name, stated(how, backbone), **options)
+    complete(model, backbone, name, seed, fresh=False)
+
+
+def stated(how: str | Config, backbone: TinyBackbone) -> PeftConfig:
+    """The configuration, with the anatomy if no preset tells it, so that it is not traced again and again."""
+    chosen = PeftConfig.of(config(how) if isinstance(how, str) else how)
+    return chosen if backbone.traced is None else dataclasses.replace(chosen, anatomy=backbone.traced)
+
+
+def complete(model: AdapterSet, backbone: TinyBackbone, name: str, seed: int, fresh: bool) -> None:
+    adapter = get_adapter(model, name)
+    for bank in banks(adapter):
+        bank._buffers.update(_bank_buffers(model, backbone, name, adapter.config))
+    if not fresh:
+        generator = torch.Generator().manual_seed(seed + 100)
+        with torch.no_grad():
+            for key, tensor in adapter.tensors().items():
+                scramble(key, tensor, generator)
+
+
+@functools.cache
+def plain(backbone: TinyBackbone, batch: int = 2, seed: int = 5, *, training: bool = False) -> Tensor:
+    """The output of the backbone alone; in train mode with the random numbers of seed 4, its statistics held."""
+    base = frozen(backbone)
+    if training:
+        in_training(base)
+        torch.manual_seed(4)
+    return run(base, backbone, backbone.inputs(batch, seed))
+
+
+def frozen(backbone: TinyBackbone) -> nn.Module:
+    """The backbone alone, frozen: torch rounds an attention otherwise where its weights take gradients."""
+    return backbone.build().requires_grad_(False)
+
+
+def banks(adapter: Adapter) -> list[Bank]:
+    return [state for state in adapter.shared_states() if isinstance(state, Bank)]
+
+
+_filled: dict[tuple[str, PeftConfig], dict[str, Tensor]] = {}
+
+
+def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, how: PeftConfig) -> dict[str, Tensor]:
+    """What the bank of an adapter holds once it is built; built once for a configuration on a backbone."""
+    key = (backbone.name, how)
+    if key not in _filled:
+        build_bank(model, backbone, name)
+        _filled[key] = {k: v for k, v in banks(get_adapter(model, name))[0]._buffers.items() if v is not None}
+    return {k: v.clone() for k, v in _filled[key].items()}
+
+
+def build_bank(model: AdapterSet, backbone: TinyBackbone, name: str, which: slice = slice(None)) -> None:
+    batches = [backbone.inputs(4, seed) for seed in (21, 22, 23, 24)]
+    model.build_memory_bank(batches[which], to_inputs=lambda args: args, adapter_name=name)
+
+
+def scramble(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Other values, of a kind that a tensor of this name can have."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if not tensor.is_floating_point():
+        tensor.add_(3 if name.endswith("num_batches_tracked") else 0)
+    elif name.endswith("running_var"):
+        tensor.mul_(noise.abs() + 0.5)
+    elif isinstance(tensor, nn.Parameter):
+        tensor.add_(0.1 * noise)
+    else:
+        tensor.add_((0.1 * noise).to(tensor.dtype))
+
+
+def rescramble(model: AdapterSet, name: str = "default", seed: int = 77) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in get_adapter(model, name).tensors().items():
+            scramble(key, tensor, generator)
+
+
+# ---- looking at models -----------------------------------------------------------------------------------------------
+
+
+def run(model: nn.Module, backbone: TinyBackbone, args: Args | None = None) -> Tensor:
+    """The output on some clouds, without gradients."""
+    with torch.no_grad():
+        return backbone.select(model(*(backbone.inputs(2, 5) if args is None else args)))
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """A linear function of the output with fixed random coefficients."""
+    coefficients = torch.randn(output.shape, generator=torch.Generator().manual_seed(8))
+    return (output.float() * coefficients).mean()
+
+
+def gradients(adapter: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+def held(model: nn.Module) -> AdapterSet:
+    """The adapters of a model that keeps its class."""
+    found = model.get_submodule("point_peft")
+    assert isinstance(found, AdapterSet)
+    return found
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_values(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "values") -> None:
+    assert list(actual) == list(expected), f"{what}: other names"
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), f"{what}: {name} is another"
+
+
+def kinds(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+
+
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called"))]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that adapting it could change, module by module."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = [*module._parameters.items(), *module._buffers.items()]
+        found[path] = {
+            "identity": (id(module), type(module)),
+            "training": module.training,
+            "attributes": sorted(vars(module)),
+            "hooks": {name: list(getattr(module, name).items()) for name in _HOOKS},
+            "tensors": {name: None if tensor is None else _tensor_state(tensor) for name, tensor in own},
+        }
+        if isinstance(module, AdapterSet):
+            fields = (module.default, sorted(module.unproven), dict(module.frozen_from), dict(module.norm_modes))
+            found[path]["adapters"] = (fields, module.active_adapters, list(module.adapters))
+    return found
+
+
+def _tensor_state(tensor: Tensor) -> tuple[Any, ...]:
+    digest = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return id(tensor), type(tensor), tensor.requires_grad, tensor.grad is None, digest
+
+
+def unusual(model: nn.Module) -> nn.Module:
+    """The model with mixed train flags and requires_grad, all of which must be found again."""
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 != 0
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 4 != 0)
+    return model
+
+
+def in_training(model: nn.Module) -> nn.Module:
+    """A plain backbone in train mode, but for the running statistics that a frozen one keeps."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.eval()
+    return model
+
+
+def in_threads(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run all of them at once; the first error is raised here."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(tasks))
+
+    def work(task: Callable[[], None]) -> None:
+        try:
+            barrier.wait()
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,92 @@
+"""Norm tuning: which norms it takes, and that tuned tensors act as the tensors they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples.backbones import BACKBONES
+from point_peft import AnatomyError, NormTuningConfig, PeftConfig, SSFConfig, get_peft_model
+from point_peft.backbones import PointTransformer
+from point_peft.injection import get_adapter
+
+
+def adapted(name, **fields):
+    backbone = BACKBONES[name]
+    model = get_peft_model(
+        backbone.build(), NormTuningConfig(modules_to_save=[], **fields), example_inputs=backbone.example
+    ).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def test_parameters_on_point_mae():
+    """19,200, as METHODS.md counts them: 25 norms of 384 channels."""
+    model = get_peft_model(PointTransformer(), NormTuningConfig(modules_to_save=[]))
+    assert model.get_nb_trainable_parameters()[0] == 19_200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["point_mae", "pointgpt", "uni3d", "torch_pointcloud_ptv1", "torch_pointcloud_ptv3", "official_ptv2"],
+)
+def test_tuned_tensors_are_the_norms_own(name: str):
+    """LayerNorm, BatchNorm with frozen statistics, and norms that are not torch's."""
+    backbone = BACKBONES[name]
+    model, args = adapted(name), backbone.inputs(2, 0)
+    tuned = {key: tensor.detach().clone() for key, tensor in get_adapter(model, "default").tensors().items()}
+    with torch.no_grad():
+        output = backbone.select(model(*args))
+        plain = model.unload()
+        without = backbone.select(plain(*args))
+        plain.load_state_dict({**plain.state_dict(), **tuned})
+        assert torch.allclose(backbone.select(plain(*args)), output, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(without, output, atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms of its own", "without bias"])
+def test_norms_without_bias(norm: str):
+    class OwnRMSNorm(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    made = {
+        "rms": lambda: torch.nn.RMSNorm(24),
+        "rms of its own": lambda: OwnRMSNorm(24),
+        "without bias": lambda: torch.nn.LayerNorm(24, bias=False),
+    }[norm]()
+    backbone = BACKBONES["point_mae"].build()
+    backbone.get_submodule("blocks.blocks.1").norm1 = made
+    model = get_peft_model(backbone, NormTuningConfig(target_modules=["blocks.1.norm1"], modules_to_save=[])).eval()
+    (name, tensor), *others = get_adapter(model, "default").tensors().items()
+    assert name == "blocks.blocks.1.norm1.weight" and not others
+    (points,) = BACKBONES["point_mae"].inputs(2, 0)
+    with torch.no_grad():
+        tensor.add_(torch.randn(24))
+        output = model(points)
+        assert torch.allclose(model.merge_and_unload()(points), output, atol=1e-4)
+        made.get_parameter("weight").sub_(tensor)
+        assert not torch.allclose(backbone(points), output, atol=1e-2)
+
+
+def test_which_norms():
+    assert [row.name for row in adapted("point_mae", layers_to_transform=[2]).get_layer_status()] == [
+        "blocks.blocks.2.norm1",
+        "blocks.blocks.2.norm2",
+    ]
+    assert [row.name for row in adapted("point_mae", exclude_modules=["norm1", "norm2"]).get_layer_status()] == ["norm"]
+    with pytest.raises(AnatomyError, match=r"'blocks.blocks.0.mlp.fc1' is a Linear; only a norm with a weight"):
+        adapted("point_mae", target_modules=["fc1"])
+
+
+def test_beside_ssf_at_the_same_norms():
+    tuners = (NormTuningConfig(), SSFConfig())
+    both = get_peft_model(PointTransformer(), PeftConfig(tuners=tuners, modules_to_save=[]))
+    assert both.get_nb_trainable_parameters()[0] == 19_200 + 102_912
