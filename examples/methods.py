@@ -189,10 +189,14 @@ class Bench:
         torch.manual_seed(0)
         backbone = self.make()
         model = adapted(row, backbone)
+        self.fill(model)
+        return model
+
+    def fill(self, model: PointPeftModel) -> None:
+        """Fill the memory bank of a model's adapter, if it has one, with random rows."""
         for state in get_adapter(model, "default").shared_states():
             if isinstance(state, Bank):
-                state.fill(torch.randn(self.bank_rows, backbone.trans_dim))
-        return model
+                state.fill(torch.randn(self.bank_rows, describe(model.base_model).stages[-1].width))
 
 
 def _tiny() -> PointTransformer:
@@ -282,6 +286,7 @@ def _needs_coordinates(row: Row) -> bool:
             first.weight.div_(factors)
         backbone.pos_embed.register_forward_pre_hook(lambda module, args: (args[0] * factors,))
         model = get_peft_model(backbone, row.config)
+        QUICK.fill(model)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.adapters.parameters():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -92,6 +93,8 @@ def hub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
 ) -> Iterator[HubServer]:
     """A Hub with the users alice, who is logged in, and bob; `parametrize("hub", ["multipart"], indirect=True)`."""
+    # The client's own, when it sends a file to the LFS store.
+    warnings.filterwarnings("ignore", message="Use 'content=", category=DeprecationWarning)
     xet = request.param == "xet"
     tokens = {"hf_alice": "alice", "hf_bob": "bob"}
     with HubServer(tmp_path / "hub", tokens, xet=xet, multipart=request.param == "multipart") as server:

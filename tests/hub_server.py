@@ -23,17 +23,18 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-import hf_xet  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]
 
 # What the Hub keeps as LFS; the real one reads this from the .gitattributes that it puts into every new repository.
 LFS_SUFFIXES = {".bin", ".ckpt", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth", ".safetensors", ".zip"}
@@ -54,7 +55,7 @@ class Request:
     origin: Literal["hub", "cdn"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Fault:
     """What goes wrong with the next `times` requests of a method and path; see `HubServer.fault`."""
 
@@ -149,10 +150,13 @@ class Repo:
 
 
 class Refusal(Exception):
+    """An error as the Hub reports it: the client goes by X-Error-Code rather than by the status."""
+
     def __init__(self, status: int, message: str, code: str | None = None, **more: Any) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        # A path may hold anything, a header may not.
+        self.headers = {"X-Error-Message": ascii(message)[1:-1]} | ({"X-Error-Code": code} if code else {})
         self.body = {"error": message} | more
 
 
@@ -166,6 +170,8 @@ class Call:
     headers: Message
     body: bytes
     user: str | None
+    filters: Sequence[str] = ()
+    """The only name that stands in a query more than once."""
 
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
@@ -174,7 +180,7 @@ class Call:
         return parse_qs(self.body.decode())
 
     def url(self, **query: str) -> str:
-        return "/" + "/".join(quote(part, safe="") for part in self.segments) + "?" + urlencode({**self.query, **query})
+        return "/" + "/".join(quote(part, safe="") for part in self.segments) + "?" + urlencode({**self.query, "filter": self.filters, **query}, True)
 
 
 @dataclass
@@ -213,19 +219,24 @@ class XetStore:
         self.parsed: set[Path] = set()
 
     @cached_property
+    def hf_xet(self) -> Any:
+        # It opens its log under HF_HOME when it is imported: not before the test has a home of its own.
+        return import_module("hf_xet")
+
+    @cached_property
     def session(self) -> Any:
-        return hf_xet.XetSession()
+        return self.hf_xet.XetSession()
 
     def add(self, content: bytes) -> tuple[str, int]:
         with self.session.new_upload_commit(**self.access) as upload:
-            upload.start_upload_bytes(content, sha256=hf_xet.COMPUTE_SHA256)
+            upload.start_upload_bytes(content, sha256=self.hf_xet.COMPUTE_SHA256)
         return self.find(hashlib.sha256(content).hexdigest()) or ("", 0)
 
     def read(self, xet_hash: str, size: int) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "content")
             with self.session.new_file_download_group(**self.access) as download:
-                download.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(path))
+                download.start_download_file(self.hf_xet.XetFileInfo(xet_hash, size), str(path))
             return path.read_bytes()
 
     def find(self, sha256: str) -> tuple[str, int] | None:
@@ -329,19 +340,8 @@ class HubServer:
         changed (`corrupt`), or has other `headers` (None leaves one out).
         """
         with self._lock:
-            self._faults.append(
-                Fault(
-                    method=method,
-                    path=path_regex,
-                    times=times,
-                    status=status,
-                    delay=delay,
-                    truncate=truncate,
-                    corrupt=corrupt,
-                    drop=drop,
-                    headers=headers or {},
-                )
-            )
+            wrong = Fault(method, path_regex, times, status, delay, truncate, corrupt, drop, headers or {})
+            self._faults.append(wrong)
 
     def seen(self, method: str, path_regex: str) -> list[Request]:
         return [one for one in list(self.log) if re.fullmatch(method, one.method) and re.search(path_regex, one.path)]
@@ -406,14 +406,13 @@ class HubServer:
         with self._lock:
             self.log.append(Request(method, target, user, token, origin))
             fault = self._next_fault(method, target)
-        if fault and fault.delay:
-            self._stopping.wait(fault.delay)
-        if fault and fault.drop:
+        if fault and ((fault.delay and self._stopping.wait(fault.delay)) or fault.drop):
             return None
         path, _, query = target.partition("?")
         segments = [unquote(part) for part in path.split("/")[1:]]
         # The answer to HEAD is GET's without its body.
-        call = Call("GET" if method == "HEAD" else method, segments, dict(_pairs(query)), headers, body, user)
+        filters = parse_qs(query).get("filter", [])
+        call = Call("GET" if method == "HEAD" else method, segments, dict(_pairs(query)), headers, body, user, filters)
         try:
             if fault and fault.status:
                 raise Refusal(fault.status, f"Fault {fault.status}")
@@ -487,6 +486,8 @@ class HubServer:
                 self._writable(call, self._visible(call, kind, name))
                 del self._repos[kind, name]
                 return Answer()
+            case "GET", "api", ("models" | "datasets") as kind:
+                return self._list(call, kind)
             case _, "api", ("models" | "datasets") as kind, owner, name, *rest:
                 return self._of_repo(call, self._visible(call, kind, f"{owner}/{name}"), rest)
             case "POST", "multipart", oid:
@@ -609,6 +610,25 @@ class HubServer:
 
     # Reading
 
+    def _list(self, call: Call, kind: str) -> Answer:
+        """The repositories that have all the tags which are asked for, the newest first."""
+        repos = [r for r in self._repos.values() if r.kind == kind and (not r.private or r.owner == call.user)]
+        listed = [{"id": r.id, "private": r.private, "tags": self._tags(r), "downloads": 0} for r in reversed(repos)]
+        return self._page(call, [entry for entry in listed if set(call.filters) <= set(entry["tags"])])
+
+    def _tags(self, repo: Repo) -> list[str]:
+        """What the Hub makes of the YAML in a repository's card."""
+        card = repo.commit("main").files.get("README.md")
+        matter = re.match(r"---\r?\n(.*?)\r?\n---", self._read(card).decode(), re.DOTALL) if card else None
+        fields = (yaml.safe_load(matter[1]) if matter else None) or {}
+        bases = fields.get("base_model") or []
+        bases = [bases] if isinstance(bases, str) else bases
+        relation = fields.get("base_model_relation")
+        tags = [*fields.get("tags", []), *([fields["library_name"]] if "library_name" in fields else [])]
+        tags += [f"base_model:{base}" for base in bases]
+        tags += [f"base_model:{relation}:{base}" for base in bases if relation]
+        return list(dict.fromkeys(tags))
+
     def _info(self, call: Call, repo: Repo, commit: Commit) -> Answer:
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.files]
         if call.query.get("blobs"):
@@ -629,7 +649,7 @@ class HubServer:
                 "createdAt": repo.history("main")[-1].date,
                 "downloads": 0,
                 "likes": 0,
-                "tags": [],
+                "tags": self._tags(repo),
                 "siblings": siblings,
             }
         )
@@ -750,11 +770,7 @@ class HubServer:
     def _xet_token(self, store: XetStore) -> Answer:
         # The client keeps a token until a minute before its end.
         end = int(time.time()) + 3600
-        headers = {
-            "X-Xet-Cas-Url": store.url,
-            "X-Xet-Access-Token": "xet",
-            "X-Xet-Token-Expiration": str(end),
-        }
+        headers = {"X-Xet-Cas-Url": store.url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(end)}
         return as_json({"casUrl": store.url, "accessToken": "xet", "exp": end}, headers=headers)
 
     def _commit_call(self, call: Call, repo: Repo, revision: str) -> Answer:
@@ -847,7 +863,8 @@ class HubServer:
             case "POST", "status":
                 self._writable(call, repo, pull.author)
                 pull.status = call.json()["status"]
-                return as_json({})
+                event = {"id": f"{number}", "type": "status-change", "createdAt": pull.date}
+                return as_json({"newStatus": {**event, "data": {"status": pull.status}}})
         raise Refusal(404, "Not found")
 
 

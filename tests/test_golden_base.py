@@ -129,16 +129,16 @@ def test_partseg_reproduces_every_recorded_tensor() -> None:
 def test_a_changed_weight_moves_the_output_as_it_moves_the_official_one() -> None:
     model, description, expected = point_mae()
     points = golden.points(description)
-    parameters = dict(model.named_parameters())
+    tensors = model.state_dict()  # a running mean may be among them
     # Recorded for the first cloud; another set may not hold these numbers.
     for name, change in description.get("weakest_effect_on_output_when_weight_becomes_1.1w+0.05", []):
-        weight = parameters[name]
-        before = weight.detach().clone()
+        weight = tensors[name]
+        before = weight.clone()
         with torch.no_grad():
             weight.mul_(1.1).add_(0.05)
             found = float((model(points[:1]) - expected["logits"][:1]).abs().max())
             weight.copy_(before)
-        assert found == pytest.approx(change, rel=0.05), name
+        assert found == pytest.approx(change, rel=0.05, abs=5e-6), name
 
 
 def test_point_mae_does_not_mix_the_samples_of_a_batch() -> None:

@@ -6,11 +6,13 @@ import hashlib
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
 from huggingface_hub import (
+    CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -231,9 +233,8 @@ def test_create_commit_and_create_pull_request_open_pull_requests(hub: HubServer
     assert api().get_discussion_details(REPO, 2).status == "closed"
     add = [CommitOperationAdd("notes.txt", b"more")]
     api().create_commit(REPO, add, commit_message="More", revision="refs/pr/1")
-    assert hub.files(REPO, "refs/pr/1") == {**hub.files(REPO), "notes.txt": b"more", add[0].path_in_repo: b"more"} | {
-        "adapter_model.safetensors": WEIGHTS[::-1]
-    }
+    changed = {"notes.txt": b"more", "adapter_model.safetensors": WEIGHTS[::-1]}
+    assert hub.files(REPO, "refs/pr/1") == {**hub.files(REPO), **changed}
 
 
 # Revisions
@@ -542,7 +543,7 @@ def test_stop_is_quick_and_closes_what_clients_keep_open(hub: HubServer) -> None
     def wait() -> None:
         try:
             httpx2.get(f"{hub.url}/api/models/{REPO}/refs")
-        except httpx2.RemoteProtocolError as error:
+        except httpx2.TransportError as error:
             ended.append(error)
 
     waiting = threading.Thread(target=wait)
@@ -560,8 +561,26 @@ def test_stop_is_quick_and_closes_what_clients_keep_open(hub: HubServer) -> None
 
 
 @lfs_mode
+def test_commits_at_the_same_time_are_all_kept(hub: HubServer) -> None:
+    hub.put(REPO, FILES)
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(send_step, step) for step in range(16)]
+        oids = {commit.result().oid for commit in sent}
+    assert {commit.oid for commit in hub.commits(REPO)[:16]} == oids
+    assert hub.files(REPO) == {
+        **hub.files(REPO, hub.commits(REPO)[16].oid),
+        **{f"{n}.txt": b"%d" % n for n in range(16)},
+    }
+
+
+def send_step(step: int) -> CommitInfo:
+    return api().upload_file(path_or_fileobj=b"%d" % step, path_in_repo=f"{step}.txt", repo_id=REPO)
+
+
+@lfs_mode
 def test_hostile_names_reach_the_client(hub: HubServer) -> None:
-    hub.put(REPO, {"../../evil": b"x"})
+    hub.put(REPO, {"../../evil": b"x", "é\r\nX: y": b"{}"})
+    assert not api().file_exists(REPO, "é\r\nX: z")
     with pytest.raises(ValueError, match="evil"):
         snapshot_download(REPO)
 

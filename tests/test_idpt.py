@@ -71,6 +71,10 @@ OFFICIAL = {
 }
 
 
+# What the official head takes of the tokens, and how it is called here.
+POOLED = {"all": "cls+prompt+max", "promptonly": "prompt"}
+
+
 def golden_model(description: dict[str, Any]) -> tuple[Any, Any, Any]:
     config, values = description["config"], golden.weights(description)
     names = ("trans_dim", "depth", "num_heads", "num_group", "group_size", "encoder_dims", "cls_dim")
@@ -78,7 +82,7 @@ def golden_model(description: dict[str, Any]) -> tuple[Any, Any, Any]:
     own = {name: values[name] for name in base.state_dict() if not name.startswith(HEAD)}
     base.load_state_dict(own, strict=False)
     idpt = IDPTConfig(prompt_layer=config["prompt_layer"], neighbours=config["feature_k"])
-    model: Any = get_peft_model(base, idpt, heads={HEAD: "cls+prompt+max"})
+    model: Any = get_peft_model(base, idpt, heads={HEAD: POOLED[config["cls_type"]]})
     adapter = model.adapters["default"]
     (generating,) = [part for _, part in adapter.all_parts() if getattr(part, "generator", None) is not None]
     with torch.no_grad():

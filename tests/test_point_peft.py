@@ -169,7 +169,9 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         near: Neighbourhoods = args[2]
-        _, centres = setup.base.group_divider(setup.points)
+        # Not by the backbone's own grouping, with which another direct call of its parts would begin.
+        index = geometry.farthest_point_sample(setup.points, setup.config["num_group"])
+        centres = geometry.gather(setup.points, index)
         places = coordinates_of(centres, setup.stage.prompt_coordinates if kind == "early" else None)
         recorder.tensors[f"{kind}_centre_idx"] = near.centre
         recorder.tensors[f"{kind}_neighbour_idx"] = near.neighbour.sort(dim=2).values
@@ -266,7 +268,7 @@ def test_a_changed_weight_moves_the_output_as_it_moves_the_official_one() -> Non
         weight.mul_(1.1).add_(0.05)
         found = float((setup.model(setup.points[:1]) - setup.expected["logits"][:1]).abs().max())
         weight.copy_(before)
-        assert found == pytest.approx(change, rel=0.05), name
+        assert found == pytest.approx(change, rel=0.05, abs=5e-6), name
 
 
 # ---- a small model, and Point-PEFT once more in plain loops --------------------------------------------------------
