@@ -54,11 +54,13 @@ setup(
     install_requires=[
         "torch>=2.4",
         "safetensors>=0.4.3",
-        "huggingface-hub>=0.24",
+        "huggingface-hub>=1.0",
+        "pyyaml>=5.1",
         "numpy>=1.26",
         "einops>=0.7",
         "accelerate>=0.33",
     ],
+    entry_points={"console_scripts": ["point-peft = point_peft.cli:main"]},
     extras_require={
         "examples": EXAMPLES,
         "peft": PEFT,

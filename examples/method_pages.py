@@ -17,7 +17,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -27,18 +26,12 @@ from examples.capabilities import known
 from examples.method_figures import figure
 from examples.methods import BASE, Bench, facts, published, rows_of, table, yes
 from point_peft import METHODS, TunerConfig
+from point_peft.card import citation, home, markdown, paragraphs
 
 FOLDER = Path(__file__).parent.parent / "docs" / "methods"
 
 
 # ---- what the code says ----------------------------------------------------------------------------------------------
-
-
-def home(config: type[TunerConfig]) -> ModuleType:
-    """The package that offers a configuration, or else the module that defines it."""
-    module = sys.modules[config.__module__]
-    package = sys.modules.get(module.__package__ or "")
-    return package if package is not None and vars(package).get(config.__name__) is config else module
 
 
 @dataclass
@@ -59,12 +52,13 @@ class Text:
 
 def text_of(method: str) -> Text:
     """The docstring of a method, taken apart and in Markdown."""
-    module = home(METHODS[method])
-    first, *blocks = re.split(r"\n\s*\n", inspect.cleandoc(module.__doc__ or METHODS[method].__doc__ or method))
+    first, *blocks = paragraphs(method)
+    cited = citation(method)
     name, colon, summary = " ".join(first.split()).partition(": ")
     text = Text(name=name if colon else method, summary=markdown(_sentence(summary if colon else first)))
-    section = text.citation
-    for block in blocks:
+    text.citation += map(markdown, cited)
+    section = text.body
+    for block in blocks[len(cited) :]:
         if block.startswith("When to use it:"):
             text.use.append(markdown(_sentence(block.removeprefix("When to use it:").strip())))
             section = text.body
@@ -72,23 +66,14 @@ def text_of(method: str) -> Text:
             section = text.deviations
             section += filter(None, [markdown(block.partition("\n")[2])])
         elif block.startswith("    "):
-            section = text.body if section is text.citation else section
             section.append(f"```text\n{textwrap.dedent(block)}\n```")
         else:
-            if section is text.citation and "https://" not in block:
-                section = text.body
             section.append(markdown(block))
     return text
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def markdown(text: str) -> str:
-    """Plain text as Markdown that shows the same; what stands in `...` and URLs are left as they are."""
-    pieces = re.split(r"(`[^`]*`|https?://\S+)", text)
-    return "".join(piece if i % 2 else re.sub(r"([\\*_<\[\]|~#])", r"\\\1", piece) for i, piece in enumerate(pieces))
 
 
 def meanings(config: type[TunerConfig]) -> dict[str, str]:

@@ -16,7 +16,8 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 from point_peft import tuners
 from point_peft.anatomy import Anatomy
 from point_peft.config import METHODS, PeftConfig, TunerConfig
-from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError
+from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, HubError, MatchError, PointPeftError
+from point_peft.hub import list_adapters
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.tuners.bitfit import BitFitConfig
 from point_peft.tuners.bottleneck import BottleneckConfig
@@ -51,6 +52,7 @@ __all__ = [
     "DAPTConfig",
     "GAPromptConfig",
     "GEMConfig",
+    "HubError",
     "IA3Config",
     "IDPTConfig",
     "LinearProbeConfig",
@@ -72,4 +74,5 @@ __all__ = [
     "describe",
     "get_peft_model",
     "inject_adapter",
+    "list_adapters",
 ]

@@ -23,6 +23,10 @@ class AdapterFileError(PointPeftError):
     """A file cannot be read, or what it holds does not fit the model."""
 
 
+class HubError(PointPeftError):
+    """The Hub refuses or fails, or what it holds is not what it states."""
+
+
 def quoted(value: object, limit: int = 80) -> str:
     """What a stranger's file says, fit for an error: quoted, on one line, cut if it is long."""
     text = repr(value[: limit + 1] if isinstance(value, str) else value)

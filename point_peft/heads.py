@@ -387,4 +387,5 @@ def _build(description: Any, path: str, left: list[int]) -> nn.Module:
     try:
         return _LAYERS[name](**arguments)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise AdapterFileError(f"the head '{path}': {name} cannot be made: {error}") from error
+        reason = quoted(str(error), 200)[1:-1]
+        raise AdapterFileError(f"the head '{path}': {name} cannot be made: {reason}") from error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from point_peft import context, exchange, injection, reading, state
+from point_peft import card, context, exchange, hub, injection, reading, state
 from point_peft.anatomy import Anatomy, check_anatomy
 from point_peft.combining import Combination, combine
 from point_peft.config import PeftConfig, TunerConfig
@@ -597,13 +597,17 @@ class AdapterSet(nn.Module):
         An adapter of LoRA alone is written so that the PEFT package reads it too, unless it has something that PEFT's
         `format` cannot say: "peft" makes that an error, which names it; "point_peft" never writes PEFT's format.
         """
+        self._save(Path(save_directory), self._names(adapter_name), format, lambda about: about)
+
+    def _save(
+        self, folder: Path, names: Sequence[str], format: Format, said: Callable[[card.About], card.About]
+    ) -> None:
+        """Write adapters; `said` adds to what their cards say."""
         if format not in get_args(Format):
             raise PointPeftError(f"format is {quoted(format)}; allowed: {', '.join(map(repr, get_args(Format)))}")
         if not self.adapters:
             raise AdapterError("there is no adapter to save")
         self._check_unmerged("adapters cannot be saved")
-        folder = Path(save_directory)
-        names = self._names(adapter_name)
         if not names:
             raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
         modules = injection.backbone_modules(self)
@@ -620,7 +624,7 @@ class AdapterSet(nn.Module):
             config, record = self._file_config(adapter), None
             if reason is None:
                 config, record = exchange.to_peft(adapter, modules), config
-            state.write_folder(own, config, adapter.tensors(), self._card(adapter), record)
+            state.write_folder(own, config, adapter.tensors(), self._card(adapter, said), record)
 
     def _file_config(self, adapter: Adapter) -> dict[str, Any]:
         return {
@@ -651,55 +655,131 @@ class AdapterSet(nn.Module):
         }
         return self.fingerprints.of(tensors)
 
-    def _card(self, adapter: Adapter) -> str:
-        """The README of an adapter's folder."""
-        methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
-        base = adapter.config.base_model_name_or_path
-        count = sum(parameter.numel() for parameter in adapter.parameters())
-        front = [
-            "---",
-            "library_name: point-peft",
-            *([f"base_model: {json.dumps(base)}"] if base else []),
-            "tags:",
-            "- point-cloud",
-        ]
-        return "\n".join(
-            [
-                *front,
-                "- point-peft",
-                "---",
-                "",
-                f"# Adapter for {type(self.base_model).__name__}",
-                "",
-                f"Methods: {methods}. Parameters: {count:,}.",
-                "",
-                "```python",
-                "from point_peft import PointPeftModel",
-                "",
-                'model = PointPeftModel.from_pretrained(backbone, "path/to/this/folder")',
-                "```",
-                "",
-            ]
+    def _card(self, adapter: Adapter, said: Callable[[card.About], card.About]) -> state.Card:
+        """The README of an adapter's folder; where what is there cannot be read, it stays."""
+
+        def over(existing: str | None, size: int) -> str:
+            new = card.render(said(self._about(adapter, size)))
+            try:
+                return card.kept(existing, new)
+            except PointPeftError as error:
+                warnings.warn(f"{state.CARD_FILE} is left as it is: {error}", stacklevel=2)
+                return existing or new
+
+        return over
+
+    def _about(self, adapter: Adapter, size: int) -> card.About:
+        """What the card of an adapter says, its file having `size` bytes."""
+        parameters = sum(parameter.numel() for parameter in adapter.parameters())
+        own = CHILD + "."
+        base = sum(p.numel() for name, p in self.base_model.named_parameters() if not name.startswith(own))
+        sites = [self.base_model.get_submodule(path) for path, _ in adapter.sites() if path not in adapter.saved]
+        return card.About(
+            methods={tuner.method: card.citation(tuner.method) for tuner in adapter.config.tuners},
+            base_kind=type(self.base_model).__name__,
+            base_model=adapter.config.base_model_name_or_path,
+            revision=adapter.config.revision,
+            parameters=parameters,
+            all_parameters=base + parameters,
+            size=size,
+            modules=Counter(type(module).__name__ for module in sites),
+            heads=adapter.saved,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        adapter_name: str | Sequence[str] | None = None,
+        *,
+        subfolder: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: hub.Token = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        format: Format = "auto",
+        results: Mapping[str, Mapping[str, float]] | None = None,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+        pipeline_tag: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> str:
+        """Push adapters to a repository of the Hub, in one commit, and return its address, or that of the pull request.
+
+        They lie there as `save_pretrained` lays them out, or within `subfolder`, with one model card for all at the
+        root. The repository is made if need be, `private` if so asked for, and so is the branch `revision`. Other files
+        of the repository stay, and so does what its owner wrote into the card.
+
+        The card says what is known, and what you add: `results` (dataset -> metric -> value), `datasets`, `license`,
+        `pipeline_tag`, further `tags`.
+        """
+        names = self._names(adapter_name)
+        where = [subfolder] if subfolder else []
+        hub.check_names(repo_id, revision, subfolder)
+
+        def said(about: card.About) -> card.About:
+            return replace(
+                about,
+                results=results or {},
+                datasets=tuple(datasets),
+                license=license,
+                pipeline_tag=pipeline_tag,
+                tags=tuple(tags),
+            )
+
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), names, format, said)
+            files = {
+                "/".join([*where, *path.relative_to(folder).parts]): path.read_bytes()
+                for path in sorted(Path(folder).rglob("*"))
+                if path.is_file()
+            }
+        return hub.push(
+            card.for_repository(files, repo_id),
+            repo_id,
+            commit_message=commit_message or f"Upload {', '.join(names)} with point_peft {__version__}",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            merge_card=card.merged,
         )
 
     def load_adapter(
         self,
-        folder: str | Path,
+        source: str | Path,
         adapter_name: str = "default",
         *,
         is_trainable: bool = False,
         heads: Mapping[str, HeadSource] | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: hub.Token = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> None:
-        """Add the adapter that a folder holds; it is not made active unless it is the only one.
+        """Add the adapter of a folder, or of a repository of the Hub; it is not made active unless it is the only one.
 
-        The folder may be one that the PEFT package has written, of LoRA. Everything is checked first: names, shapes,
+        A folder may be one that the PEFT package has written, of LoRA. Everything is checked first: names, shapes,
         types and values of all tensors, and that the backbone is the one that the adapter was trained on, which PEFT's
         files do not tell. On any error the model is as it was. `heads` gives modules of classes that a
-        file cannot describe.
+        file cannot describe. All that follows but `subfolder` is for the Hub.
         """
         self._check_new(adapter_name)
-        files = state.read_folder(Path(folder))
-        self._attach(adapter_name, self._restore(files, Path(folder), is_trainable, heads))
+        folder = _folder_of(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        files = state.read_folder(folder)
+        self._attach(adapter_name, self._restore(files, folder, is_trainable, heads))
 
     def _restore(
         self, files: state.AdapterFiles, folder: Path, is_trainable: bool, heads: Mapping[str, HeadSource] | None
@@ -819,17 +899,37 @@ class PointPeftModel(AdapterSet):
     @staticmethod
     def from_pretrained(
         model: nn.Module,
-        folder: str | Path,
+        source: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
         *,
         heads: Mapping[str, HeadSource] | None = None,
         example_inputs: Any = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: hub.Token = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> PointPeftModel:
-        """Adapt a backbone, in place, with the adapter that a folder holds. On any error the backbone is as it was."""
+        """Adapt a backbone, in place, with the adapter of a folder or of a repository of the Hub ("owner/name").
+
+        On any error the backbone is as it was. See `load_adapter`.
+        """
         _check_plain(model)
         peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
-        peft_model.load_adapter(folder, adapter_name, is_trainable=is_trainable, heads=heads)
+        peft_model.load_adapter(
+            source,
+            adapter_name,
+            is_trainable=is_trainable,
+            heads=heads,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         return peft_model
 
 
@@ -929,6 +1029,32 @@ def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | AnatomyError:
     except AnatomyError as error:
         return known or error
     return traced if known is None else verified(known, traced)
+
+
+def _folder_of(
+    source: str | Path,
+    *,
+    subfolder: str | None,
+    revision: str | None,
+    token: hub.Token,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    force_download: bool,
+) -> Path:
+    """Where the files of an adapter lie: a folder that is there, or what is downloaded from the Hub."""
+    if isinstance(source, str) and not Path(source).exists() and hub.is_repo_id(source):
+        return hub.download(
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+    if revision is not None or force_download:
+        raise PointPeftError(f"revision and force_download are for repositories of the Hub; '{source}' is a path")
+    return Path(source) / subfolder if subfolder else Path(source)
 
 
 def _check_plain(model: nn.Module) -> None:

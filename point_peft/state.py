@@ -3,7 +3,7 @@
 Reading is strict both ways and checks everything before a model is touched. Writing is atomic: the tensors and their
 configuration are one adapter, so the tensors' file carries the digest of its configuration, and a new configuration
 lies beside the old one until the tensors have been replaced. Whenever the process dies, a reader finds a complete
-adapter, the old one or the new.
+adapter, the old one or the new. The tensors' file carries its own digest too, because a changed value would go unseen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,16 @@ KEY_PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSOR_BYTES = 4 << 30
 MAX_HEADER_BYTES = 8 << 20
+MAX_NESTING = 64
+"""No object or list of a configuration lies deeper: what goes through it must not run out of stack."""
 _DIGEST = "config_sha256"
+_SEAL = "file_sha256"
 _RECORD = "point_peft"
 _LEFTOVER = re.compile(r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{12}\.tmp")
 _ROUNDS = 10
+
+Card = Callable[[str | None, int], str]
+"""What the card is to say, from what the present one says, if there is one, and the bytes of the tensors' file."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -212,7 +218,7 @@ def write_folder(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    card: str,
+    card: Card,
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter into a folder, which is made if need be; other files in it stay. Complete or not at all.
@@ -230,7 +236,21 @@ def write_folder(
     metadata = {"format": "pt", _DIGEST: _sha256(text)}
     if record is not None:
         metadata[_RECORD] = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    data = _reproducible(safetensors.torch.save(plain, metadata=metadata))
+    data = _sealed(safetensors.torch.save(plain, metadata=metadata))
+    _replace_adapter(folder, text, data, card)
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Copy an adapter's configuration and tensors, byte for byte, into a folder. Complete or not at all."""
+    read_folder(source)
+    try:
+        text, data, _ = _read_pair(source)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read '{source}': {error.strerror or error}") from error
+    _replace_adapter(folder, text, data, None)
+
+
+def _replace_adapter(folder: Path, text: bytes, data: bytes, card: Card | None) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise AdapterFileError(f"cannot save to '{folder}': it is not a folder")
@@ -249,13 +269,25 @@ def write_folder(
         raise AdapterFileError(f"cannot save to '{folder}': {error.strerror or error}") from error
 
 
-def _reproducible(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: safetensors writes the metadata in an order that changes."""
-    length = int.from_bytes(data[:8], "little")
-    parsed = json.loads(data[8 : 8 + length])
+def _sealed(data: bytes) -> bytes:
+    """A safetensors file with its own digest in its metadata.
+
+    And with its header sorted: safetensors writes the metadata in an order that changes.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    parsed = json.loads(data[8:start])
+    parsed["__metadata__"][_SEAL] = _seal(parsed, memoryview(data)[start:])
     header = json.dumps(parsed, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    return len(header).to_bytes(8, "little") + header + data[start:]
+
+
+def _seal(header: Mapping[str, Any], values: memoryview) -> str:
+    """The digest of a safetensors file: of what its header says, but for the digest itself, and of its values."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != _SEAL}
+    digest = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    digest.update(values)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -297,21 +329,22 @@ def _stated_digest(path: Path) -> str | None:
         start = file.read(8)
         start += file.read(min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
     try:
-        return _metadata(start, path).get(_DIGEST)
+        return _metadata(_header(start, path)).get(_DIGEST)
     except AdapterFileError:
         return None
 
 
-def _replace_files(folder: Path, text: bytes, data: bytes, card: str) -> None:
+def _replace_files(folder: Path, text: bytes, data: bytes, card: Card | None) -> None:
     suffix = f".{secrets.token_hex(6)}.tmp"
     temporary = {name: folder / f".{name}{suffix}" for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE)}
     pending = folder / PENDING_CONFIG_FILE
+    readme = None if card is None else _new_card(folder / CARD_FILE, card, len(data))
     done = False
     try:
         _write(temporary[CONFIG_FILE], text)
         _write(temporary[TENSOR_FILE], data)
-        if not (folder / CARD_FILE).exists():
-            _write(temporary[CARD_FILE], card.encode())
+        if readme is not None:
+            _write(temporary[CARD_FILE], readme)
         # The moment that counts is the replacement of the tensors: before it the old configuration fits, after it the
         # pending one does, and the tensors' header says which.
         os.replace(temporary[CONFIG_FILE], pending)
@@ -325,6 +358,18 @@ def _replace_files(folder: Path, text: bytes, data: bytes, card: str) -> None:
             path.unlink(missing_ok=True)
 
 
+def _new_card(path: Path, card: Card, size: int) -> bytes | None:
+    """What to write as the card; None: what is there stays, as a link does, whatever it leads to."""
+    if not path.exists():
+        return card(None, size).encode()
+    if path.is_symlink() or not path.is_file():
+        return None
+    present = path.read_bytes()
+    # Bytes that are no text go through as they are.
+    new = card(present.decode("utf-8", "surrogateescape"), size).encode("utf-8", "surrogateescape")
+    return None if new == present else new
+
+
 def _write(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
@@ -335,12 +380,18 @@ def _write(path: Path, data: bytes) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def leftovers(folder: Path) -> list[str]:
+    """The files that an interrupted save has left in a folder; the next save removes them."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name == PENDING_CONFIG_FILE or _LEFTOVER.fullmatch(name))
+
+
 def read_folder(folder: Path) -> AdapterFiles:
     """Read an adapter's files; whatever is wrong with them raises `AdapterFileError`."""
     try:
         if not folder.is_dir():
             raise AdapterFileError(f"there is no folder '{folder}'")
-        text, data, metadata = _read_pair(folder)
+        text, data, header = _read_pair(folder)
     except OSError as error:
         raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
     where = f"'{folder / TENSOR_FILE}'"
@@ -349,7 +400,15 @@ def read_folder(folder: Path) -> AdapterFiles:
     except KeyError as error:
         raise AdapterFileError(f"{where} has a tensor of an unknown type: {quoted(error.args[0])}") from error
     except (SafetensorError, ValueError, OverflowError) as error:
-        raise AdapterFileError(f"{where} is not a safetensors file: {error}") from error
+        raise AdapterFileError(f"{where} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
+    metadata = _metadata(header)
+    if _SEAL in metadata and metadata[_SEAL] != _seal(
+        header, memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+    ):
+        raise AdapterFileError(
+            f"{where} is damaged, or another program has changed it: its digest is not the {_SEAL} that its metadata "
+            "states; get it again from where it came"
+        )
     wrong = [name for name in tensors if not name.startswith(KEY_PREFIX)]
     if wrong:
         raise AdapterFileError(f"{where}: the tensor name {quoted(wrong[0])} does not begin with '{KEY_PREFIX}'")
@@ -364,8 +423,8 @@ def read_folder(folder: Path) -> AdapterFiles:
     )
 
 
-def _read_pair(folder: Path) -> tuple[bytes, bytes, dict[str, str]]:
-    """The configuration, the tensors and their metadata in a folder.
+def _read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
+    """The configuration in a folder, the tensors' file and what its header says.
 
     They are those that belong together, whatever a save does meanwhile.
 
@@ -374,11 +433,11 @@ def _read_pair(folder: Path) -> tuple[bytes, bytes, dict[str, str]]:
     before: tuple[bytes, str] | None = None
     for _ in range(_ROUNDS):
         data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
-        metadata = _metadata(data, folder / TENSOR_FILE)
-        digest = metadata.get(_DIGEST)
+        header = _header(data, folder / TENSOR_FILE)
+        digest = _metadata(header).get(_DIGEST)
         text, fits = _config_text(folder, digest)
         if fits or digest is None or (text, digest) == before:
-            return text, data, metadata
+            return text, data, header
         before = (text, digest)
     raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
 
@@ -387,10 +446,13 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
     """The JSON object of a configuration, of a format that this version reads."""
     try:
         config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(config, ensure_ascii=False).encode()  # an escape may stand for half a character
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
+    if not _shallow(config, MAX_NESTING):
+        raise AdapterFileError(f"'{path}' is nested deeper than the {MAX_NESTING} levels that are read")
     if config.get("peft_type") not in (PEFT_TYPE, LORA_TYPE):
         found = quoted(config.get("peft_type"))
         raise AdapterFileError(f"'{path}': peft_type is {found}; this version reads '{PEFT_TYPE}' and '{LORA_TYPE}'")
@@ -404,6 +466,12 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
             + newer
         )
     return config
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    """Whether objects and lists lie in each other no deeper than so many levels."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_shallow(entry, levels - 1) for entry in inside)
 
 
 def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
@@ -441,17 +509,21 @@ def _read_if_there(path: Path, limit: int) -> bytes | None:
         return None
 
 
-def _metadata(data: bytes, path: Path) -> dict[str, str]:
-    """The metadata in the header of a safetensors file."""
+def _header(data: bytes, path: Path) -> Any:
+    """What the header of a safetensors file says."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise AdapterFileError(f"'{path}' is not a safetensors file, or it is cut off")
     if length > MAX_HEADER_BYTES:
         raise AdapterFileError(f"'{path}': a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
     try:
-        header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"'{path}' is not a safetensors file: its header is not JSON") from error
+
+
+def _metadata(header: Any) -> dict[str, str]:
+    """The metadata in the header of a safetensors file."""
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
     return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
 

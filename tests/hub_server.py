@@ -180,7 +180,8 @@ class Call:
         return parse_qs(self.body.decode())
 
     def url(self, **query: str) -> str:
-        return "/" + "/".join(quote(part, safe="") for part in self.segments) + "?" + urlencode({**self.query, "filter": self.filters, **query}, True)
+        asked = {**self.query, "filter": self.filters, **query}
+        return "/" + "/".join(quote(part, safe="") for part in self.segments) + "?" + urlencode(asked, doseq=True)
 
 
 @dataclass
@@ -342,6 +343,11 @@ class HubServer:
         with self._lock:
             wrong = Fault(method, path_regex, times, status, delay, truncate, corrupt, drop, headers or {})
             self._faults.append(wrong)
+
+    def mend(self) -> None:
+        """From now on nothing goes wrong."""
+        with self._lock:
+            self._faults.clear()
 
     def seen(self, method: str, path_regex: str) -> list[Request]:
         return [one for one in list(self.log) if re.fullmatch(method, one.method) and re.search(path_regex, one.path)]
@@ -613,14 +619,16 @@ class HubServer:
     def _list(self, call: Call, kind: str) -> Answer:
         """The repositories that have all the tags which are asked for, the newest first."""
         repos = [r for r in self._repos.values() if r.kind == kind and (not r.private or r.owner == call.user)]
-        listed = [{"id": r.id, "private": r.private, "tags": self._tags(r), "downloads": 0} for r in reversed(repos)]
+        listed: list[dict[str, Any]] = [
+            {"id": r.id, "private": r.private, "tags": self._tags(r), "downloads": 0} for r in reversed(repos)
+        ]
         return self._page(call, [entry for entry in listed if set(call.filters) <= set(entry["tags"])])
 
     def _tags(self, repo: Repo) -> list[str]:
         """What the Hub makes of the YAML in a repository's card."""
         card = repo.commit("main").files.get("README.md")
         matter = re.match(r"---\r?\n(.*?)\r?\n---", self._read(card).decode(), re.DOTALL) if card else None
-        fields = (yaml.safe_load(matter[1]) if matter else None) or {}
+        fields = yaml.safe_load(matter[1]) if matter else {}
         bases = fields.get("base_model") or []
         bases = [bases] if isinstance(bases, str) else bases
         relation = fields.get("base_model_relation")
@@ -649,7 +657,7 @@ class HubServer:
                 "createdAt": repo.history("main")[-1].date,
                 "downloads": 0,
                 "likes": 0,
-                "tags": self._tags(repo),
+                "tags": [],
                 "siblings": siblings,
             }
         )

@@ -41,9 +41,12 @@ LAYERS = [
     "combining",
     "state",
     "exchange",
-    "model",
+    "card",
     "hub",
+    "model",
     "integrations",
+    "cli",
+    "__main__",
 ]
 # The reference backbones know nothing of the library, and the library knows nothing of them.
 BACKBONES_SEE = {"errors", "geometry"}
@@ -114,14 +117,14 @@ def test_every_folder_is_a_package_and_so_gets_installed(folder: Path) -> None:
     ("importer", "source", "allowed"),
     [
         ("", "from .backbones import PointTransformer", True),
-        ("hub", "from point_peft.model import PointPeftModel\nimport torch, point_peft.errors", True),
-        ("model", "from point_peft import hub", False),
-        ("model", "from . import hub", False),
-        ("model", "from .hub import push", False),
+        ("model", "from point_peft.hub import push\nimport torch, point_peft.errors", True),
+        ("hub", "from point_peft import model", False),
+        ("hub", "from . import model", False),
+        ("hub", "from .model import PointPeftModel", False),
         ("integrations.peft", "import peft\nfrom point_peft.model import PointPeftModel", True),
         ("integrations.peft", "from point_peft import PointPeftModel", False),
         ("hub", "import point_peft.integrations.peft", False),
-        ("model", "def late():\n    import point_peft.hub", False),
+        ("hub", "def late():\n    import point_peft.model", False),
         ("state", "import point_peft", False),
         ("state", "from point_peft import get_peft_model", False),
         ("config", "from point_peft_other import hub", True),

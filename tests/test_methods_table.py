@@ -270,3 +270,46 @@ print(method_pages.index())
         "| `IMPORT` | [Imported](import.md) |",
     ):
         assert line in done.stdout, done.stdout
+
+
+def test_a_new_module_enters_the_conformance_matrix_and_files(tmp_path: Path):
+    """The suite is told of nothing: it finds the method on the path, and runs every guarantee on it."""
+    folder = tmp_path / "point_peft" / "tuners"
+    folder.mkdir(parents=True)
+    (folder / "shift_tuning.py").write_text(NEW_METHOD, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "SHIFT-point_mae",
+    ]
+    done = subprocess.run(
+        [*command, "tests/test_conformance.py"], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout, done.stdout
+    script = f"""
+import torch
+from examples.backbones import BACKBONES
+from point_peft import METHODS, PointPeftModel, get_peft_model
+backbone = BACKBONES["point_mae"]
+model = get_peft_model(backbone.build(), METHODS["SHIFT"]()).eval()
+with torch.no_grad():
+    for parameter in model.adapters.parameters():
+        parameter.normal_()
+model.save_pretrained({str(tmp_path / "adapter")!r})
+again = PointPeftModel.from_pretrained(backbone.build(), {str(tmp_path / "adapter")!r}).eval()
+points = backbone.inputs(2, 0)
+assert torch.equal(again(*points), model(*points))
+with model.disable_adapter():
+    assert not torch.equal(again(*points), model(*points))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,10 @@
+"""`python -m point_peft` is the command line `point-peft`."""
+
+from __future__ import annotations
+
+import sys
+
+from point_peft.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""The command line `point-peft`: adapters as files and on the Hub.
+
+Exit codes: 0 all right; 1 a difference (diff) or an adapter that is not in order (inspect); 2 wrong usage or an error,
+which is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from point_peft import card, hub, state
+from point_peft.config import TunerConfig
+from point_peft.errors import AdapterFileError, PointPeftError, quoted
+from point_peft.model import PointPeftModel, describe
+from point_peft.version import __version__
+
+PROGRAM = "point-peft"
+DIFFERENT = 1
+ERROR = 2
+_MODEL = "package.module:callable or file.py:callable that makes the backbone, with its weights"
+_SOURCE = "a folder, or a repository of the Hub"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code: int = options.run(options)
+        except (PointPeftError, OSError) as error:
+            _say(f"{PROGRAM}: error: {' '.join(str(error).split())}", sys.stderr)
+            return ERROR
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Adapters of point-cloud models, as files and on the Hugging Face Hub.",
+        epilog="Exit codes: 0 all right; 1 different, or not in order; 2 an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="say what is in an adapter, and whether it is in order")
+    command.add_argument("source", metavar="PATH_OR_REPO", help=_SOURCE)
+    command.add_argument("--json", action="store_true", help="as JSON")
+    _add_place(command)
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("diff", help="compare two adapters; exit code 1 if they differ")
+    command.add_argument("first", metavar="A", help=_SOURCE)
+    command.add_argument("second", metavar="B", help=_SOURCE)
+    command.add_argument("--token", help="token of the Hub (default: the one that is logged in)")
+    command.set_defaults(run=_diff, revision=None, subfolder=None)
+
+    command = commands.add_parser("describe", help="say what point_peft understands of a backbone")
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument(
+        "--input", metavar="SHAPE", type=_shape, help="run it on random clouds of this shape, such as 2,1024,3"
+    )
+    command.set_defaults(run=_describe)
+
+    command = commands.add_parser("merge", help="fold an adapter into the weights of its backbone")
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("source", metavar="ADAPTER", help=_SOURCE)
+    command.add_argument("output", metavar="OUTPUT.safetensors", type=Path, help="the file to write, a state dict")
+    _add_place(command)
+    command.set_defaults(run=_merge)
+
+    command = commands.add_parser(
+        "push",
+        help="push a saved adapter to the Hub",
+        description="Push the adapter in FOLDER, and those in its subfolders, in one commit. What stands on the Hub "
+        "around the sections of the model card stays.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("repo_id", metavar="REPO_ID")
+    command.add_argument("--private", action="store_true", default=None, help="if the repository has to be made")
+    command.add_argument("--message", help="of the commit")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    _add_place(command)
+    command.set_defaults(run=_push)
+
+    command = commands.add_parser("pull", help="download an adapter into a folder")
+    command.add_argument("repo_id", metavar="REPO_ID")
+    command.add_argument("folder", metavar="FOLDER", type=Path)
+    _add_place(command)
+    command.set_defaults(run=_pull)
+    return parser
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", help="branch, tag or commit of the repository")
+    command.add_argument("--subfolder", help="folder within the repository")
+    command.add_argument("--token", help="token of the Hub (default: the one that is logged in)")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.replace("x", ",").split(",")
+    if len(parts) < 2 or not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 2,1024,3")
+    return tuple(map(int, parts))
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print; what a stranger's file says cannot steer the terminal."""
+    for line in text.split("\n"):
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        print(shown, file=stream)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"{PROGRAM}: warning: {' '.join(str(message).split())}", sys.stderr)
+
+
+def _folder(source: str, options: argparse.Namespace) -> Path:
+    """Where the files of an adapter lie."""
+    if not Path(source).exists() and hub.is_repo_id(source):
+        return hub.download(source, revision=options.revision, subfolder=options.subfolder, token=options.token)
+    if options.revision is not None:
+        raise PointPeftError(f"--revision is for repositories of the Hub; '{source}' is a path")
+    return Path(source, options.subfolder or "")
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    report = _report(_folder(options.source, options))
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _say("\n".join(_readable(report)))
+    return DIFFERENT if report["problems"] else 0
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What is in an adapter, as JSON."""
+    files = state.read_folder(folder)
+    about = _about(files)
+    methods, problems = _methods(files, about)
+    for name, tensor in files.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"the tensor {quoted(name)} holds values that are not finite")
+    if not any(map(torch.count_nonzero, files.tensors.values())):
+        problems.append("all tensors are zero" if files.tensors else "there are no tensors")
+    if files.edited and not files.foreign:
+        problems.append(f"{state.CONFIG_FILE} is another than the one that the tensors were saved with")
+    left = state.leftovers(folder)
+    if left:
+        problems.append(f"an interrupted save has left {', '.join(left)}; the next save removes it")
+    heads, saved = about.get("heads"), about.get("modules_to_save")
+    return {
+        "folder": str(folder),
+        "format": "PEFT" if files.config["peft_type"] == state.LORA_TYPE else "point_peft",
+        "point_peft_version": about.get("point_peft_version"),
+        "methods": methods,
+        "base": {
+            "name": about.get("base_model_name_or_path"),
+            "revision": about.get("revision"),
+            "fingerprint": about.get("base_fingerprint"),
+        },
+        "adapted_modules": about.get("adapted_modules"),
+        # PEFT's files name them only.
+        "heads": heads
+        if isinstance(heads, dict)
+        else dict.fromkeys(map(str, saved if isinstance(saved, list) else ())),
+        "parameters": sum(tensor.numel() for tensor in files.tensors.values()),
+        "bytes": (folder / state.TENSOR_FILE).stat().st_size,
+        "tensors": {
+            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor), "zero": not bool(tensor.count_nonzero())}
+            for name, tensor in files.tensors.items()
+        },
+        "problems": problems,
+    }
+
+
+def _about(files: state.AdapterFiles) -> dict[str, Any]:
+    """What the files say of the adapter: of PEFT's format our record, unless the configuration was edited since."""
+    return files.config if files.record is None or files.edited else files.record
+
+
+def _methods(files: state.AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The methods with the fields that are not their defaults, and what is wrong with them."""
+    if about["peft_type"] == state.LORA_TYPE:
+        own = {name: value for name, value in about.items() if name != "peft_type" and value not in (None, [], {})}
+        return [{"method": state.LORA_TYPE, "fields": own}], []
+    tuners = about.get("tuners")
+    if not isinstance(tuners, list) or not tuners or not all(isinstance(tuner, dict) for tuner in tuners):
+        return [], [f"{state.CONFIG_FILE} names no methods"]
+    found, problems = [], []
+    for tuner in tuners:
+        own = {name: value for name, value in tuner.items() if name != "method"}
+        try:
+            own = _not_default(TunerConfig.from_json(tuner))
+        except PointPeftError as error:
+            problems.append(str(error))
+        found.append({"method": tuner.get("method"), "fields": own})
+    return found, problems
+
+
+def _not_default(config: TunerConfig) -> dict[str, Any]:
+    values, found = config.to_json(), {}
+    for item in fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        value = getattr(config, item.name)
+        if value != (tuple(default) if isinstance(default, list) else default):
+            found[item.name] = values[item.name]
+    return found
+
+
+def _readable(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{report['folder']} ({report['format']} format)"
+    for entry in report["methods"]:
+        yield f"method:      {entry['method']}"
+        for name, value in entry["fields"].items():
+            yield f"  {name} = {value!r}"
+    base = report["base"]
+    yield f"base:        {base['name'] or 'not named'}" + (f", revision {base['revision']}" if base["revision"] else "")
+    if isinstance(base["fingerprint"], dict):
+        for name, value in sorted(base["fingerprint"].items()):
+            yield f"  {name} = {value!r}"
+    yield f"own modules: {', '.join(report['heads']) or 'none'}"
+    zero = sum(tensor["zero"] for tensor in report["tensors"].values())
+    yield f"size:        {report['parameters']:,} parameters, {report['bytes']:,} bytes"
+    yield f"tensors:     {len(report['tensors'])}, {zero} of them zero"
+    width = max(map(len, report["tensors"]), default=0)
+    for name, tensor in report["tensors"].items():
+        shape = f"({', '.join(map(str, tensor['shape']))})"
+        yield f"  {name:<{width}}  {tensor['dtype']} {shape}{' zero' if tensor['zero'] else ''}"
+    yield "health:      " + ("in order" if not report["problems"] else "NOT in order")
+    for problem in report["problems"]:
+        yield f"  {problem}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# ---- diff ------------------------------------------------------------------------------------------------------------
+
+
+def _diff(options: argparse.Namespace) -> int:
+    files = [state.read_folder(_folder(source, options)) for source in (options.first, options.second)]
+    lines = list(_differences(*files))
+    if lines:
+        _say("\n".join([f"--- {options.first}", f"+++ {options.second}", *lines]))
+    return DIFFERENT if lines else 0
+
+
+def _differences(first: state.AdapterFiles, second: state.AdapterFiles) -> Iterator[str]:
+    ours, theirs = dict(_leaves(_about(first))), dict(_leaves(_about(second)))
+    for name in sorted({*ours, *theirs} - {"point_peft_version"}):
+        if name not in ours or name not in theirs or ours[name] != theirs[name]:
+            yield f"config {name}: {ours.get(name, 'absent')} -> {theirs.get(name, 'absent')}"
+    for name in sorted({*first.tensors, *second.tensors}):
+        a, b = first.tensors.get(name), second.tensors.get(name)
+        if a is None or b is None:
+            yield f"tensor {name}: only in {'A' if b is None else 'B'}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            yield f"tensor {name}: {_dtype(a)} {tuple(a.shape)} -> {_dtype(b)} {tuple(b.shape)}"
+        elif not torch.equal(a, b):
+            x, y = a.double().flatten(), b.double().flatten()
+            lengths = float(x.norm() * y.norm())
+            cosine = float(x @ y) / lengths if lengths else 0.0
+            yield f"tensor {name}: largest difference {float((x - y).abs().max()):.3g}, cosine {cosine:.6f}"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, JSON) of everything in a configuration that is not an object or a list of objects."""
+    if isinstance(value, dict) and value:
+        for name, entry in value.items():
+            yield from _leaves(entry, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        for number, entry in enumerate(value):
+            yield from _leaves(entry, f"{path}[{number}]")
+    else:
+        yield path, json.dumps(value, sort_keys=True)
+
+
+# ---- describe, merge -------------------------------------------------------------------------------------------------
+
+
+def _describe(options: argparse.Namespace) -> int:
+    model = _model(options.model)
+    inputs = []
+    if options.input is not None:
+        inputs.append(torch.randn(options.input, generator=torch.Generator().manual_seed(0)))
+    _say(str(describe(model, *inputs)))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    output: Path = options.output
+    if output.suffix != ".safetensors":
+        raise PointPeftError(f"OUTPUT is {str(output)!r}; allowed: a name that ends with .safetensors")
+    model = PointPeftModel.from_pretrained(_model(options.model), _folder(options.source, options))
+    tensors = {}
+    for name, value in model.merge_and_unload().state_dict().items():
+        if not isinstance(value, Tensor):
+            raise PointPeftError(f"{name!r} of the backbone is no tensor, and safetensors hold nothing else")
+        # Clones, because tensors that share memory are not written.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _say(f"{output}: {len(tensors)} tensors, {output.stat().st_size:,} bytes")
+    return 0
+
+
+def _model(spec: str) -> nn.Module:
+    """The backbone that `package.module:callable` or `file.py:callable` makes."""
+    origin, colon, name = spec.rpartition(":")
+    if not colon or not origin or not name:
+        raise PointPeftError(f"MODEL is {quoted(spec)}; allowed: {_MODEL}")
+    found: Any = _module(origin)
+    for part in name.split("."):
+        if part not in dir(found):
+            raise PointPeftError(f"MODEL: {quoted(origin)} has no {quoted(name)}")
+        found = getattr(found, part)
+    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(made, nn.Module):
+        raise PointPeftError(f"MODEL: {quoted(spec)} gives a {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def _module(origin: str) -> Any:
+    if origin.endswith(".py"):
+        if not Path(origin).is_file():
+            raise PointPeftError(f"MODEL: there is no file {quoted(origin)}")
+        spec = importlib.util.spec_from_file_location(Path(origin).stem, origin)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # as an import does; dataclasses and pickle look there
+        spec.loader.exec_module(module)
+        return module
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        return importlib.import_module(origin)
+    except ImportError as error:
+        raise PointPeftError(f"MODEL: cannot import {quoted(origin)}: {error}") from error
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def _push(options: argparse.Namespace) -> int:
+    url = hub.push(
+        card.for_repository(_files(options.folder, options.subfolder), options.repo_id),
+        options.repo_id,
+        commit_message=options.message or f"Upload with point_peft {__version__}",
+        private=options.private,
+        token=options.token,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        merge_card=card.merged,
+    )
+    _say(url)
+    return 0
+
+
+def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
+    """The files of the adapters in a folder and right below it, by their paths in the repository."""
+    if not folder.is_dir():
+        raise AdapterFileError(f"there is no folder '{folder}'")
+    found: dict[str, bytes] = {}
+    for own in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        if not (own / state.CONFIG_FILE).exists() and not (own / state.TENSOR_FILE).exists():
+            continue
+        paths = [own / name for name in (state.CONFIG_FILE, state.TENSOR_FILE, state.CARD_FILE)]
+        linked = [path for path in (own, *paths) if path.is_symlink() and path != folder]
+        if linked:
+            raise AdapterFileError(f"'{linked[0]}' is a link: only files are pushed, not what they link to")
+        state.check_finite(state.read_folder(own).tensors, f"'{own / state.TENSOR_FILE}'")
+        if state.PENDING_CONFIG_FILE in state.leftovers(own):
+            raise AdapterFileError(f"a save into '{own}' was interrupted: load the adapter and save it again")
+        for path in paths:
+            if path.is_file():
+                found["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
+    if not found:
+        raise AdapterFileError(f"there is no adapter in '{folder}': '{state.CONFIG_FILE}' is missing")
+    return found
+
+
+def _pull(options: argparse.Namespace) -> int:
+    source = hub.download(options.repo_id, revision=options.revision, subfolder=options.subfolder, token=options.token)
+    state.copy_folder(source, options.folder)
+    _say(str(options.folder))
+    return 0
