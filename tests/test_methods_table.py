@@ -16,6 +16,7 @@ from examples import method_figures, method_pages, methods
 from examples.methods import BASE, PUBLISHED, QUICK, Row
 from point_peft import METHODS, PointPeftError
 from point_peft.backbones import PointTransformer
+from point_peft.card import markdown
 from tests.methods import ToyConfig
 
 ROOT = Path(__file__).parent.parent
@@ -189,8 +190,8 @@ def test_a_docstring_is_taken_apart(monkeypatch: pytest.MonkeyPatch, toy: str):
 
 
 def test_plain_text_stays_what_it_is():
-    assert method_pages.markdown("x_i <- 2 * `a_b` [1]") == r"x\_i \<- 2 \* `a_b` \[1\]"
-    assert method_pages.markdown("see https://a.org/b_c") == "see https://a.org/b_c"
+    assert markdown("x_i <- 2 * `a_b` [1]") == r"x\_i \<- 2 \* `a_b` \[1\]"
+    assert markdown("see https://a.org/b_c") == "see https://a.org/b_c"
     assert method_pages.cell("one\nline\n\nand | more") == r"one line<br>and \| more"
 
 
