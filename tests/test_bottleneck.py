@@ -117,7 +117,8 @@ def test_beside_an_mlp_that_is_two_layers_of_the_block():
     assert torch.allclose(layer(x), expected, atol=1e-5)
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(lambda factor: layer(x * factor), [1.0, 2.0] * 4))
-    assert all(torch.equal(one, several[i % 2]) for i, one in enumerate(several))
+    # Not bit for bit: torch may split its work otherwise in another thread.
+    assert all(torch.allclose(one, several[i % 2], atol=1e-5) for i, one in enumerate(several))
     assert torch.allclose(several[0], expected, atol=1e-5)
 
 
