@@ -430,15 +430,15 @@ def _read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
 
     A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
     """
-    before: tuple[bytes, str] | None = None
     for _ in range(_ROUNDS):
+        before = _stamps(folder)
         data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
         header = _header(data, folder / TENSOR_FILE)
         digest = _metadata(header).get(_DIGEST)
         text, fits = _config_text(folder, digest)
-        if fits or digest is None or (text, digest) == before:
+        # What does not fit while nothing was replaced has been edited by hand.
+        if fits or digest is None or _stamps(folder) == before:
             return text, data, header
-        before = (text, digest)
     raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
 
 
@@ -472,6 +472,19 @@ def _shallow(value: Any, levels: int) -> bool:
     """Whether objects and lists lie in each other no deeper than so many levels."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels >= 0 and all(_shallow(entry, levels - 1) for entry in inside)
+
+
+def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+    """What tells whether one of the files of a folder is replaced: a save gives each a new inode."""
+    stamps: list[tuple[int, int] | None] = []
+    for name in (CONFIG_FILE, PENDING_CONFIG_FILE, TENSOR_FILE):
+        try:
+            found = (folder / name).stat()
+        except FileNotFoundError:
+            stamps.append(None)
+        else:
+            stamps.append((found.st_ino, found.st_mtime_ns))
+    return stamps
 
 
 def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
