@@ -384,12 +384,23 @@ def _mlp(
     return None
 
 
-def mlp_entrance(model: nn.Module, block: Block) -> str | None:
+def mlp_linears(block: Block) -> tuple[str, str] | None:
+    """The first and the last linear layer of a block's MLP; None if it has none that was found."""
+    if block.mlp is None:
+        return None
+    inside = [path for path in block.linears if path.startswith(block.mlp + ".")]
+    if inside:
+        return inside[0], inside[-1]
+    # The MLP is then the second of two layers side by side.
+    beside = [path for path in block.linears if path.rpartition(".")[0] == block.mlp.rpartition(".")[0]]
+    at = beside.index(block.mlp) if block.mlp in beside else 0
+    return (beside[at - 1], block.mlp) if at else None
+
+
+def mlp_entrance(block: Block) -> str | None:
     """The module whose input is that of a block's MLP: the MLP itself, or its first layer where it is not a module."""
-    if block.mlp is None or linear_shape(model.get_submodule(block.mlp)) is None:
-        return block.mlp
-    pairs = [one for one, two in pairwise(block.linears) if two == block.mlp]
-    return pairs[0] if pairs else None
+    ends = mlp_linears(block)
+    return ends[0] if ends is not None and ends[1] == block.mlp else block.mlp
 
 
 def _mlp_norm(modules: Mapping[str, nn.Module], block: str, norms: Sequence[str], mlp: str | None) -> str | None:

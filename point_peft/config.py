@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from point_peft.anatomy import Anatomy
+from point_peft.anatomy import Anatomy, Block
 from point_peft.anatomy import from_json as anatomy_from_json
 from point_peft.anatomy import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
@@ -86,6 +86,10 @@ class TunerConfig(ABC):
     @abstractmethod
     def build(self, backbone: Backbone) -> Blueprint:
         """The parts and shared state that this method adds to a backbone, which is not changed."""
+
+    def chosen_blocks(self, backbone: Backbone) -> tuple[tuple[int, Block], ...]:
+        """(number, block) of the blocks that are meant, for methods whose `target_modules` name blocks."""
+        return backbone.select_blocks(self.method, self.target_modules, self.exclude_modules, self.layers_to_transform)
 
     @property
     def identity_at_init(self) -> bool:

@@ -143,10 +143,10 @@ class Forward:
             self.gradless.add(key)
 
     def noted(self, key: Hashable) -> Tensor:
-        """What was noted under a key."""
+        """What was noted under a key, once: it need not be kept until the forward ends."""
         if key in self.gradless and torch.is_grad_enabled():
             raise AdapterError(_NO_GRADIENT)
-        return self.notes[key]
+        return self.notes.pop(key)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a term to what `auxiliary_loss` gives; not a second time when checkpointing runs a part again."""

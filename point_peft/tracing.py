@@ -140,14 +140,14 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
     # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
     outputs = (outputs[0], *(found for found in outputs[1:] if found[-1:] == ("features",)))
     stage = Stage(
-        blocks=tuple(_with_mlp_norm(model, block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
+        blocks=tuple(_with_mlp_norm(block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
     )
     return _packed(stage, seen, tokens) if tokens.ndim == 2 else _dense(stage, seen, tokens)
 
 
-def _with_mlp_norm(model: nn.Module, block: Block, seen: Trace) -> Block:
+def _with_mlp_norm(block: Block, seen: Trace) -> Block:
     """A block with the norm whose output its MLP gets, if there is one."""
-    fed = mlp_entrance(model, block)
+    fed = mlp_entrance(block)
     if fed is None or fed not in seen.calls:
         return replace(block, mlp_norm=None)
     given = list(seen.first(fed).inputs.values())

@@ -355,16 +355,3 @@ def projects(block: Block, path: str) -> str:
     words = path.removeprefix(block.attention + ".").replace(".", "_").split("_")
     # In torch_geometric's convolutions the layer for the values has no name but `lin`.
     return "v" if words == ["lin"] else next((_ROLES[word] for word in words if word in _ROLES), "")
-
-
-def mlp_linears(block: Block) -> tuple[str, str] | None:
-    """The first and the last linear layer of a block's MLP; None if it has none that was found."""
-    if block.mlp is None:
-        return None
-    inside = [path for path in block.linears if path.startswith(block.mlp + ".")]
-    if inside:
-        return inside[0], inside[-1]
-    # The MLP is then the second of two layers side by side.
-    beside = [path for path in block.linears if path.rpartition(".")[0] == block.mlp.rpartition(".")[0]]
-    at = beside.index(block.mlp) if block.mlp in beside else 0
-    return (beside[at - 1], block.mlp) if at else None

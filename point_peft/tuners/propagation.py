@@ -120,12 +120,8 @@ def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tup
     A scene has too many centres for all of them to reach every token, so the k nearest do.
     """
     with torch.no_grad():
-        # Voxels may come in any order; the functions on packed points want each sample in one piece.
-        order = torch.arange(len(points), device=points.device)
-        if len(samples) == len(points):
-            samples, order = samples.sort(stable=True)
+        order, ends = ragged.gathered(samples, len(points))
         points = points.detach()[order]
-        ends = ragged.as_offset(samples, len(points))
         centre, centre_ends = ragged.ragged_farthest_point_sample(points, ends, centre_ratio)
         neighbour = ragged.ragged_knn(points[centre], centre_ends, points, ends, k)
         nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)

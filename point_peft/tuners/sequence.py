@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from point_peft import tokens as token_ops
-from point_peft.anatomy import Block, Stage
+from point_peft.anatomy import Block, Stage, mlp_entrance
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.tokens import Args, Kwargs
 from point_peft.tuners.base import Call, Part
@@ -82,7 +82,7 @@ class StreamNote(Part):
         self.block = block.path
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.note((call.adapter, "stream", self.block), args[0] if args else kwargs["input"])
+        call.forward.note((call.adapter, self.tuner, "stream", self.block), args[0] if args else kwargs["input"])
         return args, kwargs
 
 
@@ -97,15 +97,63 @@ def note_stream(block: Block, method: str) -> tuple[str, StreamNote]:
     return block.mlp_norm, StreamNote(block)
 
 
-def noted_stream(call: Call, stage: Stage, like: BlockTokens) -> Tensor:
-    """The stream that was noted in this call of a block, batch first, of those tokens that `like` has."""
-    noted = token_ops.batch_first(call.forward.noted((call.adapter, "stream", call.path)), stage.layout)
+def noted_stream(call: Call, part: SequencePart, like: BlockTokens) -> Tensor:
+    """The stream that was noted for a part in this call of a block, batch first, of those tokens that `like` has."""
+    key = (call.adapter, part.tuner, "stream", call.path)
+    noted = token_ops.batch_first(call.forward.noted(key), part.stage.layout)
     # Methods that act closer to the block may have had prompts in it: they lay before the patch tokens.
     ahead = like.prefix.shape[1] + like.prompts.shape[1]
     g = like.patches.shape[1]
     if noted.shape[1] == ahead + g:
         return noted
     return torch.cat([noted[:, :ahead], noted[:, noted.shape[1] - g :]], dim=1)
+
+
+class EntranceNote(Part):
+    """Where a block's MLP is no module of its own: notes what its first layer gets, for the part at its last."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block.path
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        call.forward.note((call.adapter, self.tuner, "entrance", self.block), (*args, *kwargs.values())[0])
+        return args, kwargs
+
+
+class EntrancePart(Part):
+    """A part at a block's MLP that reads what the MLP gets."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block.path
+        self.noted = mlp_entrance(block) != block.mlp
+        """Whether an `EntranceNote` is needed, because this module is only the last layer of the MLP."""
+
+    def entrance(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        """What the MLP gets, in this call of the block."""
+        if self.noted:
+            return call.forward.noted((call.adapter, self.tuner, "entrance", self.block))
+        given: Tensor = (*args, *kwargs.values())[0]
+        return given
+
+
+def mlp_of(block: Block, method: str) -> str:
+    """The module that returns what a block's MLP adds; `AnatomyError` if there is none."""
+    if block.mlp is None:
+        raise AnatomyError(
+            f"{method} adapts the MLP of every block, and '{block.path}' has none that was found: name it in "
+            "config.anatomy, or use LORA, SSF or NORM_TUNING"
+        )
+    return block.mlp
+
+
+def at_mlp(block: Block, part: EntrancePart) -> list[tuple[str, Part]]:
+    """The sites of a part at a block's MLP, and of what notes for it what the MLP gets."""
+    entrance = mlp_entrance(block)
+    assert block.mlp is not None and entrance is not None  # who asks has seen to it
+    noting: list[tuple[str, Part]] = [(entrance, EntranceNote(block))] if part.noted else []
+    return [*noting, (block.mlp, part)]
 
 
 class LastingPrompts(SequencePart):
@@ -158,6 +206,15 @@ class LastingPrompts(SequencePart):
 
     def _key(self, call: Call) -> tuple[str, int, str]:
         return call.adapter, self.tuner, f"prompts of stage {self.number}"
+
+
+def check_located(stage: Stage, method: str, path: str) -> None:
+    """Raise `AnatomyError` unless it is known where the tokens of a stage, which has the block `path`, lie in space."""
+    if stage.coordinates is None:
+        raise AnatomyError(
+            f"{method} needs to know where the tokens of '{path}' lie in space: "
+            f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
+        )
 
 
 def check_takes_prompts(stage: Stage, method: str, advice: str) -> None:

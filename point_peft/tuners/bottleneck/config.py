@@ -11,8 +11,9 @@ from torch import nn
 from point_peft.anatomy import Anatomy, Block
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint, Bottleneck, Part, mlp_linears
-from point_peft.tuners.bottleneck.parts import NotePart, ParallelPart, SerialPart
+from point_peft.tuners.base import Backbone, Blueprint, Bottleneck
+from point_peft.tuners.bottleneck.parts import ParallelPart, SerialPart
+from point_peft.tuners.sequence import at_mlp, mlp_of
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -42,23 +43,18 @@ class BottleneckConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
         plan = Blueprint()
-        for _, block in backbone.select_blocks(self.method, *fields):
+        for _, block in self.chosen_blocks(backbone):
             channels = anatomy.stages[anatomy.stage_of(block)].width
             scale = (0.1 if self.placement == "adaptformer" else 1.0) if self.scale is None else self.scale
-            if block.mlp is None:
-                raise AnatomyError(
-                    f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: name it "
-                    "in config.anatomy, or use LORA, SSF or NORM_TUNING"
-                )
+            mlp = mlp_of(block, self.method)
             if self.placement == "houlsby":
                 site = _attention_output(backbone, anatomy, block)
                 plan.parts.append((site, SerialPart(self._adapter(channels), scale)))
             if self.placement != "adaptformer":
-                plan.parts.append((block.mlp, SerialPart(self._adapter(channels), scale)))
+                plan.parts.append((mlp, SerialPart(self._adapter(channels), scale)))
             else:
-                plan.parts += self._parallel(block, block.mlp, channels, scale)
+                plan.parts += at_mlp(block, ParallelPart(self._adapter(channels), scale, block))
         return plan
 
     def _adapter(self, channels: int) -> Bottleneck:
@@ -71,14 +67,6 @@ class BottleneckConfig(TunerConfig):
         nn.init.zeros_(adapter.down.bias)
         adapter.zero_up()
         return adapter
-
-    def _parallel(self, block: Block, mlp: str, channels: int, scale: float) -> list[tuple[str, Part]]:
-        """The part at the MLP; where that is its last layer, the first one notes what the MLP gets."""
-        ends = mlp_linears(block)
-        adapter = self._adapter(channels)
-        if ends is None or ends[1] != mlp:
-            return [(mlp, ParallelPart(adapter, scale, None))]
-        return [(ends[0], NotePart(block.path)), (mlp, ParallelPart(adapter, scale, block.path))]
 
 
 def _attention_output(backbone: Backbone, anatomy: Anatomy, block: Block) -> str:

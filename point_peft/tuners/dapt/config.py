@@ -8,14 +8,12 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from point_peft.anatomy import Anatomy, Block, Stage, mlp_entrance
+from point_peft.anatomy import Anatomy, Block, Stage
 from point_peft.config import TunerConfig, require
-from point_peft.errors import AnatomyError
 from point_peft.tuners.base import Backbone, Blueprint, Part
 from point_peft.tuners.dapt.parts import (
     AdapterPart,
     DynamicAdapter,
-    EntranceNote,
     InternalPrompts,
     LayerTFTS,
     PatchTFTS,
@@ -23,7 +21,7 @@ from point_peft.tuners.dapt.parts import (
 )
 from point_peft.tuners.prefix import tune_prefix
 from point_peft.tuners.scale_shift import block_sites, channels_of, key_layers, patch_taps
-from point_peft.tuners.sequence import check_takes_prompts
+from point_peft.tuners.sequence import at_mlp, check_takes_prompts, mlp_of
 
 # The pools of a head of the adapter's own that read what becomes of the prompts.
 READS_PROMPTS = frozenset({"prompt", "all_max", "all_mean", "raw_mean"})
@@ -63,9 +61,9 @@ class DAPTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
-        chosen = [block for _, block in backbone.select_blocks(self.method, *fields)]
-        entrances = {block.path: self._entrance(backbone, block) for block in chosen}
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        for block in chosen:
+            mlp_of(block, self.method)
         plan, prompted = Blueprint(), dict[str, Stage]()
         for number, stage in enumerate(anatomy.stages):
             blocks = [block for block in chosen if block in stage.blocks]
@@ -77,17 +75,13 @@ class DAPTConfig(TunerConfig):
                 plan.parts += made
                 prompted |= {path: stage for path, part in made if part.gamma is not None}
         for block in chosen:
-            mlp, entrance = entrances[block.path]
-            if entrance != mlp:
-                plan.parts.append((entrance, EntranceNote(block.path)))
             channels = anatomy.stages[anatomy.stage_of(block)].width
             part = AdapterPart(
                 DynamicAdapter(channels, self.width, self.dropout),
-                block.path,
-                entrance_noted=entrance != mlp,
+                block,
                 prompted=prompted.get(block.path),
             )
-            plan.parts.append((mlp, part))
+            plan.parts += at_mlp(block, part)
         # After the adapters: where both are at one layer, it is scaled and shifted before they add to it.
         plan.parts += self._scale_shift(backbone, anatomy, chosen)
         if self.init == "published":
@@ -112,16 +106,6 @@ class DAPTConfig(TunerConfig):
                 part = InternalPrompts(stage, number, begins=block == blocks[0], makes=makes, pooled=pooled)
                 parts.append((block.path, part))
         return parts
-
-    def _entrance(self, backbone: Backbone, block: Block) -> tuple[str, str]:
-        """A block's MLP, and the module that gets what it gets: its first layer where it is no module of its own."""
-        entrance = mlp_entrance(backbone.model, block)
-        if block.mlp is None or entrance is None:
-            raise AnatomyError(
-                f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: name it in "
-                "config.anatomy, or use LORA, SSF or NORM_TUNING"
-            )
-        return block.mlp, entrance
 
     @staticmethod
     def _scale_shift(backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> list[tuple[str, Part]]:

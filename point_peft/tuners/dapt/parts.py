@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import tokens as token_ops
-from point_peft.anatomy import Stage
+from point_peft.anatomy import Block, Stage
 from point_peft.errors import AdapterError
 from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Bottleneck, Call, Part
+from point_peft.tuners.base import Bottleneck, Call
 from point_peft.tuners.scale_shift import LayerScaleShift, PatchScaleShift
-from point_peft.tuners.sequence import LastingPrompts, SequencePart
+from point_peft.tuners.sequence import EntrancePart, LastingPrompts, SequencePart
 
 
 class LayerTFTS(LayerScaleShift):
@@ -50,41 +50,24 @@ class DynamicAdapter(nn.Module):
         return adapted
 
 
-class EntranceNote(Part):
-    """Where an MLP is no module of its own: notes what its first layer gets, for the part at its last."""
-
-    def __init__(self, block: str) -> None:
-        super().__init__()
-        self.block = block
-
-    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.notes[call.adapter, "dapt entrance", self.block] = (*args, *kwargs.values())[0]
-        return args, kwargs
-
-
 def adapted_key(call: Call, tuner: int, block: str) -> tuple[str, int, str]:
     """Where a block's adapter leaves what its prompt is made of."""
     return call.adapter, tuner, f"adapted tokens of {block}"
 
 
-class AdapterPart(Part):
+class AdapterPart(EntrancePart):
     """h <- h + d(u) on the output h of a block's MLP, with u what the MLP gets."""
 
     prefix = "dapt"
 
-    def __init__(self, adapter: DynamicAdapter, block: str, *, entrance_noted: bool, prompted: Stage | None) -> None:
-        super().__init__()
+    def __init__(self, adapter: DynamicAdapter, block: Block, *, prompted: Stage | None) -> None:
+        super().__init__(block)
         self.adapter = adapter
-        self.block = block
-        self.entrance_noted = entrance_noted
         self.prompted = prompted
         """The stage, if the block makes a prompt of what the adapter gives."""
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        u = (*args, *kwargs.values())[0]
-        if self.entrance_noted:
-            u = call.forward.notes.pop((call.adapter, "dapt entrance", self.block))
-        adapted = self.adapter(u)
+        adapted = self.adapter(self.entrance(call, args, kwargs))
         if self.prompted is not None:
             mean = nn.functional.gelu(token_ops.batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
             # Left and not noted: a model that checkpoints the inside of its blocks may run it without gradient.

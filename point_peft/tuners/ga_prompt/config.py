@@ -15,7 +15,7 @@ from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 from point_peft.tuners.prefix import tune_prefix
 from point_peft.tuners.propagation import GeometryAwareAdapter
 from point_peft.tuners.quick_bottleneck import quick_bottleneck
-from point_peft.tuners.sequence import check_takes_prompts
+from point_peft.tuners.sequence import check_located, check_takes_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,7 @@ class GAPromptConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
-        chosen = [block for _, block in backbone.select_blocks(self.method, *fields)]
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
         prompted = chosen[: self.prompt_layers] if self.num_prompts else []
         last, plan = len(anatomy.stages) - 1, Blueprint()
         feature = last if self.shift and "feature" in backbone.pooled else None
@@ -132,11 +131,8 @@ class GAPromptConfig(TunerConfig):
             check_takes_prompts(
                 stage, self.method, "Set num_prompts=0 to keep its propagation, or use LORA, SSF or BOTTLENECK"
             )
-        if blocks and stage.coordinates is None:
-            raise AnatomyError(
-                f"{self.method} needs to know where the tokens of '{blocks[0].path}' lie in space: "
-                f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
-            )
+        if blocks:
+            check_located(stage, self.method, blocks[0].path)
         # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
         unread = None if anatomy.patches_read else anatomy.blocks[-1]
         identity = self.init == "identity"

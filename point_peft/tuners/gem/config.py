@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.errors import AnatomyError
 from point_peft.tuners.base import Backbone, Blueprint
 from point_peft.tuners.gem.context_adapter import ContextAdapter
 from point_peft.tuners.gem.parts import GEMPart
 from point_peft.tuners.gem.spatial_adapter import SpatialAdapter
+from point_peft.tuners.sequence import check_located
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,11 @@ class GEMConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
         plan = Blueprint()
-        for _, block in backbone.select_blocks(self.method, *fields):
+        for _, block in self.chosen_blocks(backbone):
             number = anatomy.stage_of(block)
             stage = anatomy.stages[number]
-            if stage.coordinates is None:
-                raise AnatomyError(
-                    f"{self.method} needs to know where the tokens of '{block.path}' lie in space: "
-                    f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
-                )
+            check_located(stage, self.method, block.path)
             part = GEMPart(
                 stage,
                 number,

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from point_peft.anatomy import Block, linear_shape
+from point_peft.anatomy import Block, linear_shape, mlp_linears
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint, Part, mlp_linears, projects
+from point_peft.tuners.base import Backbone, Blueprint, Part, projects
 from point_peft.tuners.ia3.parts import HiddenPart, KeyValuePart
 
 
@@ -25,8 +25,7 @@ class IA3Config(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         plan = Blueprint()
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
-        for _, block in backbone.select_blocks(self.method, *fields):
+        for _, block in self.chosen_blocks(backbone):
             plan.parts += self._keys_and_values(backbone, block)
             if self.scale_mlp:
                 plan.parts.append(self._hidden(backbone, block))

@@ -41,9 +41,7 @@ class IDPTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = backbone.select_blocks(
-            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
-        )
+        chosen = self.chosen_blocks(backbone)
         number, stage = len(anatomy.stages) - 1, anatomy.stages[-1]
         first = chosen[-1][0] if self.prompt_layer is None else self.prompt_layer
         layers = {layer: block for layer, block in chosen if block in stage.blocks}

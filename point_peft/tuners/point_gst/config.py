@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.errors import AnatomyError
 from point_peft.tuners.base import Backbone, Blueprint
 from point_peft.tuners.point_gst.parts import SpectralAdapter, SpectralPart, Transform
 from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.sequence import note_stream
+from point_peft.tuners.sequence import check_located, note_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +35,11 @@ class PointGSTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
         plan = Blueprint()
-        for _, block in backbone.select_blocks(self.method, *fields):
+        for _, block in self.chosen_blocks(backbone):
             index = anatomy.stage_of(block)
             stage = anatomy.stages[index]
-            if stage.coordinates is None:
-                raise AnatomyError(
-                    f"{self.method} needs to know where the tokens of '{block.path}' lie in space: "
-                    f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
-                )
+            check_located(stage, self.method, block.path)
             # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
             scales = 2 if anatomy.patches_read or block != anatomy.blocks[-1] else 0
             adapter = SpectralAdapter(stage.width, self.rank, self.transform, scales=scales)

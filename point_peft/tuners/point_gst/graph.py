@@ -100,11 +100,7 @@ def z_order(points: Tensor) -> Tensor:
 
 def _packed_order(points: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """The order (n,) of packed points (n, 3) along the curve, sample by sample, and how many each sample has."""
-    # Voxels may come in any order of samples.
-    order = torch.arange(len(points), device=points.device)
-    if len(samples) == len(points):
-        samples, order = samples.sort(stable=True)
-    ends = ragged.as_offset(samples, len(points))
+    order, ends = ragged.gathered(samples, len(points))
     along = z_order(points[order][None])[0]
     along = along[ragged.samples_of(ends, len(points))[along].argsort(stable=True)]
     return order[along], nn.functional.pad(ends, (1, 0)).diff()

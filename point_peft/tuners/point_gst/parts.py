@@ -68,7 +68,7 @@ class SpectralPart(SequencePart):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         got = self.returned(call, output)
-        stream = noted_stream(call, self.stage, got)
+        stream = noted_stream(call, self, got)
         ahead = got.prefix.shape[1]
         scales = graphs_of(call.forward, self.number, self.local_size) if len(self.adapter.norms) else ()
         change = self.adapter(stream[:, :ahead], stream[:, ahead:], scales).to(got.patches.dtype)

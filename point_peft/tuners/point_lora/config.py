@@ -78,9 +78,7 @@ class PointLoRAConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         stage = stage_to_group(backbone, self.method)
-        chosen = backbone.select_blocks(
-            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
-        )
+        chosen = self.chosen_blocks(backbone)
         plan = Blueprint(modules=modules_to_tune(backbone, stage, self.tuned_modules))
         plan.shared["token_mlps"] = TokenMlps("point_lora", stage.width, self.token_mlp_width, self.init)
         plan.parts.append((stage.tokenizer[-1], SelectedTokens(stage, 0, self._selections())))

@@ -114,9 +114,7 @@ class PointPEFTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = backbone.select_blocks(
-            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
-        )
+        chosen = self.chosen_blocks(backbone)
         limit = self.prompt_layers
         if limit is None:
             several = len({stage.width for stage in anatomy.stages}) > 1

@@ -45,7 +45,7 @@ class PromptedBlock(CarryingPart):
     prefix = "ppt"
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
-        stream = noted_stream(call, self.stage, tokens)
+        stream = noted_stream(call, self, tokens)
         joined = tokens.tokens
         change: Tensor = call.state("token_mlps", PositionMlps).all(stream)
         return split_like(joined + change.to(joined.dtype), tokens)

@@ -10,6 +10,7 @@ from point_peft.anatomy import Block, Stage
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.tuners.sequence import check_located
 from point_peft.tuners.stag.parts import SidePart
 from point_peft.tuners.stag.side_network import SideNetwork
 
@@ -48,8 +49,7 @@ class STAGConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        fields = self.target_modules, self.exclude_modules, self.layers_to_transform
-        chosen = backbone.select_blocks(self.method, *fields)
+        chosen = self.chosen_blocks(backbone)
         first = len(anatomy.blocks) // 2 if self.first_graph_layer is None else self.first_graph_layer
         if chosen[-1][0] < first:
             raise AnatomyError(
@@ -67,11 +67,7 @@ class STAGConfig(TunerConfig):
     def _build_stage(
         self, plan: Blueprint, index: int, stage: Stage, numbered: Sequence[tuple[int, Block]], first: int
     ) -> None:
-        if stage.coordinates is None:
-            raise AnatomyError(
-                f"{self.method} needs to know where the tokens of '{stage.blocks[0].path}' lie in space: "
-                f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, SSF and BOTTLENECK do without"
-            )
+        check_located(stage, self.method, stage.blocks[0].path)
         large = self.size == "sl"
         down = {number: str(number - number % DOWN_GROUP if large else 0) for number, _ in numbered}
         graph = {

@@ -53,11 +53,7 @@ def neighbours(forward: Forward, stage: int, k: int) -> Tensor:
 
 
 def _packed(points: Tensor, samples: Tensor, k: int) -> Tensor:
-    # Voxels may come in any order; the functions on packed points want each sample in one piece.
-    order = torch.arange(len(points), device=points.device)
-    if len(samples) == len(points):
-        samples, order = samples.sort(stable=True)
+    order, ends = ragged.gathered(samples, len(points))
     points = points.detach()[order]
-    ends = ragged.as_offset(samples, len(points))
     nearest = order[ragged.ragged_knn(points, ends, points, ends, k)]
     return nearest[order.argsort()][None]

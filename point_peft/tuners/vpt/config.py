@@ -36,9 +36,7 @@ class VPTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = backbone.select_blocks(
-            self.method, self.target_modules, self.exclude_modules, self.layers_to_transform
-        )
+        chosen = self.chosen_blocks(backbone)
         plan = Blueprint()
         for number, stage in enumerate(anatomy.stages):
             blocks = [block for _, block in chosen if block in stage.blocks]
