@@ -12,6 +12,8 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
 # Not needed to read or write its files; what they are read with elsewhere.
 PEFT = ["peft>=0.21"]
+# Farthest points on a GPU in one kernel.
+FAST = ["torch-fps>=0.6"]
 # Other people's models that the tests adapt, unmodified.
 BACKBONES = [
     "openpoints==0.1.2",
@@ -63,13 +65,18 @@ setup(
     entry_points={"console_scripts": ["point-peft = point_peft.cli:main"]},
     extras_require={
         "examples": EXAMPLES,
+        "fast": FAST,
         "peft": PEFT,
         "test": [
             *EXAMPLES,
             *BACKBONES,
             *PEFT,
+            *FAST,
             "hypothesis>=6.100",
             "mypy>=1.11",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
 
+try:
+    import torch_fps
+except ImportError:  # the extra "fast"
+    torch_fps = None
+try:
+    from torch._higher_order_ops.scan import scan
+except ImportError:  # torch 2.4 and 2.5
+    scan = None  # type: ignore[assignment]
+
 # Distances that one chunk of knn holds at a time: 4 MB of float32, about a core's cache.
 CHUNK_ELEMENTS = 2**20
 
@@ -36,12 +45,26 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     The first is always point 0; of equally far points the one with the lowest index is taken. No gradient.
     """
     _check_points(points, "points")
-    b, n, _ = points.shape
-    if not 1 <= count <= n:
-        raise PointPeftError(f"farthest_point_sample: cannot choose {count} of {n} points")
+    if not 1 <= count <= points.shape[1]:
+        raise PointPeftError(f"farthest_point_sample: cannot choose {count} of {points.shape[1]} points")
+    points = _wide(points.detach())
+    if torch.compiler.is_dynamo_compiling():
+        # One call in the graph: unrolled, the loop takes long to compile, and inductor of torch 2.13 gets it wrong.
+        sampled: Tensor = _farthest_op(points, count)
+        return sampled
+    if torch.compiler.is_compiling() and scan is not None:
+        return _farthest_by_scan(points, count)
+    return _farthest(points, count)
+
+
+def _farthest(points: Tensor, count: int) -> Tensor:
+    # Elsewhere it is no faster than the loop below.
+    if torch_fps is not None and points.is_cuda and points.dtype == torch.float32:
+        return _farthest_by_torch_fps(points, count)
+    b = points.shape[0]
     with torch.no_grad():
         # One contiguous plane (b, n) per axis and no allocation in the loop: four times as fast as (b, n, 3).
-        planes = rearrange(_wide(points.detach()), "b n xyz -> xyz b n").contiguous()
+        planes = rearrange(points, "b n xyz -> xyz b n").contiguous()
         x, y, z = planes.unbind(0)
         nearest = torch.full_like(x, torch.inf)
         distance, square = torch.empty_like(x), torch.empty_like(x)
@@ -58,6 +81,45 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
             last = nearest.argmax(dim=1, keepdim=True)
             index[:, step] = last[:, 0]
         return index
+
+
+def _farthest_by_scan(points: Tensor, count: int) -> Tensor:
+    """For torch.export and ONNX: a loop in the graph, where the plain one would be `count` copies of its body."""
+
+    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        nearest, last = state
+        dx, dy, dz = (axis - axis.gather(1, last[:, None]) for axis in (x, y, z))
+        nearest = torch.minimum(nearest, dx * dx + dy * dy + dz * dz)
+        return (nearest, nearest.argmax(dim=1)), last.clone()
+
+    with torch.no_grad():
+        x, y, z = (axis.clone(memory_format=torch.contiguous_format) for axis in points.unbind(2))
+        nearest = points.new_full(points.shape[:2], torch.inf)
+        first = torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)
+        index: Tensor
+        _, index = scan(step, (nearest, first), torch.zeros(count, device=points.device))
+        return rearrange(index, "count b -> b count")
+
+
+def _farthest_by_torch_fps(points: Tensor, count: int) -> Tensor:
+    every = points.new_ones(points.shape[:2], dtype=torch.bool)
+    index: Tensor = torch_fps.farthest_point_sampling(
+        points, every, count, random_start=False, validate=False, assume_finite=True
+    )
+    # Where all points are at the place of a chosen one, it goes on with those not chosen yet, and we with the first.
+    chosen = gather(points, index)
+    again = (squared_distance(chosen, chosen) == 0).tril(-1).any(dim=2)
+    return index.masked_fill(again, 0)
+
+
+_farthest_op = torch.library.custom_op(
+    "point_peft::farthest_point_sample", _farthest, mutates_args=(), schema="(Tensor points, SymInt count) -> Tensor"
+)
+
+
+@_farthest_op.register_fake
+def _(points: Tensor, count: int) -> Tensor:
+    return points.new_empty(points.shape[0], count, dtype=torch.int64)
 
 
 def knn(queries: Tensor, points: Tensor, k: int) -> Tensor:
@@ -81,15 +143,43 @@ def feature_knn(features: Tensor, k: int) -> Tensor:
 
 
 def _nearest(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    queries, points = _wide(queries.detach()), _wide(points.detach())
+    if torch.compiler.is_dynamo_compiling():
+        nearest: Tensor = _nearest_op(queries, points, k)
+        return nearest
+    if torch.compiler.is_compiling():
+        # By torch.export: ONNX has no cdist, and the number of chunks would fix that of the clouds.
+        with torch.no_grad():
+            distance = torch.linalg.vector_norm(queries[:, :, None] - points[:, None], dim=3)
+            index: Tensor = distance.topk(k, largest=False).indices
+            return index
+    return _nearest_in_chunks(queries, points, k)
+
+
+def _nearest_in_chunks(queries: Tensor, points: Tensor, k: int) -> Tensor:
     b, n, _ = points.shape
     # Autocast would take the distances in half precision.
     with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-        queries, points = _wide(queries.detach()), _wide(points.detach())
         chunk = max(1, CHUNK_ELEMENTS // max(1, b * n))
-        parts = (queries[:, start : start + chunk] for start in range(0, queries.shape[1], chunk))
-        distances = (torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist") for part in parts)
-        nearest = [distance.topk(k, largest=False).indices for distance in distances]
-        return torch.cat(nearest, dim=1)
+        # Made ahead: a small result that is kept beside each freed chunk would keep the allocator from using it again.
+        nearest = torch.empty(b, queries.shape[1], k, dtype=torch.int64, device=points.device)
+        for start in range(0, queries.shape[1], chunk):
+            part = queries[:, start : start + chunk]
+            distance = torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
+            nearest[:, start : start + chunk] = distance.topk(k, largest=False).indices
+        return nearest
+
+
+@torch.library.custom_op(
+    "point_peft::nearest", mutates_args=(), schema="(Tensor queries, Tensor points, SymInt k) -> Tensor"
+)
+def _nearest_op(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    return _nearest_in_chunks(queries, points, k)
+
+
+@_nearest_op.register_fake
+def _(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    return points.new_empty(*queries.shape[:2], k, dtype=torch.int64)
 
 
 def gather(features: Tensor, index: Tensor) -> Tensor:
@@ -102,7 +192,7 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
             "gather: features must be (b, n, c) and index (b, ...), "
             f"got {tuple(features.shape)} and {tuple(index.shape)}"
         )
-    rows = rearrange(features, "b n c -> (b n) c").index_select(0, _flat_index(index, features.shape[1]).flatten())
+    rows = rearrange(features, "b n c -> (b n) c").index_select(0, rows_of_all(index, features.shape[1]).flatten())
     return rows.reshape(*index.shape, features.shape[2])
 
 
@@ -111,7 +201,8 @@ def inverse_distance_weights(queries: Tensor, sources: Tensor, eps: float = 1e-8
 
     Differentiable in both.
     """
-    weights = (squared_distance(queries, sources) + eps).reciprocal()
+    # Both terms over eps, which cancels out: the exporter to ONNX takes an addend of 1e-8 for zero.
+    weights = (squared_distance(queries, sources) / eps + 1.0).reciprocal()
     return weights / weights.sum(dim=2, keepdim=True)
 
 
@@ -138,21 +229,21 @@ def nearest_interpolate(features: Tensor, sources: Tensor, queries: Tensor, k: i
         )
     index = knn(queries, sources, k)
     offset = _wide(gather(sources, index)) - _wide(queries)[:, :, None]
-    weights = (offset.square().sum(dim=3) + eps).reciprocal()
+    weights = (offset.square().sum(dim=3) / eps + 1.0).reciprocal()
     weights = weights / weights.sum(dim=2, keepdim=True)
     # The weighted sum over rows in one fused step: no copy of c channels per neighbour.
     summed = nn.functional.embedding_bag(
-        rearrange(_flat_index(index, sources.shape[1]), "b m k -> (b m) k"),
+        rearrange(rows_of_all(index, sources.shape[1]), "b m k -> (b m) k"),
         rearrange(features, "b s c -> (b s) c"),
         mode="sum",
         per_sample_weights=rearrange(weights, "b m k -> (b m) k").to(features.dtype),
     )
-    return rearrange(summed, "(b m) c -> b m c", b=len(features))
+    return rearrange(summed, "(b m) c -> b m c", m=queries.shape[1])
 
 
-def _flat_index(index: Tensor, n: int) -> Tensor:
+def rows_of_all(index: Tensor, n: int) -> Tensor:
     """Indices (b, ...) into the n rows of each sample, as indices into the (b n) rows of all samples."""
-    first = torch.arange(len(index), device=index.device) * n
+    first = torch.arange(index.shape[0], device=index.device) * n
     return index + first.reshape(-1, *[1] * (index.ndim - 1))
 
 

@@ -223,7 +223,8 @@ def nearest_weights(queries: Tensor, sources: Tensor, index: Tensor, eps: float 
             f"nearest_weights: index must be (m, k) for {len(queries)} queries, got {tuple(index.shape)}"
         )
     near = sources.index_select(0, index.flatten()).reshape(*index.shape, 3)
-    weights = ((near - queries[:, None]).square().sum(dim=2) + eps).reciprocal()
+    # Both terms over eps, which cancels out: the exporter to ONNX takes an addend of 1e-8 for zero.
+    weights = ((near - queries[:, None]).square().sum(dim=2) / eps + 1.0).reciprocal()
     weights = torch.cat([weights[:, :1], weights[:, 1:].masked_fill(index[:, 1:] == index[:, :1], 0.0)], dim=1)
     return weights / weights.sum(dim=1, keepdim=True)
 

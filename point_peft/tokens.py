@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.anatomy import Layout, Stage, Steps, spell_steps
 from point_peft.errors import AnatomyError
@@ -281,10 +281,9 @@ def grow_masks(
 
 def shift_rows(tokens: Tensor, shift: Tensor, at: int, layout: Layout) -> Tensor:
     """Tokens with `shift` (rows, c) added to the rows from row `at` on."""
-    dim = token_dim(layout)
-    rows = as_layout(shift.to(tokens.dtype)[None], layout)
-    head, body, tail = torch.split(tokens, [at, len(shift), tokens.shape[dim] - at - len(shift)], dim=dim)
-    return torch.cat([head, body + rows, tail], dim=dim)
+    # Zeros are added to the others: their gradient then need not be put together from pieces.
+    after = tokens.shape[token_dim(layout)] - at - len(shift)
+    return tokens + as_layout(nn.functional.pad(shift.to(tokens.dtype), (0, 0, at, after))[None], layout)
 
 
 def all_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Steps, Tensor]]:

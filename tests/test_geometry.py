@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +57,41 @@ def test_farthest_point_sample_takes_the_lowest_index_of_a_tie() -> None:
     assert geometry.farthest_point_sample(same, 4).tolist() == [[0, 0, 0, 0]]
 
 
+def uneven(n: int = 60) -> Tensor:
+    """Clouds: of points anywhere, of fewer places than points, of a grid, all at one place."""
+    first, second, third, fourth = clouds(4, n)
+    return torch.stack([first, second[torch.arange(n) % 7], third.mul(3).round(), fourth[:1].expand(n, 3)])
+
+
+def test_an_operator_stands_for_the_loop_in_compiled_code() -> None:
+    points = uneven()
+    sampled = torch.ops.point_peft.farthest_point_sample(points, 20)
+    assert torch.equal(sampled, geometry.farthest_point_sample(points, 20))
+    near = torch.ops.point_peft.nearest(points[:, :5], points, 6)
+    assert torch.equal(near, geometry.knn(points[:, :5], points, 6))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.point_peft.farthest_point_sample, (points, 20), test_utils=checks)
+    torch.library.opcheck(torch.ops.point_peft.nearest, (points[:, :5], points, 6), test_utils=checks)
+
+
+def test_torch_fps_takes_the_same_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_fps = pytest.importorskip("torch_fps", reason="the extra 'fast' is not installed")
+    # Its form in plain torch, which needs no compiler; like the kernels it takes the lowest index of a tie.
+    monkeypatch.setattr(torch_fps.api._cpu, "get_module", lambda: None)
+    points = uneven()
+    for count in (1, 20, 60):
+        assert torch.equal(geometry._farthest_by_torch_fps(points, count), geometry._farthest(points, count))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch_fps is used on a GPU")
+def test_torch_fps_takes_the_same_points_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_fps", reason="the extra 'fast' is not installed")
+    points = uneven().cuda()
+    fast = geometry.farthest_point_sample(points, 20)
+    monkeypatch.setattr(geometry, "torch_fps", None)
+    assert torch.equal(fast, geometry.farthest_point_sample(points, 20))
+
+
 def test_farthest_point_sample_of_all_points_visits_each_once() -> None:
     assert geometry.farthest_point_sample(clouds(2, 9), 9).sort(dim=1).values.tolist() == [list(range(9))] * 2
 
@@ -94,6 +132,30 @@ def test_knn_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for elements in (1, 3 * 2 * 40, 12 * 2 * 40):
         monkeypatch.setattr(geometry, "CHUNK_ELEMENTS", elements)
         assert torch.equal(geometry.knn(queries, points, 5), whole)
+
+
+LARGE = """
+import torch
+from point_peft import geometry
+
+def peak():
+    # Of this program alone, in kB: what getrusage tells begins with that of the process that started it.
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0])
+
+torch.set_num_threads(1)
+points = torch.rand(1, 100_000, 3)
+geometry.knn(points[:, :20], points, 16)
+before = peak()
+geometry.knn(points[:, :1000], points, 16)
+print((peak() - before) * 1024 / 1e6)
+"""
+
+
+def test_knn_takes_memory_for_its_result_alone() -> None:
+    """All distances at once would be 400 MB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 40
 
 
 def test_knn_is_exact_far_from_the_origin() -> None:

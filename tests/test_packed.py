@@ -150,15 +150,15 @@ def test_the_chunks_of_a_large_scene_change_nothing(monkeypatch: pytest.MonkeyPa
     points, samples = torch.rand(60, 3), torch.arange(3).repeat_interleave(20)
     found = []
     for limit in (2**24, 100):
-        monkeypatch.setattr("point_peft.tuners.point_peft.geometry_aware.KEPT_ELEMENTS", limit)
-        monkeypatch.setattr("point_peft.tuners.point_peft.geometry_aware.CHUNK_ELEMENTS", limit)
+        monkeypatch.setattr("point_peft.tuners.point_peft.local_attention.CHUNK_ELEMENTS", limit)
         torch.manual_seed(1)
         model.zero_grad()
         output = model.train()(points, samples)
         torch.autograd.backward(output.square().sum())
         found.append([output, *(p.grad for p in get_adapter(model, "default").parameters())])
     for a, b in zip(*found, strict=True):
-        assert a is not None and b is not None and torch.allclose(a, b, atol=1e-5)
+        assert a is not None and b is not None
+        assert torch.allclose(a, b, atol=1e-5 * float(b.detach().abs().max().clamp(min=1.0)))
 
 
 def test_prompts_in_packed_tokens_are_refused_with_what_can_be_had() -> None:

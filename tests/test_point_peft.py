@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,7 @@ from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Block, Group
 from point_peft.injection import Adapter, get_adapter
 from point_peft.tuners.point_peft import prior
-from point_peft.tuners.point_peft.geometry_aware import StageState
+from point_peft.tuners.point_peft.geometry_aware import LocalAttention, StageState
 from point_peft.tuners.point_peft.parts import BlockPart, MlpPart
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
 from point_peft.tuners.propagation import Neighbourhoods, coordinates_of
@@ -185,6 +186,16 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
     return recorder
 
 
+def local_attention(module: LocalAttention, tokens: Tensor, near: Neighbourhoods) -> Tensor:
+    """What the local attention adds to each neighbour (b, s, k, c), neighbour by neighbour."""
+    neighbours = rearrange(tokens.flatten(0, 1)[near.rows], "k (b s) c -> b s k c", b=len(tokens))
+    normed = module.norm(neighbours)
+    q, k, v = rearrange(module.qkv(normed), "b s k (qkv h c) -> qkv b s h k c", qkv=3, h=module.heads).unbind(0)
+    mixed = (q @ k.transpose(-2, -1) * module.scale).softmax(dim=-1) @ v
+    projected: Tensor = module.proj(rearrange(mixed, "b s h k c -> b s k (h c)"))
+    return projected
+
+
 def run_block(setup: Published, number: int, kind: str, tokens: Tensor) -> dict[str, Tensor]:
     """One block called directly, after the grouping has told its coordinates; its steps under the golden names."""
     block: Any = setup.base.blocks.blocks[number]
@@ -194,8 +205,13 @@ def run_block(setup: Published, number: int, kind: str, tokens: Tensor) -> dict[
     recorder.input(block.norm2, "after_attention")
     recorder.input(mlp.adapter, "mlp_out")
     recorder.output(mlp.adapter, "adapter_out")
-    recorder.output(setup.stage.local_attention.proj, "local_attention_out")
     assert part.geometry is not None
+    # What the projection gives to each neighbour is made nowhere: only its maximum is.
+    part.geometry.register_forward_pre_hook(
+        lambda module, args: recorder.tensors.update(
+            local_attention_out=local_attention(setup.stage.local_attention, args[1], args[2])
+        )
+    )
     recorder.input(part.geometry.norm, "pool_in")
     recorder.output(part.geometry.norm, "pool_out")
     recorder.input(part.adapter, "adapter1_in")
@@ -206,6 +222,8 @@ def run_block(setup: Published, number: int, kind: str, tokens: Tensor) -> dict[
     found, count = dict(recorder.tensors), setup.config["prompts"] if kind == "early" else 0
     if "cp_adapter_out" in found:  # official: with its residual
         found["cp_adapter_out"] = found["cp_adapter_out"] + chosen.tensors["cache_prompt"]
+    for name in ("pool_in", "pool_out"):
+        found[name] = rearrange(found[name], "(b s) c -> b c s", b=len(tokens))
     found["pool_out"] = nn.functional.gelu(found["pool_out"])
     # The official adapter also sees the prompts, which then are thrown away.
     kept, prompts = found["adapter1_in"], found["raw"][:, 1 : 1 + count]
@@ -718,7 +736,7 @@ def test_what_cannot_be_made_a_bank_is_refused_and_the_bank_kept() -> None:
         ([points], {"size": 0}, "size is 0; allowed: 1 or more, or None"),
         ([points], {"size": True}, "size is True; allowed: 1 or more, or None"),
         ([points], {"size": 3.0}, "size is 3.0; allowed: 1 or more, or None"),
-        ([(points, labels)], {"size": 5}, "size=5 is less than the number of classes 6"),
+        ([(points, labels)], {"size": 5}, "6 rows cannot be reduced to 5: there are 6 classes"),
         ([points[:2]], {}, "has 2 rows"),
         ([points], {"size": 2}, "has 2 rows"),
         ([points], {"adapter_name": "other"}, "there is no adapter 'other'"),
@@ -781,14 +799,15 @@ def test_a_bank_can_be_reduced_per_class() -> None:
 def test_the_second_pass_shares_the_stem_and_stops_at_the_last_block(mode: bool, call: str) -> None:
     model, points = adapted().train(mode), clouds(6)
     base: Any = model.get_base_model()
-    seen: dict[str, list[int]] = {}
-    for name in ("group_divider", "encoder", "blocks.blocks.3", "norm", "cls_head_finetune"):
+    seen: dict[str, int] = {}
+    inside = ("encoder.first_conv", "blocks.blocks.3", "norm", "cls_head_finetune")
+    for name in inside:
         base.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.setdefault(name, []).append(len(args[0]))
+            lambda module, args, name=name: seen.update({name: seen.get(name, 0) + 1})
         )
     output = (model if call == "forward" else getattr(model, call))(points)
-    head = {} if call == "forward_features" else {"cls_head_finetune": [6]}
-    assert seen == {"group_divider": [6, 1], "encoder": [6, 1], "blocks.blocks.3": [6, 6], "norm": [6, 6], **head}
+    head = {} if call == "forward_features" else {"cls_head_finetune": 1}
+    assert seen == {"encoder.first_conv": 1, "blocks.blocks.3": 2, "norm": 2, **head}
     assert output.requires_grad
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -11,7 +10,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def normalise(self, features: Tensor, *, recomputing: bool) -> Tensor:
         """Normalised features; when checkpointing repeats a forward, the statistics are not updated again."""
-        x = rearrange(features, "b ... c -> b c (...)")
+        x = features.reshape(-1, features.shape[-1])
         if self.training and recomputing:
             # On copies: a recomputation must save for backward just what the forward saved.
             mean, var = (None if stat is None else stat.clone() for stat in (self.running_mean, self.running_var))
@@ -19,4 +18,4 @@ class BatchNorm(nn.BatchNorm1d):
             x = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
         else:
             x = self(x)
-        return rearrange(x, "b c n -> b n c").reshape(features.shape)
+        return x.reshape(features.shape)

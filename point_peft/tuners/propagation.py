@@ -6,25 +6,39 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from point_peft import geometry, ragged
 from point_peft.context import Forward
 from point_peft.tuners.batch_norm import BatchNorm
 
-Pool = Callable[[Tensor, Tensor], Tensor]
-"""What is pooled, (b, s, c), over neighbourhoods (b, s, k) of tokens (b, l, c)."""
-
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Centres among tokens and the tokens nearest to each: indices (b, s) and (b, s, k).
+    """Centres among tokens (b, l, c) and the tokens nearest to each.
 
     In packed tokens b is one: all samples are in one row, and no neighbourhood reaches beyond its sample.
     """
 
     centre: Tensor
+    """(b, s)"""
     neighbour: Tensor
+    """(b, s, k)"""
+    rows: Tensor
+    """The neighbours (k, b s) as numbers of rows of all samples' tokens, (b l, c)."""
+    centre_rows: Tensor
+    """The centres (b, s) as such."""
+
+    @staticmethod
+    def among(length: int, centre: Tensor, neighbour: Tensor, before: int = 0) -> Neighbourhoods:
+        """Of centres and their neighbours among `length` tokens of each sample, counted from token `before` on."""
+        rows = rearrange(geometry.rows_of_all(neighbour + before, length), "b s k -> k (b s)")
+        return Neighbourhoods(centre, neighbour, rows.contiguous(), geometry.rows_of_all(centre + before, length))
+
+
+Pool = Callable[[Tensor, Neighbourhoods], Tensor]
+"""What is pooled, (b, s, c), over neighbourhoods among tokens (b, l, c)."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +78,37 @@ class GeometryAwareAdapter(nn.Module):
         recomputing: bool,
     ) -> Tensor:
         """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate to them."""
-        pooled = pool(tokens, near.neighbour)
+        pooled = pool(tokens, near)
         if isinstance(self.norm, BatchNorm):
             pooled = self.norm.normalise(pooled, recomputing=recomputing)
         else:
             pooled = self.norm(pooled)
-        centres = nn.functional.gelu(pooled) + self.centre_scale * geometry.gather(tokens, near.centre)
-        propagated = self.scale * propagate(centres)
-        return patches + (propagated if self.gate is None else self.gate * propagated).to(patches.dtype)
+        own = rearrange(tokens, "b l c -> (b l) c").index_select(0, near.centre_rows.flatten()).view(pooled.shape)
+        centres = nn.functional.gelu(pooled).add(own, alpha=self.centre_scale)
+        # Centres are fewer than patches, so they are scaled and not what they propagate.
+        scale = self.scale if self.gate is None else self.scale * self.gate
+        return patches + propagate(scale * centres).to(patches.dtype)
 
 
 def neighbourhoods(
-    forward: Forward, stage: int, centre_ratio: float, k: int, ahead: Tensor | None = None, owner: Hashable = None
+    forward: Forward,
+    stage: int,
+    centre_ratio: float,
+    k: int,
+    ahead: Tensor | None = None,
+    owner: Hashable = None,
+    before: int = 0,
 ) -> tuple[Neighbourhoods, Propagation]:
     """Neighbourhoods among the tokens of a stage, and how their centres propagate to the patches.
 
-    `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s. Once per forward; weights
+    `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s; `before` these there are
+    tokens that lie nowhere. Once per forward; weights
     that carry a gradient to coordinates are made anew at every block, because a checkpointed block must be able to make
     them again.
     """
     patches = forward.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result.
-    key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k)
+    key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k, before)
     if stage in forward.samples:
         return forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
 
@@ -94,7 +117,7 @@ def neighbourhoods(
             points = coordinates_of(patches, ahead)
             centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
             neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
-            return Neighbourhoods(centre, neighbour)
+            return Neighbourhoods.among(before + points.shape[1], centre, neighbour, before)
 
     def weigh() -> Propagation:
         centres = geometry.gather(coordinates_of(patches, ahead), near.centre)
@@ -111,7 +134,7 @@ def coordinates_of(patches: Tensor, ahead: Tensor | None) -> Tensor:
     """Coordinates (b, p + g, 3) of prompts and patches, of those of the patches (b, g, 3) and of prompts (p, 3)."""
     if ahead is None:
         return patches
-    return torch.cat([ahead.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1)
+    return torch.cat([ahead.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
 def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tuple[Neighbourhoods, Propagation]:
@@ -127,5 +150,5 @@ def _packed(points: Tensor, samples: Tensor, centre_ratio: float, k: int) -> tup
         nearest = ragged.ragged_knn(points, ends, points[centre], centre_ends, k)
         weights = ragged.nearest_weights(points, points[centre], nearest)
         place = order.argsort()
-        near = Neighbourhoods(order[centre][None], order[neighbour][None])
+        near = Neighbourhoods.among(len(points), order[centre][None], order[neighbour][None])
         return near, Propagation(weights[place][None], nearest[place])

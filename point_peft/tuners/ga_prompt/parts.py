@@ -15,7 +15,7 @@ from point_peft.errors import AdapterError, AnatomyError
 from point_peft.tokens import Args, Kwargs
 from point_peft.tuners.base import Bottleneck, Call, Part, SharedState
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
-from point_peft.tuners.propagation import GeometryAwareAdapter, neighbourhoods
+from point_peft.tuners.propagation import GeometryAwareAdapter, Neighbourhoods, neighbourhoods
 from point_peft.tuners.second_grouping import run_apart
 from point_peft.tuners.sequence import BlockTokens, SequencePart
 
@@ -92,7 +92,7 @@ class CloudPart(Part):
             self._leave_shapes(call, code)
         if self.point_prompts is None:
             return points
-        prompts = repeat(self.factor * self.point_prompts.to(points.dtype), "p xyz -> b p xyz", b=len(points))
+        prompts = repeat(self.factor * self.point_prompts.to(points.dtype), "p xyz -> b p xyz", b=points.shape[0])
         return torch.cat([points, prompts], dim=1)
 
     def _leave_shapes(self, call: Call, code: Tensor) -> None:
@@ -110,9 +110,9 @@ class CloudPart(Part):
         return torch.cat([value, mean.to(value.dtype).expand(-1, self.point_prompts.shape[0], -1)], dim=1)
 
 
-def twice_the_maximum(tokens: Tensor, neighbour: Tensor) -> Tensor:
-    """2 max N_j over neighbourhoods (b, s, k) of tokens (b, l, c): each is added to itself, as published."""
-    doubled: Tensor = 2.0 * reduce(geometry.gather(tokens, neighbour), "b s k c -> b s c", "max")
+def twice_the_maximum(tokens: Tensor, near: Neighbourhoods) -> Tensor:
+    """2 max N_j (b, s, c) over neighbourhoods among tokens (b, l, c): each is added to itself, as published."""
+    doubled: Tensor = 2.0 * reduce(geometry.gather(tokens, near.neighbour), "b s k c -> b s c", "max")
     return doubled
 
 
@@ -152,7 +152,7 @@ class BlockPart(SequencePart):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.embeddings is None:
             return args, kwargs
-        prompts: Tensor = repeat(self.embeddings, "p c -> b p c", b=len(self.coordinates(call)))
+        prompts: Tensor = repeat(self.embeddings, "p c -> b p c", b=self.coordinates(call).shape[0])
         if self.stage.position_embedding is not None:
             places = call.state(f"stage_{self.number}", StageState).prompt_coordinates
             assert places is not None

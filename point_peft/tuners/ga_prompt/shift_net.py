@@ -44,7 +44,7 @@ class PointMlp(nn.Module):
         for linear, norm in zip(self.linears, self.norms, strict=True):
             assert isinstance(norm, BatchNorm)
             rows = nn.functional.relu(norm.normalise(linear(rows), recomputing=recomputing))
-        return rearrange(rows, "(b n) c -> b n c", b=len(features))
+        return rearrange(rows, "(b n) c -> b n c", n=features.shape[1])
 
 
 class ShiftNet(nn.Module):

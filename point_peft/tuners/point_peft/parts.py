@@ -27,7 +27,7 @@ class MlpPart(Part):
         self.scale = scale
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        return output + self.scale * self.adapter(output).to(output.dtype)
+        return output.add(self.adapter(output).to(output.dtype), alpha=self.scale)
 
 
 class Prompt(nn.Module):
@@ -83,24 +83,26 @@ class BlockPart(Part):
         if self.prompt is None:
             return args, kwargs
         at = self._prefix(call, token_ops.block_tokens(self.stage, call.path, args, kwargs), inserted=0)
-        prompts = self.prompt(len(call.forward.coordinates[self.number]), self._prior(call))
+        prompts = self.prompt(call.forward.coordinates[self.number].shape[0], self._prior(call))
         return token_ops.insert_prompts(self.stage, call.path, args, kwargs, prompts, at)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         found = token_ops.output_tokens(self.stage, call.path, output)
         tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
-        prefix = self._prefix(call, found, inserted=count)
-        patches = tokens[:, prefix + count :]
+        at = self._prefix(call, found, inserted=count)
+        prefix, _, patches = torch.split(tokens, [at, count, tokens.shape[1] - at - count], dim=1)
         if self.geometry is not None:
-            patches = self._aware(call, self.geometry, patches, tokens[:, prefix:])
+            patches = self._aware(call, self.geometry, patches, tokens, at)
         # A acts on every token by itself, so the prompts, which end here, need not pass through it.
-        kept = torch.cat([tokens[:, :prefix], patches], dim=1)
+        kept = torch.cat([prefix, patches], dim=1)
         adapted = token_ops.as_layout(kept + self.adapter(kept).to(kept.dtype), self.stage.layout)
-        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prefix)
+        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=at)
 
-    def _aware(self, call: Call, geometry: GeometryAwareAdapter, patches: Tensor, tokens: Tensor) -> Tensor:
-        """The patches after the geometry-aware adapter; `tokens` are the prompts, if any, and the patches."""
+    def _aware(
+        self, call: Call, geometry: GeometryAwareAdapter, patches: Tensor, tokens: Tensor, before: int
+    ) -> Tensor:
+        """The patches after the geometry-aware adapter; `tokens` are all, of which `before` lie nowhere."""
         state = call.state(f"stage_{self.number}", StageState)
         near, propagate = neighbourhoods(
             call.forward,
@@ -109,6 +111,7 @@ class BlockPart(Part):
             self.neighbours,
             None if self.prompt is None else state.prompt_coordinates,
             owner=(call.adapter, self.tuner),
+            before=before,
         )
         recomputing = call.forward.recomputing
         aware: Tensor = geometry(patches, tokens, near, propagate, state.local_attention, recomputing=recomputing)

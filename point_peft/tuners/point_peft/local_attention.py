@@ -1,0 +1,209 @@
+"""Attention within neighbourhoods and the maximum over each, for all neighbourhoods of a batch at once.
+
+    pooled_j = max_i ( t_i + W sum_i' a_ii' v_i' ),    a_i = softmax_i' (scale q_i . k_i'),    i, i' in N_j
+    [q; k; v]_i = Q LN(t_i)
+
+Tokens of all samples lie in one row; a neighbourhood is k numbers of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Numbers that are worked on at a time: on a CPU as many as the caches of its cores hold, 6 MB.
+CHUNK_ELEMENTS = 3 * 2**19
+CHUNK_ELEMENTS_OF_OTHERS = 2**25
+
+
+def pooled_attention(
+    tokens: Tensor,
+    norm: nn.LayerNorm,
+    to_qkv: Tensor,
+    projection: Tensor,
+    rows: Tensor,
+    keep: Tensor | None,
+    heads: int,
+    scale: float,
+) -> Tensor:
+    """The maximum (m, c) over neighbourhoods `rows` (k, m) of tokens (n, c) with their attention added.
+
+    `to_qkv` (3 w, c) gives query, key and value of all heads, `projection` (c, w) leads back. `keep` (m,) scales the
+    attention of a neighbourhood. Nothing of size m k c is kept.
+    """
+    weights = norm.weight, norm.bias, to_qkv, projection
+    if torch.compiler.is_compiling():  # compilers fuse for themselves
+        return _in_one(tokens, *weights, rows, keep, heads, scale, norm.eps)
+    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *weights))
+    pooled: Tensor = _PooledAttention.apply(  # type: ignore[no-untyped-call]
+        tokens, *weights, rows, keep, heads, scale, norm.eps, with_gradient
+    )
+    return pooled
+
+
+def _in_one(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    to_qkv: Tensor,
+    projection: Tensor,
+    rows: Tensor,
+    keep: Tensor | None,
+    heads: int,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """`pooled_attention` in plain words."""
+    normed = nn.functional.layer_norm(tokens, tokens.shape[1:], norm_weight, norm_bias, eps)
+    neighbours = rearrange(rows, "k m -> (m k)")
+    gathered = nn.functional.linear(normed, to_qkv).index_select(0, neighbours)
+    q, k, v = rearrange(gathered, "(m k) (qkv h c) -> qkv m h k c", qkv=3, h=heads, k=len(rows)).unbind(0)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    mixed = mixed if keep is None else mixed * keep[:, None, None, None]
+    projected = rearrange(mixed, "m h k c -> (m k) (h c)") @ projection.T
+    pooled: Tensor = reduce(tokens.index_select(0, neighbours) + projected, "(m k) c -> m c", "max", k=len(rows))
+    return pooled
+
+
+class _PooledAttention(torch.autograd.Function):
+    """The same, some neighbourhoods at a time, with the gradient by hand; it keeps the tokens and which was largest.
+
+    A CPU waits for its memory here, and what fits into its cache need not wait. Heads are a few channels wide, so
+    neighbourhoods lie innermost, and products run along them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        to_qkv: Tensor,
+        projection: Tensor,
+        rows: Tensor,
+        keep: Tensor | None,
+        heads: int,
+        scale: float,
+        eps: float,
+        with_gradient: bool,
+    ) -> Tensor:
+        ctx.heads, ctx.scale, ctx.eps = heads, scale, eps
+        kind = torch.promote_types(tokens.dtype, torch.float32)
+        x, weight = tokens.to(kind), projection.to(kind)
+        pooled = x.new_empty(rows.shape[1], x.shape[1])
+        winner = (
+            torch.empty_like(pooled, dtype=torch.uint8 if len(rows) < 256 else torch.int64) if with_gradient else None
+        )
+        with torch.autocast(tokens.device.type, enabled=False):
+            normed = nn.functional.layer_norm(x, x.shape[1:], norm_weight.to(kind), norm_bias.to(kind), eps)
+            by_channel = to_qkv.to(kind) @ normed.T
+            for part, _, _, mixed in _mixtures(by_channel, rows, keep, heads, scale, x.shape[1]):
+                neighbours = rows[:, part].flatten()
+                value = x.index_select(0, neighbours).addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
+                torch.amax(value, 0, out=pooled[part])
+                if winner is not None:
+                    # In floating point, of which a CPU compares eight at a time.
+                    torch.eq(value, pooled[part], out=value).mul_(_numbers(value))
+                    winner[part] = value.amax(0)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
+        return pooled.to(tokens.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner = ctx.saved_tensors
+        kind, c = torch.promote_types(tokens.dtype, torch.float32), tokens.shape[1]
+        x, gain, shift, to_three, weight = (t.to(kind) for t in (tokens, norm_weight, norm_bias, to_qkv, projection))
+        gradient = gradient.to(kind)
+        with torch.autocast(tokens.device.type, enabled=False):
+            normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
+            by_channel = to_three @ normed.T
+            to_projection, to_by_channel = torch.zeros_like(weight.T), torch.zeros_like(by_channel)
+            for part, gathered, attention, mixed in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale, c):
+                # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
+                won = gradient.new_empty(len(rows), *gradient[part].shape)
+                torch.eq(winner[part].to(kind), _numbers(won), out=won).mul_(gradient[part])
+                won = won.view(-1, c)
+                to_projection.addmm_(mixed, won)
+                to_mixed = rearrange(weight.T @ won.T, "(h c) (k m) -> c h k m", h=ctx.heads, k=len(rows))
+                if keep is not None:
+                    to_mixed *= keep[part].to(kind)
+                q, k, v = _split(gathered, ctx.heads, len(rows))
+                # Through the softmax: a (g - sum a g).
+                to_scores = _outer(to_mixed, v)
+                to_scores -= (attention * to_scores).sum(dim=2, keepdim=True)
+                to_scores *= attention
+                to_gathered = torch.empty_like(gathered)
+                to_q, to_k, to_v = _split(to_gathered, ctx.heads, len(rows))
+                _over_keys(to_scores, k * ctx.scale, to_q)
+                _over_queries(to_scores, q * ctx.scale, to_k)
+                _over_queries(attention, to_mixed, to_v)
+                to_by_channel.index_add_(1, rows[:, part].flatten(), to_gathered)
+            to_normed = to_by_channel.T @ to_three
+            through_norm = torch.ops.aten.native_layer_norm_backward(
+                to_normed, x, (c,), mean, rstd, gain, shift, [True, True, True]
+            )
+            to_tokens = through_norm[0].scatter_add_(0, rows.T.gather(1, winner.long()), gradient)
+        found = to_tokens, through_norm[1], through_norm[2], to_by_channel @ normed, to_projection.T
+        kinds = (tensor.dtype for tensor in (tokens, norm_weight, norm_bias, to_qkv, projection))
+        return *(tensor.to(own) for tensor, own in zip(found, kinds, strict=True)), *[None] * 6
+
+
+def _mixtures(
+    by_channel: Tensor, rows: Tensor, keep: Tensor | None, heads: int, scale: float, channels: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Of some neighbourhoods at a time: which, what is gathered (3 w, k m), attention (h, i, i', m), mixed (w, k m)."""
+    k, m = rows.shape
+    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
+    step = max(1, elements // (k * max(channels, heads * k)))
+    for start in range(0, m, step):
+        part = slice(start, start + step)
+        gathered = by_channel.index_select(1, rows[:, part].flatten())
+        q, key, v = _split(gathered, heads, k)
+        attention = _outer(q * scale, key)
+        attention -= attention.amax(dim=2, keepdim=True)
+        attention.exp_()
+        attention /= attention.sum(dim=2, keepdim=True)
+        mixed = attention.new_empty(len(gathered) // 3, gathered.shape[1])
+        _over_keys(attention, v, mixed.view(heads, len(v), k, -1).transpose(0, 1))
+        if keep is not None:
+            mixed.view(len(mixed), k, -1).mul_(keep[part])
+        yield part, gathered, attention, mixed
+
+
+def _split(gathered: Tensor, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (c, h, k, m) as views of what was gathered, (3 w, k m)."""
+    q, key, v = rearrange(gathered, "(qkv h c) (k m) -> qkv c h k m", qkv=3, h=heads, k=k).unbind(0)
+    return q, key, v
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum_c a_i b_i' of a and b (c, h, k, m), as (h, i, i', m)."""
+    product = a[0][:, :, None] * b[0][:, None]
+    for of_a, of_b in zip(a[1:], b[1:], strict=True):
+        product.addcmul_(of_a[:, :, None], of_b[:, None])
+    return product
+
+
+def _over_keys(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """sum_i' w_ii' v_i' of weights (h, i, i', m) and values (c, h, i', m), into (c, h, i, m)."""
+    for i, (weight, value) in enumerate(zip(weights.unbind(2), values.unbind(2), strict=True)):
+        if i == 0:
+            torch.mul(weight, value[:, :, None], out=out)
+        else:
+            out.addcmul_(weight, value[:, :, None])
+
+
+def _over_queries(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """sum_i w_ii' v_i of weights (h, i, i', m) and values (c, h, i, m), into (c, h, i', m)."""
+    _over_keys(weights.transpose(1, 2), values, out)
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """0, 1 ... for the neighbours of values (k, m, c)."""
+    return torch.arange(len(values), dtype=values.dtype, device=values.device)[:, None, None]
