@@ -121,7 +121,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 def test_clouds_of_the_wrong_shape_or_size_are_refused() -> None:
     with pytest.raises(PointPeftError, match=r"points must be \(b, n, 3\), got \(2, 3, 64\)"):
         small()(clouds().transpose(1, 2))
-    with pytest.raises(PointPeftError, match="cannot choose 8 of 7 points"):
+    with pytest.raises(PointPeftError, match=r"are \(2, 7, 3\).*at least 8 points.*8 groups of 4"):
         small()(clouds(n=7))
 
 

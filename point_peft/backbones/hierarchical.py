@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.backbones.layers import Block, Encoder, group, init_weights
+from point_peft.backbones.layers import Block, Encoder, group, init_weights, run_block
 from point_peft.errors import PointPeftError
 
 
@@ -37,10 +37,11 @@ class EncoderBlocks(nn.Module):
     def __init__(self, dim: int, num_heads: int, rates: Sequence[float]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        self.grad_checkpointing = False
 
     def forward(self, tokens: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
-            tokens = block(tokens + pos, mask)
+            tokens = run_block(block, tokens + pos, mask, again=self.grad_checkpointing)
         return tokens
 
 
@@ -91,6 +92,11 @@ class HierarchicalEncoder(nn.Module):
         if self.output_norms:
             levels = [norm(tokens) for norm, tokens in zip(self.encoder_norms, levels, strict=True)]
         return levels
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        for blocks in self.encoder_blocks:
+            assert isinstance(blocks, EncoderBlocks)
+            blocks.grad_checkpointing = enable
 
 
 class HierarchicalPointTransformer(nn.Module):
@@ -171,6 +177,13 @@ class HierarchicalPointTransformer(nn.Module):
             pooled = torch.cat([mean, reduce(tokens[:, 1:], "b g c -> b c", "max")], dim=1)
         logits: Tensor = self.cls_head_finetune(pooled)
         return logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+
+        Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
+        """
+        self.h_encoder.set_grad_checkpointing(enable)
 
 
 def distant(center: Tensor, radius: float) -> Tensor | None:

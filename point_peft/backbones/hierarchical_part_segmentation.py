@@ -62,7 +62,7 @@ class HierarchicalPointTransformerPartSeg(nn.Module):
 
     def forward(self, points: Tensor, label: Tensor) -> Tensor:
         """Log-probabilities (b, n, cls_dim) for clouds (b, n, 3) with one-hot object labels (b, 1, num_labels)."""
-        label = one_hot_columns(label, len(points), self.num_labels).to(self.convs1.weight.dtype)
+        label = one_hot_columns(label, points.shape[0], self.num_labels).to(self.convs1.weight.dtype)
         neighborhoods, centers, index = zip(*group_levels(self.group_dividers, points), strict=True)
         levels = self.h_encoder(neighborhoods[0], centers, index)
 
@@ -77,3 +77,10 @@ class HierarchicalPointTransformerPartSeg(nn.Module):
         features = torch.relu_(self.bns3(self.convs3(features)))
         logits: Tensor = rearrange(self.convs4(features), "b c n -> b n c")
         return logits.log_softmax(dim=2)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+
+        Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
+        """
+        self.h_encoder.set_grad_checkpointing(enable)

@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from point_peft import geometry
+from point_peft.errors import PointPeftError
+
+# Groups that the folded encoder works on at a time.
+FOLDED_GROUPS = 32
 
 
 class Group(nn.Module):
@@ -28,12 +33,35 @@ class Group(nn.Module):
         return neighborhood, center
 
 
+class FeatureGroup(nn.Module):
+    """Split clouds (b, n, 3) with features (b, n, f), such as normals or colours, into groups as `Group` does.
+
+    In the neighbourhoods (b, g, k, 3 + f) the features come behind the coordinates.
+    """
+
+    def __init__(self, num_group: int, group_size: int) -> None:
+        super().__init__()
+        self.num_group = num_group
+        self.group_size = group_size
+
+    def forward(self, points: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        neighborhood, center, index = group(points, self.num_group, self.group_size)
+        return torch.cat([neighborhood, geometry.gather(features, index)], dim=3), center
+
+
 def group(points: Tensor, num_group: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split clouds (b, n, 3) into groups around farthest points.
 
     Returns the neighbourhoods (b, g, k, 3), each centred on its centre, the centres (b, g, 3) and the indices
-    (b, g, k) of the neighbours among the points, nearest first.
+    (b, g, k) of the neighbours among the points, nearest first. Raises where there are no clouds or too few points.
     """
+    if points.ndim != 3 or points.shape[2] != 3:
+        raise PointPeftError(f"points must be (b, n, 3), got {tuple(points.shape)}")
+    if points.shape[0] == 0 or points.shape[1] < max(num_group, group_size):
+        raise PointPeftError(
+            f"points (b, n, 3) are {tuple(points.shape)}; allowed: one cloud or more, each of at least "
+            f"{max(num_group, group_size)} points, because this backbone makes {num_group} groups of {group_size}"
+        )
     center = geometry.gather(points, geometry.farthest_point_sample(points, num_group))
     index = geometry.knn(center, points, group_size)
     return geometry.gather(points, index) - center[:, :, None], center, index
@@ -60,6 +88,8 @@ class Encoder(nn.Module):
         )
 
     def forward(self, neighborhood: Tensor) -> Tensor:
+        if self._folds:
+            return self._folded(neighborhood)
         b, _, k, _ = neighborhood.shape
         # All points in one row: the convolutions have width one, and a long row is faster than many short ones.
         local = self.first_conv(rearrange(neighborhood, "b g k c -> 1 c (b g k)"))
@@ -75,6 +105,49 @@ class Encoder(nn.Module):
             tokens = layer(tokens)
         pooled: Tensor = reduce(tokens, "1 c (b g k) -> b g c", "max", b=b, k=k)
         return pooled
+
+    @property
+    def _folds(self) -> bool:
+        """Whether a part of a model is trained and this one's statistics are held, as those of a frozen one.
+
+        In eval mode all layers run one by one: rounding is then the same whether the encoder is frozen or not. And so
+        they do where somebody listens to them; what holds the statistics does so before a norm.
+        """
+        norms = self.first_conv[1], self.second_conv[1]
+        layers = (*self.first_conv.modules(), *self.second_conv.modules())
+        heard = any(m._forward_hooks or (m._forward_pre_hooks and m not in norms) for m in layers)
+        held = self.training and not any(norm.training for norm in norms)
+        return held and not heard and not torch.compiler.is_compiling()
+
+    def _folded(self, neighborhood: Tensor) -> Tensor:
+        """The same with the norms folded into the weights, some groups at a time, as many as a CPU's cache holds."""
+        _, _, k, _ = neighborhood.shape
+        one, shift_one = _linear(self.first_conv[0], self.first_conv[1])
+        two, shift_two = _linear(self.first_conv[3])
+        three, shift_three = _linear(self.second_conv[0], self.second_conv[1])
+        four, shift_four = _linear(self.second_conv[3])
+        of_whole, of_local = torch.chunk(three, 2, dim=1)
+        points = rearrange(neighborhood, "b g k c -> (b g k) c")
+        pooled = []
+        for part in torch.split(points, FOLDED_GROUPS * k if points.device.type == "cpu" else len(points)):
+            local = torch.addmm(shift_two, torch.addmm(shift_one, part, one.T).relu_(), two.T)
+            whole = reduce(local, "(bg k) c -> bg c", "max", k=k)
+            of_group = torch.addmm(shift_three, whole, of_whole.T)
+            tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
+            tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
+            pooled.append(reduce(tokens, "(bg k) c -> bg c", "max", k=k))
+        return rearrange(torch.cat(pooled), "(b g) c -> b g c", b=len(neighborhood))
+
+
+def _linear(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution of width one, with the norm behind it, whose statistics are held."""
+    assert isinstance(conv, nn.Conv1d) and conv.bias is not None
+    weight = rearrange(conv.weight, "o i 1 -> o i")
+    if norm is None:
+        return weight, conv.bias
+    assert isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None and norm.running_mean is not None
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return weight * gain[:, None], (conv.bias - norm.running_mean) * gain + norm.bias
 
 
 class DropPath(nn.Module):
@@ -147,6 +220,12 @@ class Block(nn.Module):
         return tokens
 
 
+def run_block(block: nn.Module, *args: Tensor | None, again: bool) -> Tensor:
+    """The output of a block; with `again` nothing within it is kept for the backward pass, which runs it once more."""
+    output: Tensor = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+    return output
+
+
 class TransformerEncoder(nn.Module):
     """A chain of blocks; the positions (b, l, c) are added to the tokens (b, l, c) again before every block."""
 
@@ -154,15 +233,33 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        self.grad_checkpointing = False
 
     def forward(self, tokens: Tensor, pos: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """The tokens as they are after each of the blocks numbered in `taps`, in the order of the blocks."""
         tapped = []
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens + pos)
+            tokens = run_block(block, tokens + pos, again=self.grad_checkpointing)
             if i in taps:
                 tapped.append(tokens)
         return tapped
+
+
+def group_divider(num_group: int, group_size: int, in_channels: int) -> Group | FeatureGroup:
+    """The grouping of points with `in_channels` values each; what `split_features` gives is its input."""
+    if in_channels < 3:
+        raise PointPeftError(f"in_channels is {in_channels}; allowed: 3 or more, the coordinates and then the features")
+    return Group(num_group, group_size) if in_channels == 3 else FeatureGroup(num_group, group_size)
+
+
+def split_features(points: Tensor, in_channels: int) -> tuple[Tensor, ...]:
+    """The coordinates (b, n, 3) of points (b, n, 3 + f), and where there are any their features (b, n, f)."""
+    if points.ndim != 3 or points.shape[2] != in_channels:
+        raise PointPeftError(
+            f"points must be (b, n, {in_channels}), got {tuple(points.shape)}: in_channels={in_channels} says how many "
+            "values a point has, first its coordinates"
+        )
+    return (points,) if in_channels == 3 else (points[..., :3], points[..., 3:])
 
 
 def sine_features(center: Tensor, channels: int) -> Tensor:

@@ -7,7 +7,13 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.backbones.layers import Encoder, Group, TransformerEncoder, init_weights
+from point_peft.backbones.layers import (
+    Encoder,
+    TransformerEncoder,
+    group_divider,
+    init_weights,
+    split_features,
+)
 from point_peft.errors import PointPeftError
 
 
@@ -33,7 +39,8 @@ class PointTransformerPartSeg(nn.Module):
     """Segment clouds `(b, n, 3)` of a known object label into log-probabilities of parts `(b, n, cls_dim)`.
 
     The label is one-hot, `(b, num_labels)` or `(b, 1, num_labels)`. There is no prefix token. The tokens after the
-    blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart.
+    blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart. Points
+    with features, such as normals, are `(b, n, in_channels)`.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class PointTransformerPartSeg(nn.Module):
         cls_dim: int = 50,
         num_labels: int = 16,
         taps: tuple[int, ...] = (3, 7, 11),
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if trans_dim % num_heads:
@@ -57,9 +65,10 @@ class PointTransformerPartSeg(nn.Module):
             raise PointPeftError(f"taps must be ascending block numbers below depth {depth}, got {taps}")
         self.num_labels = num_labels
         self.taps = taps
+        self.in_channels = in_channels
 
-        self.group_divider = Group(num_group, group_size)
-        self.encoder = Encoder(encoder_dims)
+        self.group_divider = group_divider(num_group, group_size, in_channels)
+        self.encoder = Encoder(encoder_dims, inputs=in_channels)
         self.reduce_dim = nn.Identity() if encoder_dims == trans_dim else nn.Linear(encoder_dims, trans_dim)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, drop_path_rate)
@@ -80,22 +89,30 @@ class PointTransformerPartSeg(nn.Module):
         self.apply(init_weights)
 
     def forward(self, points: Tensor, label: Tensor) -> Tensor:
-        """Log-probabilities (b, n, cls_dim) for clouds (b, n, 3) with one-hot object labels (b, 1, num_labels)."""
-        label = one_hot_columns(label, len(points), self.num_labels).to(self.convs1.weight.dtype)
-        neighborhood, center = self.group_divider(points)
+        """Log-probabilities (b, n, cls_dim) for clouds (b, n, in_channels) with labels (b, 1, num_labels)."""
+        label = one_hot_columns(label, points.shape[0], self.num_labels).to(self.convs1.weight.dtype)
+        coordinates, *features = split_features(points, self.in_channels)
+        neighborhood, center = self.group_divider(coordinates, *features)
         tokens = self.reduce_dim(self.encoder(neighborhood))
         tapped = self.blocks(tokens, self.pos_embed(center), self.taps)
         joined = torch.cat([self.norm(tokens) for tokens in tapped], dim=2)
 
         whole = torch.cat([reduce(joined, "b g c -> b c 1", how) for how in ("max", "mean")], dim=1)
         whole = torch.cat([whole, self.label_conv(label)], dim=1)
-        local = self.propagation_0(points, center, joined)
-        features = torch.cat([local, whole.expand(-1, -1, local.shape[2])], dim=1)
+        local = self.propagation_0(coordinates, center, joined)
+        found = torch.cat([local, whole.expand(-1, -1, local.shape[2])], dim=1)
 
-        features = self.dp1(torch.relu_(self.bns1(self.convs1(features))))
-        features = torch.relu_(self.bns2(self.convs2(features)))
-        logits: Tensor = rearrange(self.convs3(features), "b c n -> b n c")
+        found = self.dp1(torch.relu_(self.bns1(self.convs1(found))))
+        found = torch.relu_(self.bns2(self.convs2(found)))
+        logits: Tensor = rearrange(self.convs3(found), "b c n -> b n c")
         return logits.log_softmax(dim=2)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+
+        Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
+        """
+        self.blocks.grad_checkpointing = enable
 
 
 def one_hot_columns(label: Tensor, b: int, num_labels: int) -> Tensor:

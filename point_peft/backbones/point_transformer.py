@@ -9,7 +9,14 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from point_peft.backbones.layers import Encoder, Group, TransformerEncoder, init_weights, sine_features
+from point_peft.backbones.layers import (
+    Encoder,
+    TransformerEncoder,
+    group_divider,
+    init_weights,
+    sine_features,
+    split_features,
+)
 from point_peft.errors import PointPeftError
 
 
@@ -25,6 +32,7 @@ class PointTransformer(nn.Module):
       the sines and cosines and the hidden width 128 are our reading and were not compared with the official model.
     - ReCon: `prefix_tokens=("cls", "img", "text")`. Its contrast branch is left out: its weights are read into the
       plain transformer, as is the custom in the field, and those of the branch are reported as unexpected.
+    - Points with features, such as normals or colours: `in_channels=3 + f`, for clouds `(b, n, 3 + f)`.
 
     The prefix tokens lie before the patch tokens. The head reads the prefix tokens and the maximum over the patches.
     """
@@ -43,6 +51,7 @@ class PointTransformer(nn.Module):
         prefix_tokens: Sequence[str] = ("cls",),
         pos_features: Literal["xyz", "sine"] = "xyz",
         head_norm: bool = True,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         _check_heads(trans_dim, num_heads)
@@ -55,8 +64,10 @@ class PointTransformer(nn.Module):
         self.prefix_tokens = tuple(prefix_tokens)
         self.pos_features = pos_features
 
-        self.group_divider = Group(num_group, group_size)
-        self.encoder = Encoder(encoder_dims)
+        self.in_channels = in_channels
+
+        self.group_divider = group_divider(num_group, group_size, in_channels)
+        self.encoder = Encoder(encoder_dims, inputs=in_channels)
         self.reduce_dim = nn.Identity() if encoder_dims == trans_dim else nn.Linear(encoder_dims, trans_dim)
         for name in self.prefix_tokens:
             self.register_parameter(f"{name}_token", nn.Parameter(torch.empty(1, 1, trans_dim)))
@@ -74,12 +85,12 @@ class PointTransformer(nn.Module):
             nn.init.trunc_normal_(self.get_parameter(f"{name}_pos"), std=0.02)
 
     def forward(self, points: Tensor) -> Tensor:
-        """Logits (b, cls_dim) of clouds (b, n, 3)."""
+        """Logits (b, cls_dim) of clouds (b, n, in_channels)."""
         return self.forward_head(self.forward_features(points))
 
     def forward_features(self, points: Tensor) -> Tensor:
-        """Tokens (b, prefix + g, c) of clouds (b, n, 3), after the final norm."""
-        neighborhood, center = self.group_divider(points)
+        """Tokens (b, prefix + g, c) of clouds (b, n, in_channels), after the final norm."""
+        neighborhood, center = self.group_divider(*split_features(points, self.in_channels))
         patches = self.reduce_dim(self.encoder(neighborhood))
         pos = self.pos_embed(center if self.pos_features == "xyz" else sine_features(center, self.trans_dim))
         tokens = self._prepend("token", patches)
@@ -94,10 +105,17 @@ class PointTransformer(nn.Module):
         logits: Tensor = self.cls_head_finetune(pooled)
         return logits
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+
+        Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
+        """
+        self.blocks.grad_checkpointing = enable
+
     def _prepend(self, kind: str, patches: Tensor) -> Tensor:
         # getattr and not get_parameter: the parameters of a DataParallel replica are plain tensors.
         prefix: list[Tensor] = [getattr(self, f"{name}_{kind}") for name in self.prefix_tokens]
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+        return torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
 
 def _head(width: int, cls_dim: int, head_norm: bool) -> nn.Sequential:

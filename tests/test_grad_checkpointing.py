@@ -1,0 +1,72 @@
+"""The reference backbones with gradient checkpointing: the same training in less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.backbones import BACKBONES, TinyBackbone
+from point_peft import PointPeftModel
+from point_peft.backbones import (
+    HierarchicalPointTransformer,
+    HierarchicalPointTransformerPartSeg,
+    PointTransformer,
+    PointTransformerPartSeg,
+)
+from point_peft.injection import get_adapter
+from tests.adapting import PAIRS, adapt, assert_same_values, distance, each, gradients, loss_of
+from tests.test_representatives import few, representatives
+
+REFERENCES = (
+    PointTransformer,
+    PointTransformerPartSeg,
+    HierarchicalPointTransformer,
+    HierarchicalPointTransformerPartSeg,
+)
+NAMES = {name for name, backbone in BACKBONES.items() if isinstance(backbone.build(), REFERENCES)}
+
+
+def step(model: PointPeftModel, backbone: TinyBackbone) -> tuple[Tensor, dict[str, Tensor], int]:
+    """(output, gradients, bytes that the forward keeps for the backward pass) of a training step."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(6)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = backbone.select(model.train()(*backbone.inputs(3, 5)))
+    loss_of(output).backward()
+    return output.detach(), gradients(get_adapter(model, "default")), sum(kept.values())
+
+
+@each(few(representatives([pair for pair in PAIRS if pair[1].name in NAMES])))
+def test_checkpointing_gives_the_same_training_in_less_memory(method: str, backbone: TinyBackbone) -> None:
+    output, found, kept = step(adapt(backbone, method), backbone)
+    model = adapt(backbone, method)
+    base: Any = model.get_base_model()
+    before = base.state_dict()
+    base.set_grad_checkpointing()
+    assert_same_values(base.state_dict(), before)
+    again, repeated, less = step(model, backbone)
+    assert torch.equal(again, output)
+    assert list(repeated) == list(found)
+    for name, gradient in found.items():
+        assert distance(repeated[name], gradient) < 1e-5 or gradient.abs().max() < 1e-6, name
+    # Of a head alone no gradient goes through a block, so nothing is kept there anyhow.
+    assert less < kept or method == "LINEAR_PROBE"
+
+
+def test_checkpointing_is_switched_off_again() -> None:
+    backbone = BACKBONES["part_seg"]
+    model = adapt(backbone, "LORA")
+    _, _, kept = step(model, backbone)
+    base: Any = model.get_base_model()
+    base.set_grad_checkpointing()
+    base.set_grad_checkpointing(False)
+    model.zero_grad()
+    assert step(model, backbone)[2] == kept
