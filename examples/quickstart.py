@@ -33,6 +33,8 @@ from point_peft.backbones import PointTransformer, default_backbone
 HEAD = "cls_head_finetune"
 METHODS = ("linear probing", "full fine-tuning", "Point-PEFT")
 
+CONFIG = PointPEFTConfig(modules_to_save=[HEAD])
+
 # Chosen on the whole validation split of the digits after the last epoch, from three values each; accuracy in percent.
 # Seed 0: linear probing 1e-3: 78.0, 3e-3: 81.9, 1e-2: 81.6; full fine-tuning 5e-4: 85.2, 1e-3: 90.5, 2e-3: 89.4;
 # Point-PEFT 3e-3: 89.1, 5e-3: 87.7. Seed 1: Point-PEFT 2e-3: 86.9, 3e-3: 87.5.
@@ -149,11 +151,13 @@ def baseline(method: str, data: Clouds, recipe: Recipe, lr: float, seed: int) ->
     return train(model, head if probing else model, data, recipe, Run(method, trainable), lr)
 
 
-def point_peft(data: Clouds, recipe: Recipe, lr: float, seed: int) -> tuple[PointPeftModel, Run]:
+def point_peft(
+    data: Clouds, recipe: Recipe, lr: float, seed: int, config: PointPEFTConfig = CONFIG
+) -> tuple[PointPeftModel, Run]:
     """Point-PEFT on a fresh copy of the backbone, which stays frozen."""
     torch.manual_seed(seed)
     backbone = fresh_backbone(len(data.class_names))
-    model = get_peft_model(backbone, PointPEFTConfig(modules_to_save=[HEAD]))
+    model = get_peft_model(backbone, config)
     model.build_memory_bank(batches(data.train, 32))
     model.print_trainable_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -164,8 +168,7 @@ def second_task(model: PointPeftModel, data: Clouds, recipe: Recipe, lr: float, 
     """Another adapter on the same backbone, for other classes: it brings a head of its own shape."""
     torch.manual_seed(seed)
     classes = len(data.class_names)
-    config = PointPEFTConfig(modules_to_save=[HEAD])
-    model.add_adapter("second", config, heads={HEAD: lambda: fresh_backbone(classes).get_submodule(HEAD)})
+    model.add_adapter("second", CONFIG, heads={HEAD: lambda: fresh_backbone(classes).get_submodule(HEAD)})
     model.set_adapter("second")
     model.build_memory_bank(batches(data.train, 32))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -115,7 +115,10 @@ class Bank(SharedState):
         raise NotImplementedError
 
     def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
-        """Take features (rows, c), reduced to `size` rows if given; labels (rows,) say which class each is of."""
+        """Take features (rows, c); more than `size` are reduced, None: as the configuration says.
+
+        Labels (rows,) say which class each is of.
+        """
         raise NotImplementedError
 
 

@@ -84,9 +84,14 @@ class TunedTokens(SharedState):
         pairs = list(zip(self.buffers(), [_found(base_model, name) for name in names], strict=True))
         places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for pair in pairs for t in pair)
         if places != self.compared:
-            self.differs = any(not torch.equal(kept, base) for kept, base in pairs)
+            self.differs = any(bool((kept != base).any()) for kept, base in pairs)
             self.compared = places
         return self.differs
+
+    def check(self, base_model: nn.Module) -> None:
+        """Compare anew: the tensors have been read from a file, perhaps into the places of others."""
+        self.compared = ()
+        self.other_base(base_model)
 
     def difference(self, name: str, base_model: nn.Module) -> Tensor:
         """What training has added to the base's tensor of that name, as (rows, c)."""

@@ -46,6 +46,12 @@ def stage_to_group(backbone: Backbone, method: str) -> Stage:
             f"{', nor '.join(unknown)}: state it in config.anatomy, or use a method that does without, such as "
             "POINT_PEFT or LORA"
         )
+    weight = next(backbone.modules[stage.tokenizer[0]].parameters())
+    if weight.shape[1] != 3:
+        raise AnatomyError(
+            f"{method} groups the clouds again by their coordinates alone, and '{stage.tokenizer[0]}' reads "
+            f"{weight.shape[1]} values of a point: use a method that does without, such as POINT_PEFT or LORA"
+        )
     if not stage.takes_prompts:
         raise AnatomyError(
             f"{method} puts tokens of its own among those of '{stage.blocks[0].path}', which has no place for them: "

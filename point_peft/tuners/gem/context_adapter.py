@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from point_peft import ragged
 from point_peft.context import Forward
+from point_peft.errors import AdapterError
 
 # Tokens of packed scenes that attend together.
 ROW = 1024
@@ -35,6 +36,8 @@ def scene_rows(forward: Forward, stage: int) -> SceneRows | None:
     if stage not in forward.samples:
         return None
     samples, n = forward.samples[stage], len(forward.coordinates[stage])
+    if n == 0:
+        raise AdapterError("GEM looks at all tokens of a scene, and this batch holds none: pass one point or more")
     return forward.once(("gem rows", stage), lambda: _scene_rows(samples, n))
 
 
@@ -96,7 +99,7 @@ class ContextAdapter(nn.Module):
         """What is added to tokens (b, g, c), or packed (1, n, c) of the scenes in `rows`."""
         tokens = self.norm(self.down(x))
         if rows is None:
-            latents = self.latents + self.look(self.latents.expand(len(x), -1, -1), tokens)
+            latents = self.latents + self.look(self.latents.expand(x.shape[0], -1, -1), tokens)
             added: Tensor = self.up(self.read(tokens, latents))
             return added
         tokens = tokens[0][rows.index]

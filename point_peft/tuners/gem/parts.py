@@ -36,6 +36,6 @@ class GEMPart(SequencePart):
         x = got.patches
         cells = kernel_cells(call.forward, self.number, self.neighbours)
         spatial = self.spatial(rearrange(x, "b g c -> (b g) c"), cells)
-        x = x + rearrange(spatial, "(b g) c -> b g c", b=len(x)).to(x.dtype)
+        x = x + rearrange(spatial, "(b g) c -> b g c", b=x.shape[0], g=x.shape[1]).to(x.dtype)
         x = x + self.context(x, scene_rows(call.forward, self.number)).to(x.dtype)
         return self.with_tokens(args, kwargs, got.prefix, x)

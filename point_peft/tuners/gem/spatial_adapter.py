@@ -104,7 +104,7 @@ def _in_cells(points: Tensor, near: Tensor, real: Tensor, samples: Tensor, ends:
     cell = 9 * x + 3 * y + z + CENTRE
     # What is not inside is counted apart.
     cell = torch.where(inside, cell, CELLS)
-    count = far.new_zeros(len(points), CELLS + 1).scatter_add_(1, cell, torch.ones_like(far))
+    count = far.new_zeros(points.shape[0], CELLS + 1).scatter_add_(1, cell, torch.ones_like(far))
     weights = inside / count.gather(1, cell)
     return KernelCells(near * CELLS + torch.where(inside, cell, CENTRE), weights)
 
@@ -130,4 +130,4 @@ def _median(values: Tensor, samples: Tensor, ends: Tensor) -> Tensor:
     order = order[samples[order].argsort(stable=True)]
     count = torch.zeros_like(ends).index_add_(0, samples, (values > 0).long())
     middle = nn.functional.pad(ends, (1, 0))[:-1] + count // 2
-    return torch.where(count > 0, values[order[middle.clamp(max=len(values) - 1)]], 1.0)
+    return torch.where(count > 0, values[order[middle.clamp(max=values.shape[0] - 1)]], 1.0)

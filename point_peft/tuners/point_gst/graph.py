@@ -32,7 +32,7 @@ class Graphs:
     def split(self, tokens: Tensor) -> Tensor:
         """Tokens (n, c) by graph, (m, l, c), with zeros where a graph holds fewer than l."""
         filled = nn.functional.pad(tokens, (0, 0, 0, 1)).index_select(0, self.rows.flatten())
-        return rearrange(filled, "(m l) c -> m l c", m=len(self.rows))
+        return rearrange(filled, "(m l) c -> m l c", l=self.rows.shape[1])
 
     def join(self, tokens: Tensor) -> Tensor:
         """What `split` gave, in the order of the tokens again."""
@@ -68,18 +68,20 @@ def _make(points: Tensor, order: Tensor, counts: Tensor, size: int, graphs: int 
 
     A sample is cut into as few runs as can be, of nearly equal length. `graphs` is their number, if that is known.
     """
-    n = len(points)
+    n = points.shape[0]
     runs = (counts + size - 1) // size
     sample = torch.repeat_interleave(runs, output_size=graphs)
-    number = torch.arange(len(sample), device=points.device) - (runs.cumsum(0) - runs)[sample]
+    number = torch.arange(sample.shape[0], device=points.device) - (runs.cumsum(0) - runs)[sample]
     first, count = (counts.cumsum(0) - counts)[sample], counts[sample]
     begin, end = (first + step * count // runs[sample] for step in (number, number + 1))
     place = begin[:, None] + torch.arange(size, device=points.device)
     real = place < end[:, None]
     rows = torch.where(real, order[place.clamp(max=n - 1)], n)
     places = rows.new_empty(n + 1).scatter_(0, rows.flatten(), torch.arange(rows.numel(), device=points.device))
-    inside = torch.where(real[..., None], points.detach().double()[rows.clamp(max=n - 1)], 0.0)
-    vectors = fourier_basis(inside, real, smallest_distance(inside, real, sample, len(counts)))
+    # A point that is nowhere (NaN) would make the decomposition fail for the whole batch.
+    placed = points.detach().double().nan_to_num(0.0, 0.0, 0.0)
+    inside = torch.where(real[..., None], placed[rows.clamp(max=n - 1)], 0.0)
+    vectors = fourier_basis(inside, real, smallest_distance(inside, real, sample, counts.shape[0]))
     return Graphs(vectors.to(torch.promote_types(points.dtype, torch.float32)), rows, places[:n])
 
 

@@ -41,7 +41,7 @@ class SpectralAdapter(nn.Module):
         rows = rearrange(own, "b g r -> (b g) r")
         spectral = [self._adapt(rows, graphs, norm) for graphs, norm in zip(scales, self.norms, strict=True)]
         if spectral:
-            mixed = rearrange(torch.stack(spectral).sum(dim=0), "(b g) r -> b g r", b=len(patches))
+            mixed = rearrange(torch.stack(spectral).sum(dim=0), "(b g) r -> b g r", b=patches.shape[0])
             narrow = narrow + nn.functional.pad(mixed, (0, 0, ahead.shape[1], 0)).to(narrow.dtype)
         change: Tensor = self.up(narrow)
         return change

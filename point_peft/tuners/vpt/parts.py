@@ -33,7 +33,7 @@ class DeepPrompts(SequencePart):
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         prompts: Tensor = self.dropout(self.embeddings)
-        each = repeat(prompts, "p c -> b p c", b=len(self.coordinates(call)))
+        each = repeat(prompts, "p c -> b p c", b=self.coordinates(call).shape[0])
         return self.with_prompts(call, args, kwargs, each)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -56,4 +56,4 @@ class ShallowPrompts(LastingPrompts):
 
     def made(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         prompts: Tensor = self.dropout(self.embeddings)
-        return repeat(prompts, "p c -> b p c", b=len(self.coordinates(call)))
+        return repeat(prompts, "p c -> b p c", b=self.coordinates(call).shape[0])
