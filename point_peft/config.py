@@ -6,6 +6,7 @@ the methods.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -187,6 +188,24 @@ class PeftConfig:
         return replace(self, base_model_name_or_path=name_or_path, revision=revision)
 
 
+def difference(config: PeftConfig, other: PeftConfig) -> str | None:
+    """The first field in which two configurations differ, in words; None: their adapters are built alike.
+
+    Where the base came from does not count, and an anatomy, which the base must have, neither.
+    """
+    methods, others = [tuner.method for tuner in config.tuners], [tuner.method for tuner in other.tuners]
+    if methods != others:
+        return f"it is {' and '.join(methods)}, what is there is {' and '.join(others)}"
+    pairs: list[tuple[PeftConfig | TunerConfig, PeftConfig | TunerConfig]] = [(config, other)]
+    for mine, theirs in [*pairs, *zip(config.tuners, other.tuners, strict=True)]:
+        stated = theirs.to_json()
+        for name, value in mine.to_json().items():
+            if name not in ("tuners", "anatomy", "base_model_name_or_path", "revision") and value != stated[name]:
+                kind = type(mine).__name__
+                return f"its {kind}.{name} is {quoted(value)}, what is there has {quoted(stated[name])}"
+    return None
+
+
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -216,10 +235,15 @@ def check_types(config: Any) -> None:
 
     The limit keeps products of sizes from overflowing; whether they fit into memory is not told by a configuration.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints(config.__class__)
     for item in fields(config):
         hint = hints[item.name]
         require(_fits(getattr(config, item.name), hint), config, item.name, _spell(hint))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -283,7 +307,7 @@ def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
         raise PointPeftError(
             f"{kind.__name__} has no field {quoted(unknown[0])}; a newer version of point_peft may have written it"
         )
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     found = {name: _pairs(value) if get_origin(hints[name]) is Mapping else value for name, value in data.items()}
     anatomy = data.get("anatomy")
     return found if anatomy is None else {**found, "anatomy": anatomy_from_json(anatomy)}

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class Root(Protocol):
     key: Key
     anatomy: Anatomy | None
     default: tuple[str, ...]
+    slots: dict[str, nn.Module]
     traced: Forward | None
     losses: tuple[Tensor, ...]
     unproven: set[str]
@@ -51,6 +53,52 @@ class Root(Protocol):
     adapters: nn.ModuleDict
 
     def backbone_tokens(self, forward: Forward, source: str, adapter: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StemCall:
+    """What a module of the stem got and gave."""
+
+    args: tuple[Any, ...]
+    output: Any
+    versions: tuple[int, ...]
+    """How often each tensor of the output had been changed in place by then."""
+
+    @staticmethod
+    def of(args: tuple[Any, ...], output: Any) -> StemCall:
+        """What is to be remembered of a call that has just ended."""
+        return StemCall(args, output, _versions(output))
+
+    @property
+    def intact(self) -> bool:
+        """Whether the output is as it was given."""
+        return _versions(self.output) == self.versions
+
+    def answers(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments, all of them tensors, would give the same."""
+        if len(args) != len(self.args) or not self.intact or not all(isinstance(value, Tensor) for value in args):
+            return False
+        pairs = zip(args, self.args, strict=True)
+        if torch.compiler.is_compiling():  # which knows the tensors and not their values
+            return all(a is b for a, b in pairs)
+        return all(a is b or (isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
+
+    def of_samples(self, rows: Tensor, batch: int) -> StemCall | None:
+        """The same of some samples of the batch; None where not all tensors have a row a sample."""
+        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
+        fitting = all(isinstance(v, Tensor) and v.ndim and len(v) == batch for v in (*self.args, *outputs))
+        if not fitting or not self.intact:
+            return None
+        taken = tuple(value[rows] for value in outputs)
+        args = tuple(value[rows] for value in self.args)
+        return StemCall.of(args, taken if isinstance(self.output, tuple) else taken[0])
+
+
+def _versions(output: Any) -> tuple[int, ...]:
+    if torch.compiler.is_compiling():
+        return ()
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    return tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
 
 
 class Forward:
@@ -94,12 +142,24 @@ class Forward:
         self._taken: dict[tuple[Hashable, str], list[Tensor | None]] = {}
         self.with_gradient = torch.is_grad_enabled()
         self.cache: dict[Hashable, Any] = {}
-        self.stem: dict[str, tuple[tuple[Any, ...], tuple[int, ...], Any]] = {}
-        """Stem module -> its inputs, the versions of its output tensors, its output."""
+        self.stem: dict[str, StemCall] = {}
+        """Stem module -> what it got and gave."""
+        self.known_stem: Mapping[str, StemCall] = {}
+        """The same of a forward before this one, whose answers need not be computed again."""
+        self.shares = False
+        """Whether this is a batch that several forwards, one after another, run parts of or run for several tasks."""
+        self.rows: Tensor | None = None
+        """Of such a batch: the samples that the next forward runs, None for all of them."""
+        self.samples_in_all = 0
+        """Of such a batch: how many samples it has."""
+        self.whole: Forward | None = None
+        """The batch that this forward runs a part of."""
         self.stop_at: str | None = None
         """While a second pass runs: what it is run for, "stem" or "backbone"."""
         self.stop_owner: str | None = None
         """And the adapter that it is run for, if that was made for another base's values of prefix tokens."""
+        self.reached: Tensor | None = None
+        """What a second pass was run for, where it could not end there."""
         self.owner: str | None = None
         """The same adapter, in the second pass itself."""
         self.ran: set[tuple[str, str]] | None = None
@@ -190,6 +250,15 @@ class Stop(Exception):
     """Ends a second pass early; its one argument is the tokens that it was run for."""
 
 
+def end_second_pass(forward: Forward, tokens: Tensor | None) -> None:
+    """End a second pass, of which `forward` is the first, with the tokens that it was run for, if they are known."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        raise Stop(tokens)
+    # torch.export loses its place in the model by an exception. The rest of the pass will not be in its graph.
+    if forward.reached is None:
+        forward.reached = tokens
+
+
 def graph_task() -> int:
     """The number of the backward pass that this thread is in, -1 outside of any."""
     if torch.compiler.is_compiling():
@@ -231,7 +300,7 @@ _backward = threading.local()
 def active_adapters(root: Root) -> tuple[str, ...]:
     """The adapters that a forward started here would use: this context's choice, else the model's own."""
     if torch.compiler.is_compiling():
-        return root.default
+        return tuple(root.slots)
     chosen = _active.get(root.key)
     return root.default if chosen is None else chosen
 
@@ -280,17 +349,31 @@ def open_forward(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
         root = _replica.get(root.key) or root
     second = parent is not None and parent.stop_at is not None
     forward = Forward(root, () if second else active_adapters(root), parent)
-    if second and parent is not None:
-        forward.owner = parent.stop_owner
     forward.inputs = (args, kwargs)
+    if parent is not None and second:
+        forward.owner, forward.known_stem = parent.stop_owner, parent.stem
+    elif parent is not None and parent.shares:
+        forward.whole, forward.rows, forward.known_stem = parent, parent.rows, _stem_of(parent)
+        if parent.rows is None:
+            forward.stem = parent.stem
     reopen(root, forward)
     return forward
 
 
+def _stem_of(batch: Forward) -> Mapping[str, StemCall]:
+    """What is known of the stem for the samples that are next."""
+    if batch.rows is None:
+        return dict(batch.stem)
+    taken = {path: call.of_samples(batch.rows, batch.samples_in_all) for path, call in batch.stem.items()}
+    return {path: call for path, call in taken.items() if call is not None}
+
+
 def close_forward(forward: Forward) -> None:
     """End a forward. What checkpointing may need of it stays with its autograd graph."""
-    forward.inputs = None
-    forward.stem.clear()
+    if forward.whole is not None:
+        forward.whole.losses += forward.losses
+    forward.inputs, forward.whole = None, None
+    forward.stem, forward.known_stem = {}, {}
     forward.notes.clear()
     forward.forget_left()
     if forward.parent is None:
@@ -314,6 +397,13 @@ def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:
     return _losses.get(root.key) or root.losses
 
 
+def forget(root: Root) -> None:
+    """Let go of what this thread or task keeps of its last forward: an adapter that it used may be gone."""
+    root.losses = ()
+    _losses.set(root.key, None)
+    _direct.set(root.key, None)
+
+
 def opened(root: Root) -> Forward | None:
     """The forward that is open, if any."""
     return root.traced if torch.compiler.is_compiling() else _forward.get(root.key)
@@ -335,7 +425,7 @@ def current_forward(root: Root) -> Forward:
     """
     if torch.compiler.is_compiling():
         traced = root.traced
-        return Forward(root, root.default) if traced is None else traced
+        return Forward(root, tuple(root.slots)) if traced is None else traced
     forward = _current(root)
     if forward is not None:
         return forward

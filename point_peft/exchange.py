@@ -168,7 +168,7 @@ def from_peft(fields: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> di
         "modules_to_save": saved,
         "base_model_name_or_path": fields.get("base_model_name_or_path"),
         "revision": fields.get("revision"),
-        "heads": {path: describe_head(modules[path]) for path in saved},
+        "heads": {path: describe_head(clean_copy(modules[path])) for path in saved},
     }
 
 

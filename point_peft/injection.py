@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from point_peft import context, reading
 from point_peft import tokens as token_ops
 from point_peft.anatomy import Anatomy, Stage, Steps, Tap
 from point_peft.config import PeftConfig
-from point_peft.context import Forward, Root
+from point_peft.context import Forward, Root, StemCall
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.heads import HeadSource, OwnModule, PooledHead, make_head, place_head, split_pool
 from point_peft.matching import match_names
@@ -58,8 +59,6 @@ class Adapter(nn.Module):
         """Modules of the stem in which it has parts, so that what they compute is not what the backbone would."""
         self.readers: dict[str, list[str]] = {}
         """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
-        self.merged: dict[str, Tensor] | None = None
-        """While merged: the base's tensors as they were, by name."""
 
     def sites(self) -> Iterator[tuple[str, nn.ModuleList]]:
         """(module path, parts)"""
@@ -92,6 +91,11 @@ class Adapter(nn.Module):
         for path, part in self.all_parts():
             if isinstance(part, OwnModule):
                 yield path, part.module
+
+    @property
+    def asks_backbone(self) -> bool:
+        """Whether it asks for the tokens of the last block, which take a second pass."""
+        return any(isinstance(state, Bank) and state.source == "backbone" for state in self.shared_states())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""
@@ -137,11 +141,13 @@ def plan_adapter(
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Leaves out to draw normal numbers, for which torch on the meta device first imports for more than a second."""
+    """Leaves out to draw random numbers, for which torch on the meta device first imports for more than a second."""
+
+    drawing = frozenset((Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_):
+        if func in self.drawing:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -276,11 +282,11 @@ def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
 
 def backbone_modules(root: Root) -> dict[str, nn.Module]:
     """Every module of the backbone by path, under each of its names, without the adapters that it may hold."""
-    return {
-        path: module
-        for path, module in root.base_model.named_modules(remove_duplicate=False)
-        if not (path + ".").startswith(CHILD + ".") or CHILD not in root.base_model._modules
-    }
+    found = {"": root.base_model}
+    for name, child in root.base_model._modules.items():
+        if child is not None and name != CHILD:
+            found |= child.named_modules(prefix=name, remove_duplicate=False)
+    return found
 
 
 def _saved_modules(backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> tuple[str, ...]:
@@ -432,10 +438,10 @@ def _enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         root = module._modules[CHILD]  # type: ignore[assignment]  # the replica's own adapters
         root.__dict__["base_model"] = module  # and not the model that was replicated
     forward = context.open_forward(root, args, kwargs)
-    gone = [name for name in forward.active if name not in root.adapters._modules]
+    gone = [name for name in forward.active if name not in _adapters(root)]
     if gone:
         raise AdapterError(f"adapter '{gone[0]}' is active in this thread or task, but was deleted: call set_adapter")
-    if any(name in root.unproven for name in forward.active):
+    if torch.compiler.is_compiling() or any(name in root.unproven for name in forward.active):
         forward.ran = set()
 
 
@@ -452,9 +458,10 @@ def _leave_model(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> 
 
 
 def _prove(forward: Forward) -> None:
-    """After the first forward of an adapter: every part must have run."""
+    """After the first forward of an adapter, and whenever a forward is traced: every part must have run."""
+    traced = torch.compiler.is_compiling()
     for name in forward.active:
-        if name not in forward.root.unproven or forward.ran is None:
+        if forward.ran is None or not (traced or name in forward.root.unproven):
             continue
         adapter = get_adapter(forward.root, name)
         silent = [(path, parts) for path, parts in adapter.sites() if (name, path) not in forward.ran]
@@ -467,7 +474,8 @@ def _prove(forward: Forward) -> None:
                 f"({kind}) was not called in the forward; its weights may be read by another module. Leave it out with "
                 "exclude_modules or modules_to_save, or adapt the module that is called"
             )
-        forward.root.unproven.discard(name)
+        if not traced:
+            forward.root.unproven.discard(name)
 
 
 def _before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -549,7 +557,7 @@ def _calls(forward: Forward, names: Sequence[str], path: str, module: nn.Module)
     key = path.replace(".", "/")
     found: list[tuple[Part, Call]] = []
     for name in names:
-        adapter: Any = forward.root.adapters._modules[name]
+        adapter: Any = _adapters(forward.root)[name]
         for part in adapter.parts._modules.get(key, ()):
             shared = adapter.shared[part.tuner]
             found.append((part, Call(path=path, module=module, forward=forward, adapter=name, shared=shared)))
@@ -561,7 +569,7 @@ def _check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     site: Site = module.__dict__[SITE]
     forward = context.current_forward(site.root)
     if forward.parent is not None and forward.parent.stop_at == "stem":
-        raise context.Stop(forward.patches[0])
+        context.end_second_pass(forward.parent, forward.patches.get(0))
     parts = [part for part, _ in _calls(forward, forward.active, site.path, module)]
     if not parts:
         return
@@ -681,13 +689,29 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
             f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a "
             f"direct call of a part of it: call the model{hint}"
         )
-    return forward.once(key, lambda: _second_pass(root, forward, source, owner))
+
+    def take() -> Tensor:
+        batch = forward.whole
+        if batch is None:
+            return _second_pass(root, forward, source, owner)
+        found = batch.once(key, lambda: _second_pass(root, batch, source, owner))
+        return found if forward.rows is None else found[forward.rows]
+
+    return forward.once(key, take)
 
 
 def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor:
+    tokens = _pass(root, forward, source, owner)
+    if tokens is None:
+        raise AdapterError(f"the second pass for the prior never came to what tells the tokens of the {source}")
+    return tokens
+
+
+def _pass(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor | None:
+    """Run the model without adapters as far as the stem or the last block; the tokens there, if they are known."""
     assert forward.inputs is not None
     args, kwargs = forward.inputs
-    with _second(root, forward, source, owner), torch.no_grad():
+    with _second(root, forward, source, owner), _answering(root), torch.no_grad():
         try:
             if forward.method is None:
                 root.base_model(*args, **kwargs)
@@ -695,9 +719,9 @@ def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -
                 context.open_forward(root, args, kwargs)
                 getattr(root.base_model, forward.method)(*args, **kwargs)
         except context.Stop as stop:
-            tokens: Tensor = stop.args[0]
-            return tokens
-    raise AdapterError(f"the second pass for the prior never came to the blocks of {type(root.base_model).__name__}")
+            forward.reached = stop.args[0]
+    reached, forward.reached = forward.reached, None
+    return reached
 
 
 @contextmanager
@@ -705,13 +729,15 @@ def _second(root: Root, forward: Forward, source: str, owner: str | None) -> Ite
     """In here, the model runs without adapters and, but for the stem, in eval mode."""
     stem = {m for path in _known(root).stem for m in root.base_model.get_submodule(path).modules()}
     others = [module for module in backbone_modules(root).values() if module not in stem]
+    before = context.opened(root)
     forward.stop_at, forward.stop_owner = source, owner
+    context.reopen(forward.root, forward)
     try:
         with context.eval_mode(others), _own_random_numbers(root):
             yield
     finally:
         forward.stop_at, forward.stop_owner = None, None
-        context.reopen(forward.root, forward)
+        context.reopen(forward.root, before)
 
 
 def _own_random_numbers(root: Root) -> AbstractContextManager[None]:
@@ -745,17 +771,24 @@ def _end_second_pass(module: nn.Module, args: Args, output: Any) -> None:
             or f"the coordinates of the tokens of '{site.path}' were not seen at the {stage.coordinates}"
         )
     g = forward.coordinates[anatomy.queried].shape[1]
-    raise context.Stop(tokens[:, tokens.shape[1] - g :])
+    context.end_second_pass(forward.parent, tokens[:, tokens.shape[1] - g :])
 
 
 def _keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Remember what a module of the stem computed; in a second pass, give what was remembered."""
+    """Remember what a module of the stem computed, for forwards that ask it the same; give what was remembered."""
     site: Site = module.__dict__[SITE]
     forward = context.current_forward(site.root)
-    if site.path in forward.stem and forward.parent is not None:
-        return forward.stem[site.path][2]
-    if forward.active and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
-        forward.stem[site.path] = (args, _versions(output), output)
+    if torch.compiler.is_compiling() and site.path in forward.stem and forward.parent is not None:
+        return forward.stem[site.path].output
+    second = forward.parent is not None and forward.parent.stop_at is not None
+    wanted = second or forward.active or forward.whole is not None
+    if wanted and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
+        call = forward.known_stem.get(site.path)
+        if call is None or call.output is not output:
+            call = StemCall.of(args, output)
+        if second and forward.parent is not None:
+            forward.parent.stem.setdefault(site.path, call)
+        forward.stem[site.path] = call
     return None
 
 
@@ -766,39 +799,77 @@ def _changes_stem(forward: Forward, path: str | None = None) -> bool:
 
 
 def _reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-    """In a second pass on the same inputs, let a module of the stem run on one sample only; `_keep_stem` does the rest.
+    """In compiled code, a module of the stem runs in the second pass on one sample only; `_keep_stem` does the rest.
 
     A hook cannot keep a module from running, but it can give it next to nothing to do.
     """
+    if not torch.compiler.is_compiling():
+        return None
     site: Site = module.__dict__[SITE]
     forward = context.current_forward(site.root)
-    if forward.parent is None or forward.parent.stop_at is None or kwargs:
+    call = forward.known_stem.get(site.path)
+    if call is None or kwargs or not args or not call.answers(args):
         return None
-    kept = forward.parent.stem.get(site.path)
-    if kept is None or not _same(kept, args):
+    if any(value.shape[0] != args[0].shape[0] for value in args):
         return None
-    forward.stem[site.path] = kept
+    forward.stem[site.path] = call
     return tuple(value[:1] for value in args), kwargs
 
 
-def _versions(output: Any) -> tuple[int, ...]:
-    """How often each tensor of an output was changed in place."""
-    if torch.compiler.is_compiling():
-        return ()
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    return tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
+@contextmanager
+def _answering(root: Root) -> Iterator[None]:
+    """In here, a module of the stem need not compute what the forward that it runs in knows.
+
+    No hook can keep a module from running. So its `forward` is set for a while, to what runs the module's own unless
+    the answer is known; that is right in every other forward and thread as well.
+    """
+    modules = [] if root.anatomy is None else [root.base_model.get_submodule(path) for path in root.anatomy.stem]
+    # Not where compiled code cannot follow, nor where there is one already: another thread's, or the user's own.
+    set_here = [m for m in modules if "forward" not in m.__dict__ and not torch.compiler.is_compiling()]
+    for module in set_here:
+        module.__dict__["forward"] = partial(_answer, module)
+    try:
+        yield
+    finally:
+        for module in set_here:
+            module.__dict__.pop("forward", None)
 
 
-def _same(kept: tuple[Args, tuple[int, ...], Any], args: Args) -> bool:
-    """Whether a module gets the inputs it got before, all tensors of one batch, and its output is as it was then."""
-    before, versions, output = kept
-    if _versions(output) != versions or len(args) != len(before):
-        return False
-    if not all(isinstance(value, Tensor) for value in args):
-        return False
-    if len({value.shape[0] if value.ndim else 0 for value in args}) != 1 or args[0].shape[0] < 2:
-        return False
-    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(args, before, strict=True))
+def _answer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module of the stem gives: what is known, else what it computes."""
+    site: Site = module.__dict__[SITE]
+    forward = context.current_forward(site.root)
+    call = forward.known_stem.get(site.path)
+    if call is not None and not kwargs and not _changes_stem(forward, site.path) and call.answers(args):
+        return call.output
+    return type(module).forward(module, *args, **kwargs)
+
+
+# ---- a batch for several forwards ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[Forward]:
+    """In here, forwards run parts of one batch, or run it for several tasks, and share the backbone's frozen work.
+
+    `rows` of what this gives says which of its `count` samples the next forward runs.
+    """
+    before = context.opened(root)
+    batch = context.open_forward(root, args, kwargs)
+    batch.active, batch.shares, batch.samples_in_all = (), True, count
+    batch.stem = dict(batch.known_stem)
+    try:
+        with _answering(root):
+            yield batch
+    finally:
+        context.close_forward(batch)
+        context.reopen(root, before)
+
+
+def run_stem(root: Root, batch: Forward) -> None:
+    """Compute the stem for a whole batch, of which forwards will then run parts."""
+    if root.anatomy is not None and root.anatomy.stem:
+        _pass(root, batch, "stem", None)
 
 
 _HOOKS = (
@@ -820,6 +891,11 @@ _HOOKS = (
 
 def get_adapter(root: Root, name: str) -> Adapter:
     """The adapter of that name, which exists."""
-    adapter = root.adapters._modules[name]
+    adapter = _adapters(root)[name]
     assert isinstance(adapter, Adapter)
     return adapter
+
+
+def _adapters(root: Root) -> Mapping[str, nn.Module | None]:
+    """Adapters by name; while `torch.compile` or `torch.export` traces, the active ones by their place."""
+    return root.slots if torch.compiler.is_compiling() else root.adapters._modules

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from point_peft import card, context, exchange, hub, injection, reading, state
 from point_peft.anatomy import Anatomy, check_anatomy
+from point_peft.batching import Batch
 from point_peft.combining import Combination, combine
-from point_peft.config import PeftConfig, TunerConfig
+from point_peft.config import PeftConfig, TunerConfig, difference
 from point_peft.context import Forward, Key
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError, quoted
 from point_peft.heads import HeadSource, build_head, describe_head, make_head
@@ -87,16 +88,28 @@ class AdapterSet(nn.Module):
         self._hold(model)
         self.adapters = nn.ModuleDict()
         self.key = Key()
-        self.default: tuple[str, ...] = ()
+        self.default = ()
         self.traced: Forward | None = None
         self.losses: tuple[Tensor, ...] = ()
         self.unproven: set[str] = set()
-        self.fingerprints = state.Fingerprints()
         self.anatomy = None if isinstance(anatomy, AnatomyError) else anatomy
         self.why_unknown = str(anatomy) if isinstance(anatomy, AnatomyError) else ""
+        self.merged: dict[str, dict[str, Tensor]] = {}
+        """Merged adapter -> the base's tensors as they were, by name."""
         self.frozen_from: dict[str, bool] = {}
         self.norm_modes: dict[str, bool] = {}
         self.training = model.training
+
+    @property
+    def default(self) -> tuple[str, ...]:
+        """The adapters that are active in every thread or task that has not chosen for itself."""
+        return self._default
+
+    @default.setter
+    def default(self, names: tuple[str, ...]) -> None:
+        self._default = names
+        # What is compiled finds the active adapters by their place: by name, it would be compiled again for each.
+        self.slots: dict[str, nn.Module] = {str(i): get_adapter(self, name) for i, name in enumerate(names)}
 
     def _hold(self, model: nn.Module) -> None:
         self.__dict__["base_model"] = model  # not as a child: the model holds this module
@@ -158,8 +171,8 @@ class AdapterSet(nn.Module):
     def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
         return injection.build_adapter(self._backbone(config), config, heads)
 
-    def _backbone(self, config: PeftConfig) -> Backbone:
-        modules = injection.backbone_modules(self)
+    def _backbone(self, config: PeftConfig, modules: Mapping[str, nn.Module] | None = None) -> Backbone:
+        modules = injection.backbone_modules(self) if modules is None else modules
         anatomy = self._anatomy_for(config)
         return Backbone(model=self.base_model, modules=modules, anatomy=anatomy, why_unknown=self.why_unknown)
 
@@ -228,7 +241,10 @@ class AdapterSet(nn.Module):
         self._attach(adapter_name, combine(chosen, weights, combination_type, svd_rank, self._backbone))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; the others stay as they are. If it was active, it no longer is."""
+        """Remove an adapter; the others stay as they are. If it was active, it no longer is.
+
+        This thread or task lets go of what it used the adapter for, so that its memory is free at once.
+        """
         adapter = self._adapter(adapter_name)
         self._check_unmerged("adapters cannot be deleted")
         del self.adapters._modules[adapter_name]
@@ -237,6 +253,7 @@ class AdapterSet(nn.Module):
         chosen = context.chosen_adapters(self)
         if chosen is not None:
             context.choose_adapters(self, tuple(name for name in chosen if name != adapter_name))
+        context.forget(self)
         injection.detach_sites(self, adapter, [get_adapter(self, other) for other in self.adapters])
 
     def unload(self) -> nn.Module:
@@ -253,8 +270,9 @@ class AdapterSet(nn.Module):
         for path, mode in self.norm_modes.items():
             base.get_submodule(path).training = mode
         self.adapters = nn.ModuleDict()
-        self.default, self.frozen_from, self.norm_modes = (), {}, {}
+        self.default, self.merged, self.frozen_from, self.norm_modes = (), {}, {}, {}
         context.choose_adapters(self, None)
+        context.forget(self)
         base._modules.pop(CHILD, None)
         return base
 
@@ -324,6 +342,80 @@ class AdapterSet(nn.Module):
             yield
         finally:
             context.choose_adapters(self, before)
+
+    # ---- several adapters in one call ----
+
+    def forward_tasks(self, inputs: Any, tasks: Sequence[str | None]) -> dict[str | None, Any]:
+        """The outputs of several adapters for the same inputs, by name; None is the plain backbone.
+
+        `inputs` is a tensor, a tuple of positional or a dict of named arguments of the model. What the frozen backbone
+        computes for all of them alike, its stem and the second pass for priors, is computed once.
+        """
+        names = self._tasks(tasks)
+        if len(set(names)) != len(names):
+            raise AdapterError(f"a task is named twice in {list(names)}")
+        args, kwargs = _arguments(inputs)
+        with injection.sharing(self, args, kwargs, 0):
+            return {name: self._run(name, args, kwargs) for name in names}
+
+    def forward_mixed(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]
+    ) -> Any:
+        """What the model gives for a batch, each sample with its own adapter; None is the plain backbone.
+
+        Each output equals that of its adapter alone. Adapters run one after another, each on its samples; the stem runs
+        once, for the whole batch, and the second pass for priors once, for the samples that have one. Where outputs do
+        not fit together, as those of heads of different widths, they are a list: for each sample what the model gives
+        for it alone.
+        """
+        names = self._tasks(adapter_names)
+        if any(module.training for module in (self, self.base_model)):
+            raise AdapterError(
+                "adapter_names is for inference: call model.eval() first, or train one adapter at a time"
+            )
+        given = dict(kwargs)
+        batch = Batch.of(args, given, len(names))
+        if len(set(names)) == 1:
+            return self._run(names[0], args, given)
+        device = next(self.base_model.parameters()).device
+        groups = {
+            name: torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
+            for name in dict.fromkeys(names)
+        }
+        asking = [name for name in groups if name is not None and get_adapter(self, name).asks_backbone]
+        with injection.sharing(self, args, given, batch.count) as whole:
+            injection.run_stem(self, whole)
+            outputs = self._run_groups(whole, batch, {name: groups[name] for name in groups if name not in asking})
+            if asking:
+                rows = torch.cat([groups[name] for name in asking]).sort().values
+                part, whole.rows = batch.part(rows), rows
+                with injection.sharing(self, part.args, part.kwargs, part.count) as shared:
+                    own = {name: torch.searchsorted(rows, groups[name]) for name in asking}
+                    outputs += [(rows[at], output) for at, output in self._run_groups(shared, part, own)]
+        return batch.joined(outputs)
+
+    def _run_groups(
+        self, shared: Forward, batch: Batch, groups: Mapping[str | None, Tensor] | Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Any]]:
+        """(samples, output) of adapters, each for its samples of a batch."""
+        outputs: list[tuple[Tensor, Any]] = []
+        for name, rows in groups.items():
+            part, shared.rows = batch.part(rows), rows
+            outputs.append((rows, self._run(name, part.args, part.kwargs)))
+        return outputs
+
+    def _tasks(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
+        if isinstance(names, str) or not names:
+            raise AdapterError(f"name adapters in a list, None for the plain backbone; got {names!r}")
+        self._check_unmerged("adapters cannot take turns")
+        for name in names:
+            if name is not None:
+                self._adapter(name)
+        return tuple(names)
+
+    def _run(self, name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._chosen(() if name is None else (name,)):
+            return self.base_model(*args, **kwargs)
 
     # ---- what is trained ----
 
@@ -426,10 +518,10 @@ class AdapterSet(nn.Module):
     @property
     def merged_adapters(self) -> tuple[str, ...]:
         """The adapters that are folded into the backbone's weights."""
-        return tuple(name for name in self.adapters if get_adapter(self, name).merged is not None)
+        return tuple(self.merged)
 
     def _check_unmerged(self, what: str) -> None:
-        if self.merged_adapters:
+        if self.merged:
             raise AdapterError(
                 f"{what} while '{self.merged_adapters[0]}' is merged into the backbone: call unmerge() first"
             )
@@ -462,7 +554,7 @@ class AdapterSet(nn.Module):
         twice = [key for key, count in Counter(names).items() if count > 1]
         if twice:
             raise AdapterError(f"adapter '{name}' cannot be merged: two of its parts change '{twice[0]}'")
-        adapter.merged = {key: tensor.detach().clone() for tensor, _, key in merged}
+        self.merged = {name: {key: tensor.detach().clone() for tensor, _, key in merged}}
         with torch.no_grad():
             for tensor, value, _ in merged:
                 tensor.copy_(value)
@@ -471,15 +563,14 @@ class AdapterSet(nn.Module):
 
     def unmerge(self) -> None:
         """Take the merged adapter out of the backbone's weights, which are again what they were; it is active again."""
-        names = self.merged_adapters
-        if not names:
+        if not self.merged:
             raise AdapterError("no adapter is merged")
-        adapter = get_adapter(self, names[0])
+        ((name, values),) = self.merged.items()
         with torch.no_grad():
-            for key, value in (adapter.merged or {}).items():
+            for key, value in values.items():
                 self.base_model.get_parameter(key).copy_(value)
-        adapter.merged = None
-        self.set_adapter(names[0])
+        self.merged = {}
+        self.set_adapter(name)
 
     def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
         """Fold an adapter into the backbone for good and return the backbone without hooks."""
@@ -523,7 +614,8 @@ class AdapterSet(nn.Module):
 
         A batch is a tensor, or a tuple whose first item goes to the model and whose second, if it is a tensor of b
         integers, holds the labels; otherwise `to_inputs(batch)` gives the model's arguments: one argument, a tuple of
-        positional or a dict of named ones. `size` reduces the bank to as many rows by k-means in each class.
+        positional or a dict of named ones. `size` reduces the bank to as many rows by k-means in each class; None: to
+        as many as the configuration says.
 
         The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
         Under accelerate, or torch.distributed alone, each process goes through its own batches and all end with the
@@ -653,7 +745,7 @@ class AdapterSet(nn.Module):
             for name, tensor in self.base_model.state_dict().items()
             if isinstance(tensor, Tensor) and name not in own and not name.startswith(inside)
         }
-        return self.fingerprints.of(tensors)
+        return state.fingerprint(tensors)
 
     def _card(self, adapter: Adapter, said: Callable[[card.About], card.About]) -> state.Card:
         """The README of an adapter's folder; where what is there cannot be read, it stays."""
@@ -778,89 +870,199 @@ class AdapterSet(nn.Module):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        files = state.read_folder(folder)
-        self._attach(adapter_name, self._restore(files, folder, is_trainable, heads))
+        stated = self._read(folder)
+        adapter = self._restore(stated, heads)
+        adapter.requires_grad_(is_trainable)
+        self._attach(adapter_name, adapter)
 
-    def _restore(
-        self, files: state.AdapterFiles, folder: Path, is_trainable: bool, heads: Mapping[str, HeadSource] | None
-    ) -> Adapter:
+    def swap_adapter_(
+        self,
+        source: str | Path,
+        adapter_name: str = "default",
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: hub.Token = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        """Give an adapter the values of another, of a folder or of a repository of the Hub, in the tensors that it has.
+
+        No tensor is made or moved, so code compiled with `torch.compile` is not compiled again and an optimizer goes on
+        with the new values. What is active, what is trained and in which mode stays. The result is that of
+        `load_adapter`, which also says what is checked; what is not built alike (other methods, fields, heads, modules,
+        shapes, types, rows of a bank) is refused. On any error model and adapter are as they were.
+
+        All values are written in one step, but a forward that runs meanwhile in another thread reads them one by one,
+        and may see some old and some new. Where an adapter is in use, load the other beside it and call `set_adapter`.
+        """
+        adapter = self._adapter(adapter_name)
+        self._check_unmerged("adapters cannot be swapped")
+        folder = _folder_of(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        stated = self._read(folder)
+        reason = self._why_no_swap(stated, adapter)
+        if reason is not None:
+            raise AdapterFileError(
+                f"the adapter in '{folder}' cannot be swapped into '{adapter_name}': {reason}; load_adapter adds it as "
+                "another adapter"
+            )
+        state.overwrite_tensors(stated.files.tensors, adapter.tensors())
+        adapter.config = stated.config
+        for shared in adapter.shared_states():
+            shared.check(self.base_model)
+
+    def _why_no_swap(self, stated: _Stated, adapter: Adapter) -> str | None:
+        """What keeps the values of files from taking the places of an adapter's; None if nothing does."""
+        reason = self._difference(stated, adapter)
+        if reason is not None:
+            return reason
+        source, tensors = stated.files.tensors, adapter.tensors()
+        state.check_tensors(source, tensors, adapter.free_rows(), f"its {state.TENSOR_FILE}")
+        keep_types = not stated.files.foreign and self._is_same_base(stated, adapter)
+        return state.why_not_in_place(source, tensors, keep_types=keep_types)
+
+    def _difference(self, stated: _Stated, adapter: Adapter) -> str | None:
+        """What the files of an adapter say that another is not; None: the two differ in their tensors at most."""
+        modules = stated.backbone.modules
+        if stated.files.foreign:
+            reason = exchange.why_not(adapter, modules)
+            if reason is not None:
+                return f"PEFT has written it, and what is there is none of PEFT's: {reason}"
+            described = exchange.from_peft(exchange.to_peft(adapter, modules), modules)
+            there = PeftConfig.from_json({name: value for name, value in described.items() if name != "heads"})
+            heads = described["heads"]
+        else:
+            there, heads = adapter.config, {path: describe_head(module) for path, module in adapter.own_modules()}
+        reason = difference(stated.config, there)
+        if reason is not None:
+            return reason
+        for path in sorted({*stated.heads, *heads}):
+            if stated.heads.get(path) != heads.get(path):
+                return f"its own '{path}' is {quoted(stated.heads.get(path))}, there it is {quoted(heads.get(path))}"
+        sites = sorted(path for path, _ in adapter.sites())
+        return None if stated.adapted in (None, sites) else f"it adapts {_differing(sites, stated.adapted)} otherwise"
+
+    def _read(self, folder: Path) -> _Stated:
+        """Read the files of an adapter and check what can be checked without making it."""
+        files = state.read_folder(folder)
         modules = injection.backbone_modules(self)
         try:
             about = dict(exchange.described(files, modules))
         except MatchError as error:
             raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
-        extra = {name: about.pop(name, None) for name in ("peft_type", "format_version", "point_peft_version")}
-        described, adapted = about.pop("heads", None), about.pop("adapted_modules", None)
+        for name in ("peft_type", "format_version", "point_peft_version"):
+            about.pop(name, None)
+        heads, adapted = about.pop("heads", None), about.pop("adapted_modules", None)
         fingerprint = about.pop("base_fingerprint", None)
-        del extra
-        if not isinstance(described, dict) or (not isinstance(adapted, list) and not files.foreign):
+        if not isinstance(heads, dict) or (not isinstance(adapted, list) and not files.foreign):
             raise AdapterFileError(f"'{folder / state.CONFIG_FILE}' lacks heads or adapted_modules")
         try:
             config = PeftConfig.from_json(about)
         except PointPeftError as error:
             raise AdapterFileError(f"'{folder / state.CONFIG_FILE}': {error}") from error
         try:
-            backbone = self._backbone(config)
+            backbone = self._backbone(config, modules)
         except PointPeftError as error:
             raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
-        for path in described:
-            if not path or path not in backbone.modules:
-                near = nearest_names(path, list(backbone.modules))
+        for path in heads:
+            if not path or path not in modules:
+                near = nearest_names(path, list(modules))
                 raise AdapterFileError(f"the adapter has its own {quoted(path)}, this model has not; nearest: {near}")
+        return _Stated(
+            folder=folder,
+            files=files,
+            config=config,
+            heads=heads,
+            adapted=adapted,
+            fingerprint=fingerprint,
+            backbone=backbone,
+        )
+
+    def _is_same_base(self, stated: _Stated, adapter: Adapter) -> bool:
+        """Refuse another backbone than the one that files were made for; warn if it may be another, in other types."""
+        kind = type(self.base_model).__name__
+        warning = state.check_fingerprint(stated.fingerprint, self._fingerprint(adapter), kind)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=4)
+        return warning is None
+
+    def _restore(self, stated: _Stated, heads: Mapping[str, HeadSource] | None) -> Adapter:
+        """The adapter that files hold; `heads` as in `load_adapter`."""
         given = {
-            p: make_head(source, p, backbone) for p, source in injection.match_heads(heads, list(described)).items()
+            path: make_head(source, path, stated.backbone)
+            for path, source in injection.match_heads(heads, list(stated.heads)).items()
         }
         try:
-            adapter = self._checked(backbone, config, described, adapted, given, files)
+            adapter = self._checked(stated, given)
         except AdapterFileError:
             raise
         except PointPeftError as error:
-            raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
-        if files.foreign:
+            raise AdapterFileError(f"the adapter in '{stated.folder}' does not fit this model: {error}") from error
+        if stated.files.foreign:
             # PEFT says nothing of the base, and keeps the adapter in another type than that.
-            reason, keep_types = exchange.why_not(adapter, modules), False
+            reason, keep_types = exchange.why_not(adapter, stated.backbone.modules), False
             if reason is not None:
-                raise AdapterFileError(f"the adapter in '{folder}' is not what PEFT makes for this model: {reason}")
+                raise AdapterFileError(
+                    f"the adapter in '{stated.folder}' is not what PEFT makes for this model: {reason}"
+                )
         else:
-            kind = type(self.base_model).__name__
-            warning = state.check_fingerprint(fingerprint, self._fingerprint(adapter), kind)
-            keep_types = warning is None
-            if warning is not None:
-                warnings.warn(warning, stacklevel=3)
-        state.copy_tensors(files.tensors, adapter, adapter.tensors(), keep_types=keep_types)
+            keep_types = self._is_same_base(stated, adapter)
+        state.copy_tensors(stated.files.tensors, adapter, adapter.tensors(), keep_types=keep_types)
         for shared in adapter.shared_states():
             try:
                 shared.check(self.base_model)
             except AdapterError as error:
-                raise AdapterFileError(f"the adapter in '{folder}': {error}") from error
-        adapter.requires_grad_(is_trainable)
+                raise AdapterFileError(f"the adapter in '{stated.folder}': {error}") from error
         return adapter
 
     @staticmethod
-    def _checked(
-        backbone: Backbone,
-        config: PeftConfig,
-        described: Mapping[str, Any],
-        adapted: list[Any] | None,
-        given: Mapping[str, nn.Module],
-        files: state.AdapterFiles,
-    ) -> Adapter:
+    def _checked(stated: _Stated, given: Mapping[str, nn.Module]) -> Adapter:
         """The adapter that a file asks for, once it is known to have the modules and the tensors of the file.
 
         What a file asks for may be of any size; so it is first made without memory.
         """
-        own: dict[str, HeadSource] = dict(given)
-        for path, description in described.items():
-            if path not in own and description != describe_head(backbone.modules[path]):
+        backbone, own = stated.backbone, dict[str, HeadSource](given)
+        for path, description in stated.heads.items():
+            if path not in own and description != describe_head(injection.clean_copy(backbone.modules[path])):
                 own[path] = partial(build_head, description, path)
-        planned = injection.plan_adapter(backbone, config, own, list(described))
+        planned = injection.plan_adapter(backbone, stated.config, own, list(stated.heads))
         sites = sorted(path for path, _ in planned.sites())
-        if adapted is not None and sites != adapted:
-            differing = sorted(set(sites) ^ {str(path) for path in adapted})
-            shown = ", ".join(map(quoted, differing[:3])) or "named twice"
-            raise AdapterFileError(f"the adapter was made for modules {shown} otherwise than this model has them")
-        state.check_tensors(files.tensors, planned.tensors(), planned.free_rows(), f"its {state.TENSOR_FILE}")
-        return injection.build_adapter(backbone, config, own, list(described))
+        if stated.adapted not in (None, sites):
+            differing = _differing(sites, stated.adapted)
+            raise AdapterFileError(f"the adapter was made for modules {differing} otherwise than this model has them")
+        where = f"its {state.TENSOR_FILE}"
+        state.check_tensors(stated.files.tensors, planned.tensors(), planned.free_rows(), where)
+        return injection.build_adapter(backbone, stated.config, own, list(stated.heads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stated:
+    """What the files of an adapter say, for the backbone of a model, which it fits as far as could be told."""
+
+    folder: Path
+    files: state.AdapterFiles
+    config: PeftConfig
+    heads: Mapping[str, Any]
+    """The descriptions of the modules that the adapter has to itself, by path."""
+    adapted: list[Any] | None
+    """The paths of its sites; None where PEFT does not say."""
+    fingerprint: Any
+    backbone: Backbone
+
+
+def _differing(sites: Sequence[str], stated: Sequence[Any]) -> str:
+    """The first of the modules that only one of two lists names."""
+    found = sorted(set(sites) ^ {str(path) for path in stated})
+    return ", ".join(map(quoted, found[:3])) or "named twice"
 
 
 class PointPeftModel(AdapterSet):
@@ -872,10 +1074,15 @@ class PointPeftModel(AdapterSet):
     def _hold(self, model: nn.Module) -> None:
         self.base_model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone with the active adapters; arguments and result are the backbone's."""
+    def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """Run the backbone with the active adapters; arguments and result are the backbone's.
+
+        `adapter_names` names an adapter for each sample instead, None for the plain backbone; see `forward_mixed`.
+        """
         before, reads = context.opened(self), reading.depth()
         try:
+            if adapter_names is not None:
+                return self.forward_mixed(args, kwargs, adapter_names)
             if self.__dict__.get("_is_replica", False):
                 with context.replica(self):
                     return self.base_model(*args, **kwargs)

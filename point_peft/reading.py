@@ -17,7 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_state = threading.local()
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, Substitution]] = []
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -52,11 +55,7 @@ class Substitution(TorchFunctionMode):
         return adapted
 
 
-def _stack() -> list[tuple[nn.Module, Substitution]]:
-    if not isinstance(getattr(_state, "stack", None), list):
-        _state.stack = []
-    stack: list[tuple[nn.Module, Substitution]] = _state.stack
-    return stack
+_state = _State()
 
 
 def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: Callable[[], bool]) -> None:
@@ -66,12 +65,12 @@ def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: C
     """
     mode = Substitution(adapted, alive)
     mode.__enter__()  # type: ignore[no-untyped-call]
-    _stack().append((reader, mode))
+    _state.stack.append((reader, mode))
 
 
 def leave(reader: nn.Module) -> set[str]:
     """End what the reader's `enter` began, if it did; the modules whose tensors were asked for."""
-    stack = _stack()
+    stack = _state.stack
     if not stack or stack[-1][0] is not reader:
         return set()
     _, mode = stack.pop()
@@ -81,11 +80,11 @@ def leave(reader: nn.Module) -> set[str]:
 
 def depth() -> int:
     """How many calls of `enter` are open on this thread."""
-    return len(_stack())
+    return len(_state.stack)
 
 
 def unwind(to: int) -> None:
     """End what was left open, as by Ctrl-C, which no hook is told of."""
-    stack = _stack()
+    stack = _state.stack
     while len(stack) > to:
         stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -1,23 +1,96 @@
-"""`torch.compile(fullgraph=True)` sees the adapters as eager code does, and follows `set_adapter`."""
+"""`torch.compile(fullgraph=True)` computes what eager code does, in one graph for all adapters of a configuration."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import einops
+import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from examples.backbones import BACKBONES, clouds
-from point_peft import LoraConfig, PointPEFTConfig, get_peft_model
+from examples.backbones import BACKBONES, CLASSES, WIDTH, clouds
+from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft.backbones import PointTransformer
+from tests.adapting import adapt, add, distance, every_method, gradients, loss_of, plain, run
+
+# As whole calls in the graph: to follow what is inside them takes half of a compilation.
+for function in (einops.rearrange, einops.reduce, einops.repeat):
+    torch.compiler.allow_in_graph(function)
+
+BACKBONE = BACKBONES["point_bert"]
+ONE_BLOCK = dataclasses.replace(
+    BACKBONE,
+    name="point_bert of one block",
+    make=lambda: PointTransformer(
+        trans_dim=WIDTH, depth=1, num_heads=4, num_group=12, group_size=8, encoder_dims=WIDTH, cls_dim=CLASSES
+    ),
+)
+"""Compilers take their time."""
+NAMES = ("default", "other")
 
 
-def test_point_peft_with_its_second_pass_and_a_swap():
-    model, (points,) = get_peft_model(BACKBONES["point_bert"].build(), PointPEFTConfig()), clouds(3, 0)
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def of_batch(size: int, seed: int = 5) -> Tensor:
+    """Clouds of which the compiler is told that there may be any number."""
+    points: Tensor = clouds(size, seed)[0].clone()
+    torch._dynamo.mark_dynamic(points, 0)
+    return points
+
+
+def adapted(method: str) -> PointPeftModel:
+    """Two adapters of one configuration with other values, both seen in eager mode."""
+    model = adapt(ONE_BLOCK, method)
+    add(model, ONE_BLOCK, method, "other")
+    outputs = [plain(ONE_BLOCK)]
+    for name in NAMES:
+        model.set_adapter(name)
+        outputs.append(run(model, ONE_BLOCK))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert distance(outputs[one], outputs[other]) > 1e-3
+    return model
+
+
+@every_method
+def test_one_graph_for_all_adapters_of_a_configuration_and_any_number_of_clouds(method):
+    model, graphs = adapted(method), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for name, batch in (("default", 3), ("other", 5), ("default", 7)):
+        model.set_adapter(name)
+        expected, output = (step(forward, model, of_batch(batch)) for forward in (model, compiled))
+        assert distance(output[0], expected[0]) < 1e-5
+        assert output[1].keys() == expected[1].keys() and any(key.startswith(f"adapters.{name}.") for key in output[1])
+        for key, gradient in expected[1].items():
+            assert torch.allclose(output[1][key], gradient, rtol=1e-4, atol=1e-6), key
+    assert graphs.frame_count == 1
+
+
+def step(forward: Callable[[Tensor], Tensor], model: nn.Module, points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients."""
+    model.zero_grad()
+    output = forward(points)
+    loss_of(output).backward()
+    return output.detach(), gradients(model)
+
+
+def test_a_swap_to_another_method_and_back():
+    model, (points,) = get_peft_model(BACKBONE.build(), PointPEFTConfig()), clouds(3, 0)
     model.build_memory_bank([clouds(12, 1)[0]])
     model.add_adapter("other", LoraConfig(r=2))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.adapters.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model.eval(), fullgraph=True, backend=graphs)
     outputs = []
     with torch.no_grad():
         for name in ("default", "other", "default"):
@@ -25,3 +98,16 @@ def test_point_peft_with_its_second_pass_and_a_swap():
             outputs.append(compiled(points))
             assert torch.allclose(outputs[-1], model(points), atol=1e-5)
     assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    assert graphs.frame_count == 2
+
+
+# Of torch's own compiler.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_generated_code_gives_the_same():
+    model, graphs = adapted("LORA"), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with torch.no_grad():
+        for name, batch in (("default", 3), ("other", 5), ("default", 7)):
+            model.set_adapter(name)
+            assert distance(compiled(of_batch(batch)), model(of_batch(batch))) < 1e-5
+    assert graphs.frame_count == 1

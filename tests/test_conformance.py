@@ -73,7 +73,9 @@ def test_an_adapter_acts_where_it_is_active_and_nowhere_else(method: str, backbo
     with model.disable_adapter():
         torch.manual_seed(4)
         output = run(model, backbone)
-    assert torch.equal(output, plain(backbone, training=True)), "disabled in train mode, it is not the backbone"
+    # Up to rounding: the library's encoder folds its norms in training, but not where an adapter hooks its layers.
+    same = torch.allclose(output, plain(backbone, training=True), atol=1e-5)
+    assert same, "disabled in train mode, it is not the backbone"
 
 
 @every_pair

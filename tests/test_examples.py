@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from examples import data, pretrain, quickstart, shapes
+from examples import data, pretrain, quickstart, serve, shapes
+from point_peft import LoraConfig, get_peft_model
 from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
 from point_peft.backbones.checkpoint import EMBEDDED
 
@@ -206,6 +208,28 @@ def test_quickstart_from_end_to_end(tmp_path, capsys):
     for task in ("first", "second"):
         assert (tmp_path / task / "adapter_model.safetensors").is_file()
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- serving ---
+
+
+def test_serving_answers_every_task_with_its_own_adapter(capsys):
+    """It compares every answer with that of the task alone, and ends with an error if one is wrong."""
+    serve.main(["--requests", "12", "--workers", "3"])
+    printed = capsys.readouterr().out
+    assert "16 requests, 3 at a time" in printed and "'damage' was loaded meanwhile" in printed
+    assert "each of the 16 answers is what its task gives alone" in printed
+    for task in (*serve.TASKS, serve.BASE, serve.LATER):
+        assert f"  {task} " in printed
+
+
+def test_serving_notices_a_wrong_answer():
+    points = torch.from_numpy(shapes.sample_shapes(2, n=128))
+    model = get_peft_model(serve.backbone(), LoraConfig(r=2, target_modules=["qkv"]), "digit")
+    given = serve.answer(model, serve.BASE, 1, points)
+    serve.check(model, [given], points)
+    with pytest.raises(SystemExit, match="1 of 2 answers are wrong, the first to 'digit'"):
+        serve.check(model, [given, dataclasses.replace(given, task="digit", logits=given.logits + 1)], points)
 
 
 def test_quickstart_needs_the_radar_file(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, scan_cache_dir
@@ -283,7 +284,7 @@ def test_configuration_and_weights_are_of_the_same_commit(
             next_one.push_to_hub(REPO)
         return path
 
-    monkeypatch.setattr(hub_module, "hf_hub_download", then_push)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", then_push)
     assert torch.equal(logits(), run(model, MAE))
     assert moved == [CONFIG_FILE] and len(hub.commits(REPO)) == 3
     assert torch.equal(logits(), run(next_one, MAE))

@@ -361,9 +361,10 @@ def test_files_other_than_safetensors_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_peft_is_optional() -> None:
+def test_peft_is_optional_and_the_hub_s_client_is_loaded_when_it_is_used() -> None:
     code = (
         "import sys\nsys.modules['peft'] = None\nimport point_peft\n"
+        "assert not {'huggingface_hub.hf_api', 'huggingface_hub.file_download'} & sys.modules.keys()\n"
         "try:\n    import point_peft.integrations.peft\n"
         "except ImportError as error:\n    assert 'pip install point-peft[peft]' in str(error)\n"
         "else:\n    raise AssertionError\n"

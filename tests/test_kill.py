@@ -144,7 +144,7 @@ def test_killed_at_random_moments(saved: list[Path], tmp_path: Path, server: Ser
         child = server.start(saving, folder)
         while not begun.exists():
             time.sleep(0.0005)
-        time.sleep(choice.uniform(0, 1.5 * both))
+        time.sleep(choice.uniform(0, 4 * both))
         os.kill(child, signal.SIGKILL)
         assert server.wait(child) == signal.SIGKILL
         begun.unlink()

@@ -21,6 +21,7 @@ LAYERS = [
     "presets",
     "tokens",
     "reading",
+    "batching",
     "context",
     "observing",
     "trial",

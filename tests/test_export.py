@@ -1,0 +1,104 @@
+"""`torch.export` and ONNX: outside of Python the adapted model computes the same, for any number of clouds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples.backbones import BACKBONES, clouds
+from point_peft import AdapterError, LoraConfig, get_peft_model
+from point_peft.geometry import farthest_point_sample
+from tests.adapting import adapt, add, distance, every_method, plain
+
+BACKBONE = BACKBONES["point_bert"]
+ANY = {0: torch.export.Dim.DYNAMIC}
+
+# Of the exporter itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+
+
+def outputs_of_onnx(model: nn.Module, shapes: dict[str, Any], file: Path, batches: tuple[int, ...]) -> list[Tensor]:
+    """What onnxruntime gives for clouds of these numbers, of a file that was exported with three."""
+    program = torch.onnx.export(model, clouds(3, 5), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None
+    program.save(file)
+    onnx.checker.check_model(onnx.load(file))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (points,) = session.get_inputs()
+    runs = [session.run(None, {points.name: clouds(batch, batch)[0].numpy()}) for batch in batches]
+    return [torch.from_numpy(run[0]) for run in runs]
+
+
+@every_method
+def test_every_method_is_exported_with_its_hooks(method):
+    model = adapt(BACKBONE, method)
+    with torch.no_grad():
+        expected = model(*clouds(2, 5))
+        program = torch.export.export(model, clouds(3, 6), dynamic_shapes={"args": (ANY,)})
+        assert distance(program.module()(*clouds(2, 5)), expected) < 1e-5
+    assert distance(expected, plain(BACKBONE)) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["POINT_PEFT", "IDPT"])
+def test_onnx_of_an_adapter(method, tmp_path):
+    model, batches = adapt(BACKBONE, method), (1, 2, 5)
+    with torch.no_grad():
+        expected = [model(*clouds(batch, batch)) for batch in batches]
+        found = outputs_of_onnx(model, {"args": (ANY,)}, tmp_path / "model.onnx", batches)
+    assert all(distance(output, wanted) < 1e-4 for output, wanted in zip(found, expected, strict=True))
+
+
+def test_onnx_of_a_merged_lora(tmp_path):
+    model, batches = adapt(BACKBONE, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
+    with torch.no_grad():
+        expected = [model(*clouds(batch, batch)) for batch in batches]
+        merged = model.merge_and_unload()
+        found = outputs_of_onnx(merged, {"points": ANY}, tmp_path / "merged.onnx", batches)
+        assert all(distance(output, wanted) < 1e-4 for output, wanted in zip(found, expected, strict=True))
+        assert distance(found[0], BACKBONE.build()(*clouds(1, 1))) > 1e-3
+    nodes = {node.op_type for node in onnx.load(tmp_path / "merged.onnx").graph.node}
+    assert "Scan" in nodes  # farthest points are one loop of the graph
+
+
+def test_what_is_exported_is_what_set_adapter_chose():
+    model = adapt(BACKBONE, "BITFIT")
+    add(model, BACKBONE, "LORA", "other")
+    model.set_adapter("other")
+    with torch.no_grad():
+        program = torch.export.export(model, clouds(3, 5))
+        other = model(*clouds(3, 5))
+        model.set_adapter("default")
+        assert distance(program.module()(*clouds(3, 5)), other) < 1e-5 < distance(model(*clouds(3, 5)), other)
+
+
+def test_a_part_without_effect_is_found_when_it_is_traced():
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, points: Tensor) -> Tensor:
+            output: Tensor = self.used(points)
+            return output
+
+    model = get_peft_model(Idle(), LoraConfig(r=2, target_modules=["used", "idle"], modules_to_save=[]))
+    with pytest.raises(AdapterError, match=r"at 'idle' had no effect"):
+        torch.export.export(model, clouds(2, 0))
+
+
+def test_farthest_points_of_an_exported_loop_are_the_same():
+    class Sample(nn.Module):
+        def forward(self, points: Tensor) -> Tensor:
+            return farthest_point_sample(points, 24)
+
+    points = torch.randn(3, 64, 3, generator=torch.Generator().manual_seed(0))
+    points[1] = points[1, torch.arange(64) % 20]  # fewer places than samples
+    points[2] = points[2].mul(2).round()  # equal distances
+    program = torch.export.export(Sample(), (points[:2],), dynamic_shapes=(ANY,))
+    assert torch.equal(program.module()(points), farthest_point_sample(points, 24))
