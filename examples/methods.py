@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from examples.benchmarks.clock import Learner, Timed, take_turns
 from point_peft import (
     METHODS,
     AdapterError,
@@ -44,6 +45,8 @@ from point_peft.tuners.base import Bank
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 COMMAND = "python -m examples.methods --write"
 PLAIN, FULL = "frozen backbone", "full fine-tuning"
+TRAINING, INFERENCE = "training step", "inference"
+CPU = torch.device("cpu")
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -164,10 +167,14 @@ def rows_of(methods: Sequence[str] | None = None) -> list[Row]:
     ]
 
 
+def heads(row: Row, backbone: nn.Module) -> dict[str, str]:
+    """The published head of a row, as `add_adapter` takes it; nothing where it is the backbone's own."""
+    return {} if row.pool is None else dict.fromkeys(describe(backbone).heads, row.pool)
+
+
 def adapted(row: Row, backbone: PointTransformer) -> PointPeftModel:
     """A backbone with an adapter of a row, and with the published head."""
-    heads = {} if row.pool is None else dict.fromkeys(describe(backbone).heads, row.pool)
-    return get_peft_model(backbone, row.config, heads=heads)
+    return get_peft_model(backbone, row.config, heads=heads(row, backbone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,7 @@ class Bench:
     """The backbone that all methods are put on, and the clouds that it gets."""
 
     name: str
-    make: Callable[[], PointTransformer]
+    make: Callable[..., PointTransformer]
     points: int
     bank_rows: int
     """Rows of a memory bank, for methods that have one."""
@@ -192,16 +199,22 @@ class Bench:
         self.fill(model)
         return model
 
-    def fill(self, model: PointPeftModel) -> None:
-        """Fill the memory bank of a model's adapter, if it has one, with random rows."""
-        for state in get_adapter(model, "default").shared_states():
-            if isinstance(state, Bank):
-                state.fill(torch.randn(self.bank_rows, describe(model.base_model).stages[-1].width))
+    def fill(self, model: PointPeftModel, name: str = "default") -> bool:
+        """Fill the memory bank of a model's adapter with random rows of 15 classes; False: it has none."""
+        banks = [state for state in get_adapter(model, name).shared_states() if isinstance(state, Bank)]
+        for bank in banks:
+            width = describe(model.base_model).stages[-1].width
+            bank.fill(torch.randn(self.bank_rows, width), torch.arange(self.bank_rows) % 15)
+        return bool(banks)
+
+    def learner(self, row: Row | None, batch: int, device: torch.device) -> Learner:
+        """A row, or None for the backbone itself, ready to be trained and tried on a batch."""
+        model = self.make() if row is None else self.adapt(row)
+        labels = torch.arange(batch, device=device)
+        return Learner(model.to(device), self.clouds(batch).to(device), labels)
 
 
-def _tiny() -> PointTransformer:
-    return PointTransformer(trans_dim=48, encoder_dims=48, num_group=32, group_size=8)
-
+_tiny = partial(PointTransformer, trans_dim=48, encoder_dims=48, num_group=32, group_size=8)
 
 BASE = Bench(name="Point-MAE", make=PointTransformer, points=2048, bank_rows=11392)
 """The backbone of the published numbers, and Point-PEFT's bank: a row a training cloud of ScanObjectNN."""
@@ -300,44 +313,6 @@ def _needs_coordinates(row: Row) -> bool:
 # ---- what does -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Stopwatch:
-    """A model, and the seconds of its training steps and of its inference, one each a round."""
-
-    model: nn.Module
-    trains: bool = True
-    training: list[float] = field(default_factory=list)
-    inference: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.trains:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-
-    def round(self, points: Tensor, labels: Tensor) -> None:
-        """Measure once."""
-        if self.trains:
-            self.model.train()
-            self.training.append(_seconds(lambda: self._step(points, labels)))
-        self.model.eval()
-        with torch.no_grad():
-            self.inference.append(_seconds(lambda: self.model(points)))
-
-    def _step(self, points: Tensor, labels: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(points), labels)
-        if isinstance(self.model, PointPeftModel):
-            loss = loss + self.model.auxiliary_loss()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """Seconds of a training step and of inference, as multiples of full fine-tuning's and the plain backbone's."""
@@ -346,20 +321,22 @@ class Times:
     inference: float
 
 
+def timed(rows: Sequence[Row], bench: Bench, *, batch: int, device: torch.device = CPU) -> dict[tuple[str, str], Timed]:
+    """(label, TRAINING or INFERENCE) -> what measures it: rows, full fine-tuning, and inference of the plain base."""
+    runs: dict[tuple[str, str], Timed] = {(PLAIN, INFERENCE): bench.learner(None, batch, device).inference}
+    for row in (None, *rows):
+        label, learner = FULL if row is None else row.label, bench.learner(row, batch, device)
+        runs.update({(label, TRAINING): learner.training_step, (label, INFERENCE): learner.inference})
+    return runs
+
+
 def times(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> dict[str, Times]:
-    """Label -> times; everything takes its turn once a round, and a first round that warms up does not count."""
-    watches = {PLAIN: Stopwatch(bench.make(), trains=False), FULL: Stopwatch(bench.make())}
-    watches.update({row.label: Stopwatch(bench.adapt(row)) for row in rows})
-    points = bench.clouds(batch)
-    labels = torch.arange(batch)
-    for _ in tqdm(range(repeats + 1), desc="rounds", leave=False):
-        for watch in watches.values():
-            watch.round(points, labels)
-    step, plain = median(watches[FULL].training[1:]), median(watches[PLAIN].inference[1:])
+    """Label -> times of rows and of full fine-tuning."""
+    took = {key: median(values) for key, values in take_turns(timed(rows, bench, batch=batch), repeats).items()}
+    step, plain = took[FULL, TRAINING], took[PLAIN, INFERENCE]
     return {
-        label: Times(training=median(watch.training[1:]) / step, inference=median(watch.inference[1:]) / plain)
-        for label, watch in watches.items()
-        if watch.trains
+        label: Times(training=took[label, TRAINING] / step, inference=took[label, INFERENCE] / plain)
+        for label in (FULL, *(row.label for row in rows))
     }
 
 
@@ -401,7 +378,8 @@ def published(row: Row, measured: int, bench: Bench, notes: list[str]) -> str:
     return f"{known.parameters:,} ({len(notes)})"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Where it was measured, and with which torch."""
     kind = f"{platform.system()} {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
@@ -453,7 +431,7 @@ def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
         f"- Backbone: {bench.name}, {total / 1e6:.1f} M parameters, clouds of {bench.points} points.",
         "- Measured with a clock: *training step*, one step of AdamW as a multiple of full fine-tuning's; *inference*,",
         f"  not merged, as a multiple of the plain backbone's. Batches of {batch}, medians of {repeats} rounds in",
-        f"  which all take turns, in one run on {date.today()}: {_machine()}.",
+        f"  which all take turns, in one run on {date.today()}: {machine()}.",
         "- The same on every machine, and in the same run: *trained* parameters; *GMAC* of one cloud's forward (matrix",
         "  products, convolutions and attention, counted by `torch.utils.flop_counter`); whether all but the head",
         "  *merges* into the backbone (tried); whether the method *needs coordinates* (tried: in a stretched space, of",

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from point_peft.config import METHODS, TunerConfig, require
 from point_peft.errors import PointPeftError, quoted
@@ -31,6 +30,9 @@ _REPO = re.compile(f"{_WORD}(/{_WORD})?", re.ASCII)
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_./\-]*"
 _MARK = re.compile(rf"^<!-- (begin|end) {LIBRARY}(?: ({_NAME}))? -->(?=[ \t]*\r?$)", re.MULTILINE)
 _LOADING = re.compile(r"^model = PointPeftModel\.from_pretrained\(backbone, .*\)(?=\r?$)", re.MULTILINE)
+_LINE_END = r"(?:\r\n|\r|\n)"
+_FRONT = re.compile(rf"\s*---{_LINE_END}(.*?){_LINE_END}---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+"""The block of YAML that a card begins with, by the Hub's rule."""
 _LISTS = ("tags", "datasets", "metrics")
 
 
@@ -121,7 +123,7 @@ def _fields(about: About) -> dict[str, Any]:
     """The YAML of a card."""
     base = about.base_model if about.base_model is not None and _is_repo_id(about.base_model) else None
     results = [
-        EvalResult(
+        huggingface_hub.EvalResult(
             task_type=about.pipeline_tag or "other",
             dataset_type=dataset,
             dataset_name=dataset,
@@ -133,7 +135,7 @@ def _fields(about: About) -> dict[str, Any]:
         for metric, value in metrics.items()
     ]
     methods = [method.lower().replace("_", "-") for method in about.methods]
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(
         library_name=LIBRARY,
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -308,13 +310,13 @@ def _addressed(text: str, repo_id: str, folder: str) -> str:
 
 def _taken_apart(text: str) -> tuple[str, dict[str, Any], str]:
     """The block of YAML as it stands, what it says, and the text after it."""
-    found = REGEX_YAML_BLOCK.search(text)
+    found = _FRONT.match(text)
     if found is None:
         if re.match(r"\s*---[ \t]*\r?\n", text):
             raise PointPeftError("the card begins with '---', but no block of YAML: end it with a line '---'")
         return "", {}, text
     try:
-        fields = yaml.safe_load(found[2])
+        fields = yaml.safe_load(found[1])
     # Beside YAMLError: a tag such as !!int on what is none, a date that is none, lists in lists in lists.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]

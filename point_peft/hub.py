@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants, hf_hub_download, try_to_load_from_cache
+import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the client's HTTP library
     EntryNotFoundError,
     GatedRepoError,
@@ -145,9 +146,9 @@ def download(
     return paths[0].parent
 
 
-def _info(repo_id: str, revision: str | None, token: Token) -> ModelInfo:
+def _info(repo_id: str, revision: str | None, token: Token) -> huggingface_hub.ModelInfo:
     """What the Hub says of a repository at a revision; its answer may be any."""
-    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     try:
         info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
     except (LookupError, TypeError, AttributeError) as error:
@@ -157,7 +158,7 @@ def _info(repo_id: str, revision: str | None, token: Token) -> ModelInfo:
     return info
 
 
-def _files(info: ModelInfo, repo_id: str, prefix: str) -> list[HubFile]:
+def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[HubFile]:
     """What the Hub says of the files that are read, which must be there and small enough."""
     stated = {entry.rfilename: entry for entry in info.siblings or ()}
     found = []
@@ -185,7 +186,7 @@ def _fetched(repo_id: str, sha: str, file: HubFile, *, token: Token, cache_dir: 
 
     def fetch(again: bool) -> Path | None:
         path = Path(
-            hf_hub_download(
+            huggingface_hub.hf_hub_download(
                 repo_id,
                 file.name,
                 revision=sha,
@@ -269,7 +270,7 @@ def _remember(snapshot: Path, revision: str | None) -> None:
 
 def _cached(repo_id: str, revision: str | None, prefix: str, cache_dir: str | Path | None, why: str) -> Path:
     """The folder of the cache that holds both files of one commit; they must be what their names in it say."""
-    found = [try_to_load_from_cache(repo_id, prefix + name, cache_dir, revision) for name in LIMITS]
+    found = [huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, cache_dir, revision) for name in LIMITS]
     paths = [Path(path) for path in found if isinstance(path, str)]
     if len(paths) < len(LIMITS) or len({path.parent for path in paths}) > 1:
         at = f" at revision {quoted(revision)}" if revision else ""
@@ -394,7 +395,7 @@ def push(
             )
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"nothing was pushed to '{repo_id}': HF_HUB_OFFLINE is set")
-    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
 
     def asked(ask: Callable[[], T]) -> T:
         try:
@@ -408,7 +409,7 @@ def push(
     if revision is not None and not create_pr:
         asked(lambda: _make_branch(api, repo_id, revision))
 
-    def prepare() -> tuple[str, list[CommitOperationAdd]]:
+    def prepare() -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
         info = _info(repo_id, revision, token)
         if private and info.private is False:
             raise HubError(f"nothing was pushed: private is asked for, and '{repo_id}' exists and is public")
@@ -421,10 +422,13 @@ def push(
             present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
             path = _fetched(repo_id, str(info.sha), present, token=token, cache_dir=None, force=False)
             contents[name] = _over(path.read_bytes(), files[name], merge_card)
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name]) for name in sorted(contents)]
+        added = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
+            for name in sorted(contents)
+        ]
         return str(info.sha), added
 
-    def send(parent: str, added: list[CommitOperationAdd]) -> str:
+    def send(parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
         try:
             made = api.create_commit(
                 repo_id,
@@ -462,7 +466,7 @@ def push(
     raise HubError(f"nothing was pushed to '{repo_id}': others commit to it all the time. Push again")
 
 
-def _make_branch(api: HfApi, repo_id: str, revision: str) -> None:
+def _make_branch(api: huggingface_hub.HfApi, repo_id: str, revision: str) -> None:
     """Make a branch if need be; what is none and cannot become one is refused."""
     if _PULL_REQUEST.fullmatch(revision):
         return
@@ -491,7 +495,7 @@ def _over(present: bytes, new: bytes, merge: Callable[[str | None, str], str]) -
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
-def list_adapters(base_model: str, *, token: Token = None) -> list[ModelInfo]:
+def list_adapters(base_model: str, *, token: Token = None) -> list[huggingface_hub.ModelInfo]:
     """The repositories of the Hub with adapters of point_peft for a base, those most downloaded first.
 
     A base is named as the adapters name it: `base_model_name_or_path`, a repository of the Hub.
@@ -499,7 +503,7 @@ def list_adapters(base_model: str, *, token: Token = None) -> list[ModelInfo]:
     check_names(base_model, None, None, token)
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"adapters of '{base_model}' cannot be listed: HF_HUB_OFFLINE is set")
-    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     tags = [LIBRARY, f"base_model:adapter:{base_model}"]
     try:
         return _asked(base_model, None, lambda: list(api.list_models(filter=tags, sort="downloads")))
