@@ -713,12 +713,12 @@ class AdapterSet(nn.Module):
         for name, reason in reasons.items():
             own = folder if len(names) == 1 or name == "default" else folder / name
             adapter = get_adapter(self, name)
-            config, record = self._file_config(adapter), None
+            config, record = self._file_config(adapter, modules), None
             if reason is None:
                 config, record = exchange.to_peft(adapter, modules), config
             state.write_folder(own, config, adapter.tensors(), self._card(adapter, said), record)
 
-    def _file_config(self, adapter: Adapter) -> dict[str, Any]:
+    def _file_config(self, adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         return {
             "peft_type": state.PEFT_TYPE,
             "format_version": state.FORMAT_VERSION,
@@ -726,7 +726,7 @@ class AdapterSet(nn.Module):
             **self._stated(adapter.config).to_json(),
             "heads": {path: describe_head(module) for path, module in adapter.own_modules()},
             "adapted_modules": sorted(path for path, _ in adapter.sites()),
-            "base_fingerprint": self._fingerprint(adapter),
+            "base_fingerprint": self._fingerprint(adapter, modules),
         }
 
     def _stated(self, config: PeftConfig) -> PeftConfig:
@@ -736,15 +736,17 @@ class AdapterSet(nn.Module):
         )
         return config if alone else replace(config, anatomy=self.anatomy)
 
-    def _fingerprint(self, adapter: Adapter) -> dict[str, Any]:
+    @staticmethod
+    def _fingerprint(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The fingerprint of what the adapter takes from the base: all but the tensors that it has of its own."""
-        own = set(adapter.tensors())
-        inside = (*(path + "." for path in adapter.saved), CHILD + ".")
-        tensors = {
-            name: tensor
-            for name, tensor in self.base_model.state_dict().items()
-            if isinstance(tensor, Tensor) and name not in own and not name.startswith(inside)
-        }
+        own, inside = set(adapter.tensors()), tuple(path + "." for path in adapter.saved)
+        tensors: dict[str, Tensor] = {}
+        for path, module in modules.items():
+            kept = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+            for name, tensor in (*module._parameters.items(), *kept):
+                full = f"{path}.{name}" if path else name
+                if tensor is not None and full not in own and not full.startswith(inside):
+                    tensors[full] = tensor
         return state.fingerprint(tensors)
 
     def _card(self, adapter: Adapter, said: Callable[[card.About], card.About]) -> state.Card:
@@ -990,7 +992,7 @@ class AdapterSet(nn.Module):
     def _is_same_base(self, stated: _Stated, adapter: Adapter) -> bool:
         """Refuse another backbone than the one that files were made for; warn if it may be another, in other types."""
         kind = type(self.base_model).__name__
-        warning = state.check_fingerprint(stated.fingerprint, self._fingerprint(adapter), kind)
+        warning = state.check_fingerprint(stated.fingerprint, self._fingerprint(adapter, stated.backbone.modules), kind)
         if warning is not None:
             warnings.warn(warning, stacklevel=4)
         return warning is None

@@ -165,10 +165,7 @@ def _mixtures(
         part = slice(start, start + step)
         gathered = by_channel.index_select(1, rows[:, part].flatten())
         q, key, v = _split(gathered, heads, k)
-        attention = _outer(q * scale, key)
-        attention -= attention.amax(dim=2, keepdim=True)
-        attention.exp_()
-        attention /= attention.sum(dim=2, keepdim=True)
+        attention = _outer(q * scale, key).softmax(dim=2)
         mixed = attention.new_empty(len(gathered) // 3, gathered.shape[1])
         _over_keys(attention, v, mixed.view(heads, len(v), k, -1).transpose(0, 1))
         if keep is not None:
