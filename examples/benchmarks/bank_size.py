@@ -30,6 +30,7 @@ def page(train: int, seeds: int, epochs: int) -> str:
     """The accuracy with banks of several sizes, in Markdown."""
     data = load_digits_clouds().subset(train, 100, None)
     cells: list[list[str]] = []
+    options = f"--train {train} --seeds {seeds} --epochs {epochs} "
     for share in SHARES:
         size = max(round(share * train), CONFIG.num_prompts)
         config = replace(CONFIG, bank_size=size)
@@ -43,7 +44,7 @@ def page(train: int, seeds: int, epochs: int) -> str:
         [
             "# The size of the memory bank",
             "",
-            "Made by `python -m examples.benchmarks.bank_size --write`; nothing in it is written by hand.",
+            f"Made by `python -m examples.benchmarks.bank_size {options}--write`; nothing in it is written by hand.",
             "",
             f"- {data.name}, {train} training clouds, {epochs} epochs, {seeds} seeds, mean ± standard deviation,",
             f"  the last epoch; {date.today()}.",
