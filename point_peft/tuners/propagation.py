@@ -37,10 +37,6 @@ class Neighbourhoods:
         return Neighbourhoods(centre, neighbour, rows.contiguous(), geometry.rows_of_all(centre + before, length))
 
 
-Pool = Callable[[Tensor, Neighbourhoods], Tensor]
-"""What is pooled, (b, s, c), over neighbourhoods among tokens (b, l, c)."""
-
-
 @dataclass(frozen=True)
 class Propagation:
     """How much each of the centres gives to each of the patches: from all of them, or packed, from the k nearest."""
@@ -73,12 +69,11 @@ class GeometryAwareAdapter(nn.Module):
         tokens: Tensor,
         near: Neighbourhoods,
         propagate: Propagation,
-        pool: Pool,
+        pooled: Tensor,
         *,
         recomputing: bool,
     ) -> Tensor:
-        """Patches (b, g, c) with what tokens (b, l, c) around the centres propagate to them."""
-        pooled = pool(tokens, near)
+        """Patches (b, g, c) with what centres among tokens (b, l, c), around which these are `pooled`, propagate."""
         if isinstance(self.norm, BatchNorm):
             pooled = self.norm.normalise(pooled, recomputing=recomputing)
         else:
@@ -98,19 +93,19 @@ def neighbourhoods(
     ahead: Tensor | None = None,
     owner: Hashable = None,
     before: int = 0,
-) -> tuple[Neighbourhoods, Propagation]:
-    """Neighbourhoods among the tokens of a stage, and how their centres propagate to the patches.
+) -> tuple[Neighbourhoods, Callable[[], Propagation]]:
+    """Neighbourhoods among the tokens of a stage, and what tells how their centres propagate to the patches.
 
     `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s; `before` these there are
-    tokens that lie nowhere. Once per forward; weights
-    that carry a gradient to coordinates are made anew at every block, because a checkpointed block must be able to make
-    them again.
+    tokens that lie nowhere. Once per forward; weights that carry a gradient to coordinates are made anew at every call,
+    because what is checkpointed must be able to make them again.
     """
     patches = forward.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result.
     key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k, before)
     if stage in forward.samples:
-        return forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
+        found = forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
+        return found[0], lambda: found[1]
 
     def choose() -> Neighbourhoods:
         with torch.no_grad():
@@ -126,8 +121,8 @@ def neighbourhoods(
     near = forward.once(("neighbourhoods", *key), choose)
     learned = patches.requires_grad or (ahead is not None and ahead.requires_grad)
     if learned and torch.is_grad_enabled():
-        return near, weigh()
-    return near, forward.once(("weights", *key), weigh)
+        return near, weigh
+    return near, lambda: forward.once(("weights", *key), weigh)
 
 
 def coordinates_of(patches: Tensor, ahead: Tensor | None) -> Tensor:

@@ -187,7 +187,8 @@ class BlockPart(SequencePart):
             g = got.patches.shape[1]
             tokens = torch.cat([got.patches[:, : max(0, g - count)], got.prompts[:, :g]], dim=1)
         recomputing = call.forward.recomputing
-        propagated: Tensor = geometry(got.patches, tokens, near, propagate, twice_the_maximum, recomputing=recomputing)
+        pooled = twice_the_maximum(tokens, near)
+        propagated: Tensor = geometry(got.patches, tokens, near, propagate(), pooled, recomputing=recomputing)
         return propagated
 
     def _shape(self, call: Call) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from point_peft import tokens as token_ops
 from point_peft.anatomy import Stage
@@ -91,18 +93,27 @@ class BlockPart(Part):
         tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
         at = self._prefix(call, found, inserted=count)
-        prefix, _, patches = torch.split(tokens, [at, count, tokens.shape[1] - at - count], dim=1)
-        if self.geometry is not None:
-            patches = self._aware(call, self.geometry, patches, tokens, at)
-        # A acts on every token by itself, so the prompts, which end here, need not pass through it.
-        kept = torch.cat([prefix, patches], dim=1)
-        adapted = token_ops.as_layout(kept + self.adapter(kept).to(kept.dtype), self.stage.layout)
+        pooled, aware = (None, None) if self.geometry is None else self._aware(call, self.geometry, tokens, at)
+
+        def adapt(tokens: Tensor, pooled: Tensor | None) -> Tensor:
+            prefix, _, patches = torch.split(tokens, [at, count, tokens.shape[1] - at - count], dim=1)
+            if pooled is not None and aware is not None:
+                patches = aware(patches, tokens, pooled)
+            # A acts on every token by itself, so the prompts, which end here, need not pass through it.
+            kept = torch.cat([prefix, patches], dim=1)
+            found: Tensor = kept + self.adapter(kept).to(kept.dtype)
+            return found
+
+        # To keep all of it for the backward pass would take a seventh more memory, to compute it again little time.
+        keep = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        adapted = adapt(tokens, pooled) if keep else checkpoint(adapt, tokens, pooled, use_reentrant=False)
+        adapted = token_ops.as_layout(adapted, self.stage.layout)
         return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=at)
 
     def _aware(
-        self, call: Call, geometry: GeometryAwareAdapter, patches: Tensor, tokens: Tensor, before: int
-    ) -> Tensor:
-        """The patches after the geometry-aware adapter; `tokens` are all, of which `before` lie nowhere."""
+        self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, before: int
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """What is pooled of the tokens, of which `before` lie nowhere, and the geometry-aware adapter that takes it."""
         state = call.state(f"stage_{self.number}", StageState)
         near, propagate = neighbourhoods(
             call.forward,
@@ -113,9 +124,12 @@ class BlockPart(Part):
             owner=(call.adapter, self.tuner),
             before=before,
         )
-        recomputing = call.forward.recomputing
-        aware: Tensor = geometry(patches, tokens, near, propagate, state.local_attention, recomputing=recomputing)
-        return aware
+
+        def aware(patches: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+            found: Tensor = geometry(patches, tokens, near, propagate(), pooled, recomputing=call.forward.recomputing)
+            return found
+
+        return state.local_attention(tokens, near), aware
 
     def _prefix(self, call: Call, tokens: Tensor, inserted: int) -> int:
         """How many prefix tokens there are: those that are neither prompts nor patches."""
