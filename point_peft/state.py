@@ -87,17 +87,17 @@ BLOCK = 128
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fingerprint of these tensors of a backbone: its names and shapes, its types, its values."""
-    structure = [f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items())]
-    digest = hashlib.sha256()
-    for _, tensor in sorted(tensors.items()):
-        for sums in _sums(tensor):
-            digest.update(sums.cpu().numpy().data)
+    ordered = sorted(tensors.items())
+    structure = [f"{name} {list(tensor.shape)}" for name, tensor in ordered]
+    sums = [part for _, tensor in ordered for part in _sums(tensor)]
+    if len({part.device for part in sums}) != 1:
+        sums = [torch.empty(0, dtype=torch.int64), *(part.cpu() for part in sums)]
     return {
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors.values()),
         "dtypes": sorted({_dtype(tensor) for tensor in tensors.values()}),
         "structure_sha256": _sha256("\n".join(structure).encode()),
-        "sums_sha256": digest.hexdigest(),
+        "sums_sha256": hashlib.sha256(torch.cat(sums).cpu().numpy().data).hexdigest(),
     }
 
 
