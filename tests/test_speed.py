@@ -15,13 +15,24 @@ from torch import Tensor, nn
 
 from examples import methods
 from examples.benchmarks import page, sections, speed
+from examples.benchmarks.as_published import as_published
 from examples.benchmarks.clock import take_turns
 from examples.benchmarks.memory import peak_bytes
 from examples.benchmarks.results import Measure, Results
-from examples.benchmarks.sections import PEAK, SCALES, SECTIONS, STEM, WITHOUT_BANK
+from examples.benchmarks.sections import (
+    PEAK,
+    PUBLISHED_FULL,
+    PUBLISHED_PLAIN,
+    SCALES,
+    SECTIONS,
+    STEM,
+    WITHOUT_BANK,
+    head_bytes,
+)
 from examples.benchmarks.targets import TARGETS
 from examples.methods import FULL, INFERENCE, PLAIN, TRAINING
-from point_peft import METHODS
+from point_peft import METHODS, PeftConfig, get_peft_model
+from point_peft.state import TENSOR_FILE
 
 CPU = torch.device("cpu")
 
@@ -53,9 +64,9 @@ def test_every_registered_method_has_its_numbers(results: Results):
     labels = [row.label for row in rows if row.label in (*first.values(), STEM.label)]
     assert {label.split()[0] for label in labels} == set(METHODS)
     for section, quantity, references in (
-        ("methods", TRAINING, [FULL]),
-        ("methods", INFERENCE, [PLAIN, FULL]),
-        ("memory", PEAK, [FULL]),
+        ("methods", TRAINING, [PUBLISHED_FULL, FULL]),
+        ("methods", INFERENCE, [PUBLISHED_PLAIN, PLAIN, FULL]),
+        ("memory", PEAK, [PUBLISHED_FULL, FULL]),
         ("files", WITHOUT_BANK, []),
     ):
         found = results.medians(section, quantity)
@@ -144,6 +155,38 @@ def test_the_peak_of_memory_is_what_lives_at_once():
     assert peak_bytes(at_once, CPU) == 15e6
     assert 3e6 <= peak_bytes(with_gradient, CPU) < 7e6
     assert peak_bytes(lambda: network(torch.zeros(1)), CPU) < 1000
+
+
+def test_the_published_form_computes_the_same_and_in_its_own_way():
+    torch.manual_seed(0)
+    ours = methods.QUICK.make()
+    torch.manual_seed(1)
+    published = as_published(methods.QUICK.make)
+    published.load_state_dict(ours.state_dict())
+    clouds, labels = methods.QUICK.clouds(4), torch.arange(4)
+    for training in (False, True):
+        found = []
+        for model in (ours.train(training), published.train(training)):
+            torch.manual_seed(2)
+            logits = model(clouds)
+            torch.autograd.backward(nn.functional.cross_entropy(logits, labels))
+            found.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    widths: list[int] = []
+    published.encoder.second_conv[0].register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
+    published(clouds)
+    assert widths == [512]  # the maximum beside each point, which ours never puts together
+
+
+def test_a_file_without_its_head_is_as_large_as_one_that_has_none(tmp_path: Path):
+    row = methods.rows_of(["LORA"])[0]
+    model = methods.adapted(row, methods.QUICK.make())
+    model.save_pretrained(tmp_path / "with")
+    alone = get_peft_model(methods.QUICK.make(), PeftConfig(tuners=(row.config,), modules_to_save=()))
+    alone.save_pretrained(tmp_path / "without")
+    size, without = ((tmp_path / name / TENSOR_FILE).stat().st_size for name in ("with", "without"))
+    assert 0 <= size - head_bytes(model) - without < 5000  # what is said of the head's tensors
 
 
 # --- options ---

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.benchmarks.as_published import as_published
 from examples.benchmarks.beside_peft import Library, libraries
 from examples.benchmarks.clock import Learner, Timed, seconds, take_turns
 from examples.benchmarks.memory import peak_bytes
 from examples.benchmarks.results import Measure, Values
 from examples.methods import BASE, FULL, INFERENCE, PLAIN, QUICK, TRAINING, Bench, Row, adapted, heads, rows_of, timed
-from point_peft import PointPeftModel, geometry
+from point_peft import PointPeftModel, describe, geometry
+from point_peft.injection import get_adapter
 from point_peft.state import TENSOR_FILE
 from point_peft.tuners.point_peft.prior import MemoryBank
 
@@ -27,8 +29,10 @@ LORA = Row(method="LORA", variant="qkv")
 POINT_PEFT = Row(method="POINT_PEFT")
 STEM = Row(method="POINT_PEFT", variant="prior of the stem", fields={"prior": "stem"})
 
+PUBLISHED_PLAIN, PUBLISHED_FULL = f"{PLAIN}, as published", f"{FULL}, as published"
 PEAK = "peak memory of training"
 WITHOUT_BANK, WITH_BANK = "adapter file", "adapter file with a bank"
+WITHOUT_HEAD = "adapter file without the tensors of its head"
 SAMPLING, NEIGHBOURS = "farthest point sampling", "k nearest neighbours"
 RETRIEVAL, RETRIEVAL_PEAK = "retrieval", "peak memory of retrieval, bank included"
 SWAP = "set_adapter"
@@ -54,6 +58,11 @@ class Setting:
     def learner(self, row: Row | None) -> Learner:
         """A row, or None for the backbone itself, on this setting's batch."""
         return self.bench.learner(row, self.batch, self.device)
+
+    @property
+    def published(self) -> Setting:
+        """The same with the backbone in its published form."""
+        return replace(self, bench=replace(self.bench, make=partial(as_published, self.bench.make)))
 
 
 FULL_SETTING = partial(
@@ -85,7 +94,12 @@ QUICK_SETTING = partial(
 
 def methods(setting: Setting) -> Values:
     """A training step and inference of every row, of full fine-tuning and of the plain backbone."""
-    runs = timed(setting.rows, setting.bench, batch=setting.batch, device=setting.device)
+    published = setting.published.learner(None)
+    runs = {
+        (PUBLISHED_PLAIN, INFERENCE): published.inference,
+        (PUBLISHED_FULL, TRAINING): published.training_step,
+        **timed(setting.rows, setting.bench, batch=setting.batch, device=setting.device),
+    }
     took = take_turns(runs, setting.rounds, "methods")
     return {Measure(section="methods", subject=label, quantity=what): values for (label, what), values in took.items()}
 
@@ -93,16 +107,16 @@ def methods(setting: Setting) -> Values:
 def memory(setting: Setting) -> Values:
     """The peak of two training steps, weights included; by the second, the optimizer has its state."""
 
-    def train(row: Row | None) -> None:
+    def train(setting: Setting, row: Row | None) -> None:
         learner = setting.learner(row)
         learner.training_step()
         learner.training_step()
 
+    runs = {PUBLISHED_FULL: partial(train, setting.published, None), FULL: partial(train, setting, None)}
+    runs |= {row.label: partial(train, setting, row) for row in setting.rows}
     return {
-        Measure(section="memory", subject=FULL if row is None else row.label, quantity=PEAK, unit="bytes"): [
-            peak_bytes(partial(train, row), setting.device)
-        ]
-        for row in (None, *setting.rows)
+        Measure(section="memory", subject=label, quantity=PEAK, unit="bytes"): [peak_bytes(run, setting.device)]
+        for label, run in runs.items()
     }
 
 
@@ -122,11 +136,20 @@ def files(setting: Setting) -> Values:
         found[measure(subject=PLAIN, quantity="file")] = [(folder / "base.safetensors").stat().st_size]
         for row in setting.rows:
             model = adapted(row, backbone)
-            found[measure(subject=row.label, quantity=WITHOUT_BANK)] = size(model)
+            whole = size(model)
+            found[measure(subject=row.label, quantity=WITHOUT_BANK)] = whole
+            found[measure(subject=row.label, quantity=WITHOUT_HEAD)] = [whole[0] - head_bytes(model)]
             if setting.bench.fill(model):
                 found[measure(subject=row.label, quantity=WITH_BANK)] = size(model)
             model.unload()
     return found
+
+
+def head_bytes(model: PointPeftModel) -> int:
+    """What the tensors of an adapter's own heads take."""
+    heads = describe(model.base_model).heads
+    own = [module for path, module in get_adapter(model, "default").own_modules() if path in heads]
+    return sum(tensor.nbytes for module in own for tensor in module.state_dict().values())
 
 
 # ---- beside the package PEFT -----------------------------------------------------------------------------------------
