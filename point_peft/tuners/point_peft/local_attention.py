@@ -16,8 +16,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Numbers that are worked on at a time: on a CPU as many as the caches of its cores hold, 6 MB.
-CHUNK_ELEMENTS = 3 * 2**19
+# Numbers that are worked on at a time: on a CPU as many as the caches of its cores hold, 3 MB.
+CHUNK_ELEMENTS = 3 * 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
 
 
@@ -102,15 +102,16 @@ class _PooledAttention(torch.autograd.Function):
         with torch.autocast(tokens.device.type, enabled=False):
             normed = nn.functional.layer_norm(x, x.shape[1:], norm_weight.to(kind), norm_bias.to(kind), eps)
             by_channel = to_qkv.to(kind) @ normed.T
+            # One buffer for all chunks: fresh memory is slow at its first use.
+            buffer = x.new_empty(len(rows) * _step(rows, heads, x.shape[1]), x.shape[1])
             for part, _, _, mixed in _mixtures(by_channel, rows, keep, heads, scale, x.shape[1]):
-                neighbours = rows[:, part].flatten()
-                value = x.index_select(0, neighbours).addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
+                value = torch.index_select(x, 0, rows[:, part].flatten(), out=buffer[: mixed.shape[1]])
+                value = value.addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
                 torch.amax(value, 0, out=pooled[part])
                 if winner is not None:
                     # In floating point, of which a CPU compares eight at a time.
                     torch.eq(value, pooled[part], out=value).mul_(_numbers(value))
                     winner[part] = value.amax(0)
-                del value  # before there is the next
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
 
@@ -125,14 +126,14 @@ class _PooledAttention(torch.autograd.Function):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
             by_channel = to_three @ normed.T
             to_projection, to_by_channel = torch.zeros_like(weight.T), torch.zeros_like(by_channel)
+            buffer = x.new_empty(len(rows) * _step(rows, ctx.heads, c), c)
             for part, gathered, attention, mixed in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale, c):
                 # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
-                won = gradient.new_empty(len(rows), *gradient[part].shape)
+                won = buffer[: mixed.shape[1]].view(len(rows), -1, c)
                 torch.eq(winner[part].to(kind), _numbers(won), out=won).mul_(gradient[part])
                 won = won.view(-1, c)
                 to_projection.addmm_(mixed, won)
                 to_mixed = rearrange(weight.T @ won.T, "(h c) (k m) -> c h k m", h=ctx.heads, k=len(rows))
-                del won
                 if keep is not None:
                     to_mixed *= keep[part].to(kind)
                 q, k, v = _split(gathered, ctx.heads, len(rows))
@@ -161,8 +162,7 @@ def _mixtures(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Of some neighbourhoods at a time: which, what is gathered (3 w, k m), attention (h, i, i', m), mixed (w, k m)."""
     k, m = rows.shape
-    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
-    step = max(1, elements // (k * max(channels, heads * k)))
+    step = _step(rows, heads, channels)
     for start in range(0, m, step):
         part = slice(start, start + step)
         gathered = by_channel.index_select(1, rows[:, part].flatten())
@@ -173,6 +173,13 @@ def _mixtures(
         if keep is not None:
             mixed.view(len(mixed), k, -1).mul_(keep[part])
         yield part, gathered, attention, mixed
+
+
+def _step(rows: Tensor, heads: int, channels: int) -> int:
+    """Of how many neighbourhoods the chunks are."""
+    k, m = rows.shape
+    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
+    return max(1, min(m, elements // (k * max(channels, heads * k))))
 
 
 def _split(gathered: Tensor, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
