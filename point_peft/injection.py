@@ -824,25 +824,33 @@ def _answering(root: Root) -> Iterator[None]:
     the answer is known; that is right in every other forward and thread as well.
     """
     modules = [] if root.anatomy is None else [root.base_model.get_submodule(path) for path in root.anatomy.stem]
-    # Not where compiled code cannot follow, nor where there is one already: another thread's, or the user's own.
-    set_here = [m for m in modules if "forward" not in m.__dict__ and not torch.compiler.is_compiling()]
-    for module in set_here:
-        module.__dict__["forward"] = partial(_answer, module)
+    # Not where compiled code cannot follow, nor where another thread has done it already.
+    own = {} if torch.compiler.is_compiling() else {module: module.__dict__.get("forward") for module in modules}
+    own = {module: set_by_user for module, set_by_user in own.items() if not _answers(set_by_user)}
+    for module, set_by_user in own.items():
+        module.__dict__["forward"] = partial(_answer, module, set_by_user)
     try:
         yield
     finally:
-        for module in set_here:
-            module.__dict__.pop("forward", None)
+        for module, set_by_user in own.items():
+            if set_by_user is not None:  # as accelerate's are, which moves weights between devices
+                module.__dict__["forward"] = set_by_user
+            else:
+                module.__dict__.pop("forward", None)
 
 
-def _answer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _answers(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _answer
+
+
+def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """What a module of the stem gives: what is known, else what it computes."""
     site: Site = module.__dict__[SITE]
     forward = context.current_forward(site.root)
     call = forward.known_stem.get(site.path)
     if call is not None and not kwargs and not _changes_stem(forward, site.path) and call.answers(args):
         return call.output
-    return type(module).forward(module, *args, **kwargs)
+    return type(module).forward(module, *args, **kwargs) if set_by_user is None else set_by_user(*args, **kwargs)
 
 
 # ---- a batch for several forwards ------------------------------------------------------------------------------------

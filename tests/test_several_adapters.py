@@ -130,6 +130,25 @@ def test_a_second_pass_of_one_cloud_does_not_compute_the_stem_again() -> None:
 
 
 @torch.no_grad()
+def test_a_forward_that_somebody_has_set_runs_once_too_and_stays() -> None:
+    """accelerate sets a module's `forward` where it moves weights between devices."""
+    model = mixed_model(BACKBONES["point_mae"], "POINT_PEFT")
+    expected = model(*clouds(2, 0))
+    encoder = model.get_submodule("base_model.encoder")
+    calls: list[int] = []
+    plain = encoder.forward
+
+    def counting(neighborhood: Tensor) -> Tensor:
+        calls.append(len(neighborhood))
+        found: Tensor = plain(neighborhood)
+        return found
+
+    encoder.__dict__["forward"] = counting
+    assert torch.equal(model(*clouds(2, 0)), expected)
+    assert calls == [2] and encoder.__dict__["forward"] is counting
+
+
+@torch.no_grad()
 def test_heads_of_other_widths_give_a_list() -> None:
     backbone = BACKBONES["point_mae"]
     model = mixed_model(backbone, "LORA")
