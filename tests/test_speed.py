@@ -102,7 +102,7 @@ def test_file_and_page_say_the_same(folder: Path, results: Results):
 
 def test_a_target_is_met_or_not_as_the_numbers_say():
     first, *_, last = TARGETS
-    of, by = (Measure(section="methods", subject=subject, quantity=TRAINING) for subject in ("POINT_PEFT", FULL))
+    of, by = (Measure(section="point_peft", subject=subject, quantity=TRAINING) for subject in ("POINT_PEFT", FULL))
     for value, met in ((0.7, "yes"), (0.71, "no")):
         results = Results(about={"command": "x"}, values={of: [value, 9.0, 0.0], by: [1.0]})
         assert f"| {first.text} | at most 0.70 | {value:.2f} | {met} |" in page.page(results, "x.png")

@@ -68,18 +68,23 @@ def _targets(results: Results) -> list[str]:
 
 
 def _methods(results: Results) -> list[str]:
-    columns = (
-        (TRAINING, results.medians("methods", TRAINING), FULL),
-        (INFERENCE, results.medians("methods", INFERENCE), PLAIN),
-        (PEAK, results.medians("memory"), FULL),
-    )
+    return _compared(results, "methods", "memory")
+
+
+def _point_peft(results: Results) -> list[str]:
+    return _compared(results, "point_peft")
+
+
+def _compared(results: Results, *sections: str) -> list[str]:
+    """A line a method, with what it takes and how much that is of the backbone's."""
     found = [
-        (title, {m.subject: (m, value) for m, value in values.items()}, reference)
-        for title, values, reference in columns
-        if values
+        (quantity, {m.subject: (m, value) for m, value in medians.items()}, reference)
+        for section in sections
+        for quantity, reference in ((TRAINING, FULL), (INFERENCE, PLAIN), (PEAK, FULL))
+        if (medians := results.medians(section, quantity))
     ]
     cells = []
-    for subject in results.subjects("methods", "memory"):
+    for subject in results.subjects(*sections):
         cell = [subject]
         for _, values, reference in found:
             if subject in values:
@@ -156,12 +161,19 @@ def _scale(results: Results) -> list[str]:
 PARTS: Sequence[tuple[str, str, Callable[[Results], list[str]]]] = (
     ("Targets", "Computed from the numbers of this page; the aims are for the base backbone on two cores.", _targets),
     (
-        "Methods",
+        "Point-PEFT",
         "A training step is forward, backward and update by AdamW; inference is a forward in eval mode, not merged. "
         "*As published* is the same backbone with the same output, computed as Point-MAE was published: our reference "
-        "backbone does less for it, in its patch embedding and its attention. "
-        "Both ratios are of medians, and all rows take turns in each round. Memory is the most that torch's allocator "
-        "had handed out at once in two training steps of a model on its own, from its making on: weights, gradients, "
+        "backbone does less for it, in its patch embedding and its attention. These rows alone take turns, three times "
+        "as often as those below, so that what is compared is measured within seconds of each other. The targets for "
+        "times are of this table.",
+        _point_peft,
+    ),
+    (
+        "Methods",
+        "The same of every method. Both ratios are of medians, and all rows take turns in each round. Memory is the "
+        "most that torch's allocator had handed out at once in two training steps of a model on its own, from its "
+        "making on: weights, gradients, "
         "the optimizer's state, activations and what an operation needs for itself. It is counted, not sampled: on a "
         "CPU by `torch.profiler`, on a GPU by `torch.cuda.max_memory_allocated`.",
         _methods,

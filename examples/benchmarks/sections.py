@@ -94,14 +94,23 @@ QUICK_SETTING = partial(
 
 def methods(setting: Setting) -> Values:
     """A training step and inference of every row, of full fine-tuning and of the plain backbone."""
+    return _turns("methods", setting, setting.rows, setting.rounds)
+
+
+def point_peft(setting: Setting) -> Values:
+    """The same of both kinds of Point-PEFT alone: next to what they are compared with, and more often."""
+    return _turns("point_peft", setting, (STEM, POINT_PEFT), 3 * setting.rounds)
+
+
+def _turns(section: str, setting: Setting, rows: Sequence[Row], rounds: int) -> Values:
     published = setting.published.learner(None)
     runs = {
         (PUBLISHED_PLAIN, INFERENCE): published.inference,
         (PUBLISHED_FULL, TRAINING): published.training_step,
-        **timed(setting.rows, setting.bench, batch=setting.batch, device=setting.device),
+        **timed(rows, setting.bench, batch=setting.batch, device=setting.device),
     }
-    took = take_turns(runs, setting.rounds, "methods")
-    return {Measure(section="methods", subject=label, quantity=what): values for (label, what), values in took.items()}
+    took = take_turns(runs, rounds, section)
+    return {Measure(section=section, subject=label, quantity=what): values for (label, what), values in took.items()}
 
 
 def memory(setting: Setting) -> Values:
@@ -359,6 +368,7 @@ SCALES = {
 """Where the measures of `scale` are -> what their sizes are of."""
 
 SECTIONS: Mapping[str, Callable[[Setting], Values]] = {
+    "point_peft": point_peft,
     "methods": methods,
     "memory": memory,
     "files": files,

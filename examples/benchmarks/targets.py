@@ -56,8 +56,8 @@ class Target:
 def _of_methods(row: str, name: str, what: str, limit: float) -> list[Target]:
     """A bound for a row of the methods, of the reference backbone in its own form and as published."""
     references, section = {
-        TRAINING: ((FULL, PUBLISHED_FULL), "methods"),
-        INFERENCE: ((PLAIN, PUBLISHED_PLAIN), "methods"),
+        TRAINING: ((FULL, PUBLISHED_FULL), "point_peft"),
+        INFERENCE: ((PLAIN, PUBLISHED_PLAIN), "point_peft"),
         PEAK: ((FULL, PUBLISHED_FULL), "memory"),
     }[what]
     return [
