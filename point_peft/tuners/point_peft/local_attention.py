@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Numbers that are worked on at a time: on a CPU as many as the caches of its cores hold, 3 MB.
+# Numbers in the largest tensor that is worked on at a time: on a CPU as many as the caches of its cores hold, 3 MB.
 CHUNK_ELEMENTS = 3 * 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
 
@@ -102,16 +102,16 @@ class _PooledAttention(torch.autograd.Function):
         with torch.autocast(tokens.device.type, enabled=False):
             normed = nn.functional.layer_norm(x, x.shape[1:], norm_weight.to(kind), norm_bias.to(kind), eps)
             by_channel = to_qkv.to(kind) @ normed.T
-            # One buffer for all chunks: fresh memory is slow at its first use.
-            buffer = x.new_empty(len(rows) * _step(rows, heads, x.shape[1]), x.shape[1])
-            for part, _, _, mixed in _mixtures(by_channel, rows, keep, heads, scale, x.shape[1]):
-                value = torch.index_select(x, 0, rows[:, part].flatten(), out=buffer[: mixed.shape[1]])
-                value = value.addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
-                torch.amax(value, 0, out=pooled[part])
-                if winner is not None:
-                    # In floating point, of which a CPU compares eight at a time.
-                    torch.eq(value, pooled[part], out=value).mul_(_numbers(value))
-                    winner[part] = value.amax(0)
+            buffer = _buffer(x, rows)
+            for part, _, _, mixture in _mixtures(by_channel, rows, keep, heads, scale):
+                for few, mixed in _few(part, mixture, buffer):
+                    value = torch.index_select(x, 0, rows[:, few].flatten(), out=buffer[: mixed.shape[1]])
+                    value = value.addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
+                    torch.amax(value, 0, out=pooled[few])
+                    if winner is not None:
+                        # In floating point, of which a CPU compares eight at a time.
+                        torch.eq(value, pooled[few], out=value).mul_(_numbers(value))
+                        winner[few] = value.amax(0)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
 
@@ -125,15 +125,19 @@ class _PooledAttention(torch.autograd.Function):
         with torch.autocast(tokens.device.type, enabled=False):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
             by_channel = to_three @ normed.T
-            to_projection, to_by_channel = torch.zeros_like(weight.T), torch.zeros_like(by_channel)
-            buffer = x.new_empty(len(rows) * _step(rows, ctx.heads, c), c)
-            for part, gathered, attention, mixed in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale, c):
-                # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
-                won = buffer[: mixed.shape[1]].view(len(rows), -1, c)
-                torch.eq(winner[part].to(kind), _numbers(won), out=won).mul_(gradient[part])
-                won = won.view(-1, c)
-                to_projection.addmm_(mixed, won)
-                to_mixed = rearrange(weight.T @ won.T, "(h c) (k m) -> c h k m", h=ctx.heads, k=len(rows))
+            to_tokens, to_projection = torch.zeros_like(x), torch.zeros_like(weight.T)
+            to_by_channel, buffer = torch.zeros_like(by_channel), _buffer(x, rows)
+            for part, gathered, attention, mixture in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale):
+                to_mixture = []
+                for few, mixed in _few(part, mixture, buffer):
+                    # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
+                    won = buffer[: mixed.shape[1]].view(len(rows), -1, c)
+                    torch.eq(winner[few].to(kind), _numbers(won), out=won).mul_(gradient[few])
+                    won = won.view(-1, c)
+                    to_tokens.index_add_(0, rows[:, few].flatten(), won)
+                    to_projection.addmm_(mixed, won)
+                    to_mixture.append(rearrange(won @ weight, "(k m) (h c) -> c h k m", h=ctx.heads, k=len(rows)))
+                to_mixed = torch.cat(to_mixture, dim=3)
                 if keep is not None:
                     to_mixed *= keep[part].to(kind)
                 q, k, v = _split(gathered, ctx.heads, len(rows))
@@ -148,38 +152,48 @@ class _PooledAttention(torch.autograd.Function):
             through_norm = torch.ops.aten.native_layer_norm_backward(
                 to_normed, x, (c,), mean, rstd, gain, shift, [True, True, True]
             )
-            # By numbers of channels of all tokens: along one dimension it takes a third of the time.
-            channel = torch.arange(c, device=rows.device)
-            place = rows.T.gather(1, winner.long()).mul_(c).add_(channel)
-            to_tokens = through_norm[0].view(-1).scatter_add_(0, place.flatten(), gradient.flatten()).view_as(x)
-        found = to_tokens, through_norm[1], through_norm[2], to_by_channel @ normed, to_projection.T
+        found = to_tokens + through_norm[0], through_norm[1], through_norm[2], to_by_channel @ normed, to_projection.T
         kinds = (tensor.dtype for tensor in (tokens, norm_weight, norm_bias, to_qkv, projection))
         return *(tensor.to(own) for tensor, own in zip(found, kinds, strict=True)), *[None] * 6
 
 
 def _mixtures(
-    by_channel: Tensor, rows: Tensor, keep: Tensor | None, heads: int, scale: float, channels: int
+    by_channel: Tensor, rows: Tensor, keep: Tensor | None, heads: int, scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Of some neighbourhoods at a time: which, what is gathered (3 w, k m), attention (h, i, i', m), mixed (w, k m)."""
+    """Some neighbourhoods at a time: which, what is gathered (3 w, k m), attention (h, i, i', m), mixed (w, k, m)."""
     k, m = rows.shape
-    step = _step(rows, heads, channels)
+    step = _step(rows, 2 * heads * k * k)  # the gradient of the attention lies beside it
     for start in range(0, m, step):
         part = slice(start, start + step)
         gathered = by_channel.index_select(1, rows[:, part].flatten())
         q, key, v = _split(gathered, heads, k)
         attention = _outer(q * scale, key).softmax(dim=2)
-        mixed = attention.new_empty(len(gathered) // 3, gathered.shape[1])
-        _over_keys(attention, v, mixed.view(heads, len(v), k, -1).transpose(0, 1))
+        mixed = attention.new_empty(len(gathered) // 3, k, attention.shape[3])
+        _over_keys(attention, v, rearrange(mixed, "(h c) k m -> c h k m", h=heads))
         if keep is not None:
-            mixed.view(len(mixed), k, -1).mul_(keep[part])
+            mixed.mul_(keep[part])
         yield part, gathered, attention, mixed
 
 
-def _step(rows: Tensor, heads: int, channels: int) -> int:
-    """Of how many neighbourhoods the chunks are."""
-    k, m = rows.shape
-    elements = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
-    return max(1, min(m, elements // (k * max(channels, heads * k))))
+def _few(part: slice, mixed: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Of those neighbourhoods, which are in `part`, as many as a buffer holds: which, and their mixed (w, k m)."""
+    _, k, m = mixed.shape
+    step = len(buffer) // k
+    for start in range(0, m, step):
+        few = mixed[:, :, start : start + step]
+        yield slice(part.start + start, part.start + start + few.shape[2]), rearrange(few, "w k m -> w (k m)")
+
+
+def _buffer(x: Tensor, rows: Tensor) -> Tensor:
+    """Room (k m, c) for what neighbourhoods take of tokens (n, c), for all of them in turn: fresh memory is slow."""
+    k, c = len(rows), x.shape[1]
+    return x.new_empty(k * _step(rows, k * c), c)
+
+
+def _step(rows: Tensor, elements: int) -> int:
+    """How many neighbourhoods are worked on at a time, if each has so many elements."""
+    limit = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
+    return max(1, min(rows.shape[1], limit // elements))
 
 
 def _split(gathered: Tensor, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,11 +212,10 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 def _over_keys(weights: Tensor, values: Tensor, out: Tensor) -> None:
     """sum_i' w_ii' v_i' of weights (h, i, i', m) and values (c, h, i', m), into (c, h, i, m)."""
-    for i, (weight, value) in enumerate(zip(weights.unbind(2), values.unbind(2), strict=True)):
-        if i == 0:
-            torch.mul(weight, value[:, :, None], out=out)
-        else:
-            out.addcmul_(weight, value[:, :, None])
+    (weight, *weights_left), (value, *values_left) = weights.unbind(2), values.unsqueeze(2).unbind(3)
+    torch.mul(weight, value, out=out)
+    for weight, value in zip(weights_left, values_left, strict=True):
+        out.addcmul_(weight, value)
 
 
 def _over_queries(weights: Tensor, values: Tensor, out: Tensor) -> None:
