@@ -83,15 +83,19 @@ class AdapterFiles:
 
 # Eight-byte words that are added up before they are digested: that is ten times as fast, and done at every load.
 BLOCK = 128
+# Tensors of fewer words are taken as one, because a call for each of them would take longer than its sums.
+SMALL = 64 * BLOCK
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fingerprint of these tensors of a backbone: its names and shapes, its types, its values."""
     ordered = sorted(tensors.items())
     structure = [f"{name} {list(tensor.shape)}" for name, tensor in ordered]
-    sums = [part for _, tensor in ordered for part in _sums(tensor)]
-    if len({part.device for part in sums}) != 1:
-        sums = [torch.empty(0, dtype=torch.int64), *(part.cpu() for part in sums)]
+    words = [_words(tensor) for _, tensor in ordered]
+    if len({some.device for some in words}) > 1:
+        words = [some.cpu() for some in words]
+    small, large = [some for some in words if len(some) < SMALL], [some for some in words if len(some) >= SMALL]
+    sums = [part for some in (*([torch.cat(small)] if small else []), *large) for part in _sums(some)]
     return {
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors.values()),
@@ -101,11 +105,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of the bits of a tensor, block by block, and what is left of it."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as words of eight bytes, of one where that does not come out even."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = raw.clone() if raw.storage_offset() % 8 else raw
-    words = raw.view(torch.int64) if raw.numel() % 8 == 0 else raw.to(torch.int64)
+    return raw.view(torch.int64) if raw.numel() % 8 == 0 else raw.to(torch.int64)
+
+
+def _sums(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of words, block by block, and what is left of them."""
     whole = len(words) // BLOCK * BLOCK
     return words[:whole].view(-1, BLOCK).sum(dim=1), words[whole:]
 
