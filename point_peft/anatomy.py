@@ -272,9 +272,9 @@ def is_norm(module: nn.Module) -> bool:
 _SPLIT = frozenset({"q", "k", "v", "kv", "qk", "src", "dst", "query", "key", "value", "queries", "keys", "values"})
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _attentions(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Paths of the attention modules, each with the paths of its query, key and value projections."""
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             yield path, ()
             continue
@@ -301,9 +301,9 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
     """The transformer blocks of a model by path: the smallest ancestor of an attention with a norm and a linear."""
     modules = dict(model.named_modules())
     every_norm = [path for path, module in modules.items() if is_norm(module)]
-    every_linear = _linears(model)
+    every_linear = [path for path, module in modules.items() if linear_shape(module)]
     blocks: dict[str, Block] = {}
-    attentions = dict(_attentions(model))
+    attentions = dict(_attentions(modules))
 
     def outside(paths: Sequence[str], block: str, attention: str) -> tuple[str, ...]:
         within, without = block + "." if block else "", attention + "."

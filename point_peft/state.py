@@ -91,7 +91,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fingerprint of these tensors of a backbone: its names and shapes, its types, its values."""
     ordered = sorted(tensors.items())
     structure = [f"{name} {list(tensor.shape)}" for name, tensor in ordered]
-    words = [_words(tensor) for _, tensor in ordered]
+    words = [_words(tensor) for _, tensor in ordered] or [torch.empty(0, dtype=torch.int64)]
     if len({some.device for some in words}) > 1:
         words = [some.cpu() for some in words]
     small, large = [some for some in words if len(some) < SMALL], [some for some in words if len(some) >= SMALL]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, state
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
+from point_peft.tuners.linear_probe import LinearProbeConfig
 from tests.forks import Server
 
 SIZES: dict[str, Any] = {
@@ -445,6 +446,16 @@ def test_what_is_the_adapters_own_may_differ_in_the_base(saved: Path) -> None:
     base = backbone(cls_dim=9)
     base.load_state_dict({name: t for name, t in backbone().state_dict().items() if HEAD not in name}, strict=False)
     assert torch.equal(logits(PointPeftModel.from_pretrained(base, saved)), logits(adapted()))
+
+
+def test_a_base_of_which_the_adapter_has_everything_itself(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3))
+
+    model = get_peft_model(base(), PeftConfig(tuners=[LinearProbeConfig()], modules_to_save=["0"]))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(PointPeftModel.from_pretrained(base(), tmp_path)(x), model(x))
 
 
 def test_a_base_in_another_type_gives_a_warning_and_runs(saved: Path) -> None:
