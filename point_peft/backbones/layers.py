@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         assert isinstance(first, nn.Conv1d)
         of_whole, of_local = torch.chunk(first.weight, 2, dim=1)
         points = rearrange(nn.functional.conv1d(local, of_local, first.bias), "1 c (bg k) -> 1 c bg k", k=k)
-        tokens = rearrange(points + nn.functional.conv1d(whole, of_whole)[..., None], "1 c bg k -> 1 c (bg k)")
+        tokens = rearrange(points.add_(nn.functional.conv1d(whole, of_whole)[..., None]), "1 c bg k -> 1 c (bg k)")
         for layer in rest:
             tokens = layer(tokens)
         pooled: Tensor = reduce(tokens, "1 c (b g k) -> b g c", "max", b=b, k=k)
