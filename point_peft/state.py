@@ -92,10 +92,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     ordered = sorted(tensors.items())
     structure = [f"{name} {list(tensor.shape)}" for name, tensor in ordered]
     words = [_words(tensor) for _, tensor in ordered] or [torch.empty(0, dtype=torch.int64)]
-    if len({some.device for some in words}) > 1:
-        words = [some.cpu() for some in words]
-    small, large = [some for some in words if len(some) < SMALL], [some for some in words if len(some) >= SMALL]
-    sums = [part for some in (*([torch.cat(small)] if small else []), *large) for part in _sums(some)]
+    devices = {some.device for some in words}
+    # Of a model on several devices, what is small and what is summed meet on the CPU; the rest stays where it is.
+    meeting = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    small = [some.to(meeting) for some in words if len(some) < SMALL]
+    large = [some for some in words if len(some) >= SMALL]
+    sums = [part.to(meeting) for some in (*([torch.cat(small)] if small else []), *large) for part in _sums(some)]
     return {
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors.values()),

@@ -100,8 +100,8 @@ def _compared(results: Results, *sections: str) -> list[str]:
 def _files(results: Results) -> list[str]:
     base = results.median("files", PLAIN, "file")
     with_bank = {m.subject: (m, value) for m, value in results.medians("files", WITH_BANK).items()}
-    cells = []
     headless = {m.subject: value for m, value in results.medians("files", WITHOUT_HEAD).items()}
+    cells = []
     for measure, value in results.medians("files", WITHOUT_BANK).items():
         cell = [measure.subject, _percent(headless[measure.subject], base), spelled(measure, value)]
         cell.append(_percent(value, base))
@@ -173,9 +173,8 @@ PARTS: Sequence[tuple[str, str, Callable[[Results], list[str]]]] = (
         "Methods",
         "The same of every method. Both ratios are of medians, and all rows take turns in each round. Memory is the "
         "most that torch's allocator had handed out at once in two training steps of a model on its own, from its "
-        "making on: weights, gradients, "
-        "the optimizer's state, activations and what an operation needs for itself. It is counted, not sampled: on a "
-        "CPU by `torch.profiler`, on a GPU by `torch.cuda.max_memory_allocated`.",
+        "making on: weights, gradients, the optimizer's state, activations and what an operation needs for itself. It "
+        "is counted, not sampled: on a CPU by `torch.profiler`, on a GPU by `torch.cuda.max_memory_allocated`.",
         _methods,
     ),
     (

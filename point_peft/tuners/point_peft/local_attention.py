@@ -128,7 +128,7 @@ class _PooledAttention(torch.autograd.Function):
             to_tokens, to_projection = torch.zeros_like(x), torch.zeros_like(weight.T)
             to_by_channel, buffer = torch.zeros_like(by_channel), _buffer(x, rows)
             for part, gathered, attention, mixture in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale):
-                to_mixture = []
+                to_each = []
                 for few, mixed in _few(part, mixture, buffer):
                     # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
                     won = buffer[: mixed.shape[1]].view(len(rows), -1, c)
@@ -136,17 +136,17 @@ class _PooledAttention(torch.autograd.Function):
                     won = won.view(-1, c)
                     to_tokens.index_add_(0, rows[:, few].flatten(), won)
                     to_projection.addmm_(mixed, won)
-                    to_mixture.append(rearrange(won @ weight, "(k m) (h c) -> c h k m", h=ctx.heads, k=len(rows)))
-                to_mixed = torch.cat(to_mixture, dim=3)
+                    to_each.append(rearrange(won @ weight, "(k m) (h c) -> c h k m", h=ctx.heads, k=len(rows)))
+                to_mixture = torch.cat(to_each, dim=3)
                 if keep is not None:
-                    to_mixed *= keep[part].to(kind)
+                    to_mixture *= keep[part].to(kind)
                 q, k, v = _split(gathered, ctx.heads, len(rows))
-                to_scores = torch._softmax_backward_data(_outer(to_mixed, v), attention, 2, kind)
+                to_scores = torch._softmax_backward_data(_outer(to_mixture, v), attention, 2, kind)
                 to_gathered = torch.empty_like(gathered)
                 to_q, to_k, to_v = _split(to_gathered, ctx.heads, len(rows))
                 _over_keys(to_scores, k * ctx.scale, to_q)
                 _over_queries(to_scores, q * ctx.scale, to_k)
-                _over_queries(attention, to_mixed, to_v)
+                _over_queries(attention, to_mixture, to_v)
                 to_by_channel.index_add_(1, rows[:, part].flatten(), to_gathered)
             to_normed = to_by_channel.T @ to_three
             through_norm = torch.ops.aten.native_layer_norm_backward(
