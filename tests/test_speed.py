@@ -163,7 +163,9 @@ def test_the_published_form_computes_the_same_and_in_its_own_way():
     torch.manual_seed(1)
     published = as_published(methods.QUICK.make)
     published.load_state_dict(ours.state_dict())
-    clouds, labels = methods.QUICK.clouds(4), torch.arange(4)
+    # In float32 a maximum of two nearly equal features may be the other one: its gradient then goes elsewhere.
+    clouds, labels = methods.QUICK.clouds(4).double(), torch.arange(4)
+    ours, published = ours.double(), published.double()
     for training in (False, True):
         found = []
         for model in (ours.train(training), published.train(training)):
@@ -172,7 +174,7 @@ def test_the_published_form_computes_the_same_and_in_its_own_way():
             torch.autograd.backward(nn.functional.cross_entropy(logits, labels))
             found.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
             model.zero_grad()
-        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[1], found[0])
     widths: list[int] = []
     published.encoder.second_conv[0].register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
     published(clouds)
