@@ -23,7 +23,7 @@ def some(
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.add_(torch.randn(c, generator=generator))
-    rows = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(m)], dim=1)
+    rows = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(m)])
     keep = torch.rand(m, generator=generator).round().to(dtype) / 0.5
     return tokens, norm, to_qkv, weight, rows, keep
 
@@ -33,7 +33,7 @@ def in_words(
 ) -> Tensor:
     """Neighbourhood by neighbourhood and head by head."""
     pooled = []
-    for j, near in enumerate(rows.T):
+    for j, near in enumerate(rows):
         q, key, v = (part.chunk(heads, dim=1) for part in (norm(tokens[near]) @ to_qkv.T).chunk(3, dim=1))
         mixed = [(SCALE * q[h] @ key[h].T).softmax(dim=1) @ v[h] for h in range(heads)]
         added = torch.cat(mixed, dim=1) @ weight.T

@@ -26,15 +26,15 @@ class Neighbourhoods:
     neighbour: Tensor
     """(b, s, k)"""
     rows: Tensor
-    """The neighbours (k, b s) as numbers of rows of all samples' tokens, (b l, c)."""
+    """The neighbours (b s, k) as numbers of rows of all samples' tokens, (b l, c)."""
     centre_rows: Tensor
     """The centres (b, s) as such."""
 
     @staticmethod
     def among(length: int, centre: Tensor, neighbour: Tensor, before: int = 0) -> Neighbourhoods:
         """Of centres and their neighbours among `length` tokens of each sample, counted from token `before` on."""
-        rows = rearrange(geometry.rows_of_all(neighbour + before, length), "b s k -> k (b s)")
-        return Neighbourhoods(centre, neighbour, rows.contiguous(), geometry.rows_of_all(centre + before, length))
+        rows = rearrange(geometry.rows_of_all(neighbour + before, length), "b s k -> (b s) k")
+        return Neighbourhoods(centre, neighbour, rows, geometry.rows_of_all(centre + before, length))
 
 
 @dataclass(frozen=True)

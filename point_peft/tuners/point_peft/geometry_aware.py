@@ -44,7 +44,7 @@ class LocalAttention(nn.Module):
     def forward(self, tokens: Tensor, near: Neighbourhoods) -> Tensor:
         """The maximum (b, s, c) over each neighbourhood among tokens (b, l, c), with its attention added to it."""
         b, rows = tokens.shape[0], rearrange(tokens, "b l c -> (b l) c")
-        keep = self._kept(near.rows.shape[1], rows)
+        keep = self._kept(len(near.rows), rows)
         pooled = pooled_attention(
             rows, self.norm, self.qkv.weight, self.proj.weight, near.rows, keep, self.heads, self.scale
         )

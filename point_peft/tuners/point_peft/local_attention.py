@@ -9,7 +9,7 @@ Tokens of all samples lie in one row; a neighbourhood is k numbers of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -31,7 +31,7 @@ def pooled_attention(
     heads: int,
     scale: float,
 ) -> Tensor:
-    """The maximum (m, c) over neighbourhoods `rows` (k, m) of tokens (n, c) with their attention added.
+    """The maximum (m, c) over neighbourhoods `rows` (m, k) of tokens (n, c) with their attention added.
 
     `to_qkv` (3 w, c) gives query, key and value of all heads, `projection` (c, w) leads back. `keep` (m,) scales the
     attention of a neighbourhood. Nothing of size m k c is kept.
@@ -60,21 +60,20 @@ def _in_one(
 ) -> Tensor:
     """`pooled_attention` in plain words."""
     normed = nn.functional.layer_norm(tokens, tokens.shape[1:], norm_weight, norm_bias, eps)
-    neighbours = rearrange(rows, "k m -> (m k)")
+    neighbours, k = rows.flatten(), rows.shape[1]
     gathered = nn.functional.linear(normed, to_qkv).index_select(0, neighbours)
-    q, k, v = rearrange(gathered, "(m k) (qkv h c) -> qkv m h k c", qkv=3, h=heads, k=len(rows)).unbind(0)
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    query, key, value = rearrange(gathered, "(m k) (qkv h c) -> qkv m h k c", qkv=3, h=heads, k=k).unbind(0)
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
     mixed = mixed if keep is None else mixed * keep[:, None, None, None]
     projected = rearrange(mixed, "m h k c -> (m k) (h c)") @ projection.T
-    pooled: Tensor = reduce(tokens.index_select(0, neighbours) + projected, "(m k) c -> m c", "max", k=len(rows))
+    pooled: Tensor = reduce(tokens.index_select(0, neighbours) + projected, "(m k) c -> m c", "max", k=k)
     return pooled
 
 
 class _PooledAttention(torch.autograd.Function):
     """The same, some neighbourhoods at a time, with the gradient by hand; it keeps the tokens and which was largest.
 
-    A CPU waits for its memory here, and what fits into its cache need not wait. Heads are a few channels wide, so
-    neighbourhoods lie innermost, and products run along them.
+    A CPU waits for its memory here, and what fits into its cache need not wait.
     """
 
     @staticmethod
@@ -93,25 +92,29 @@ class _PooledAttention(torch.autograd.Function):
         with_gradient: bool,
     ) -> Tensor:
         ctx.heads, ctx.scale, ctx.eps = heads, scale, eps
+        (m, k), c = rows.shape, tokens.shape[1]
         kind = torch.promote_types(tokens.dtype, torch.float32)
         x, weight = tokens.to(kind), projection.to(kind)
-        pooled = x.new_empty(rows.shape[1], x.shape[1])
-        winner = (
-            torch.empty_like(pooled, dtype=torch.uint8 if len(rows) < 256 else torch.int64) if with_gradient else None
-        )
+        pooled = x.new_empty(m, c)
+        winner = rows.new_empty(m, c, dtype=torch.uint8 if k < 256 else torch.int64) if with_gradient else None
         with torch.autocast(tokens.device.type, enabled=False):
-            normed = nn.functional.layer_norm(x, x.shape[1:], norm_weight.to(kind), norm_bias.to(kind), eps)
-            by_channel = to_qkv.to(kind) @ normed.T
-            buffer = _buffer(x, rows)
-            for part, _, _, mixture in _mixtures(by_channel, rows, keep, heads, scale):
-                for few, mixed in _few(part, mixture, buffer):
-                    value = torch.index_select(x, 0, rows[:, few].flatten(), out=buffer[: mixed.shape[1]])
-                    value = value.addmm_(mixed.T, weight.T).view(len(rows), -1, x.shape[1])
-                    torch.amax(value, 0, out=pooled[few])
+            normed = nn.functional.layer_norm(x, (c,), norm_weight.to(kind), norm_bias.to(kind), eps)
+            by_head = _by_head(normed @ to_qkv.to(kind).T, heads, scale)
+            narrow, wide = _steps(rows, heads, c)
+            buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
+            for part in _parts(0, m, narrow):
+                mixed = _attend(by_head, rows[part]).mixed
+                if keep is not None:
+                    mixed *= keep[part, None, None]
+                for few, taken in zip(_parts(part.start, part.stop, wide), torch.split(mixed, wide), strict=True):
+                    near = rows[few].flatten()
+                    values = torch.index_select(x, 0, near, out=buffer[: len(near)])
+                    values = values.addmm_(taken.flatten(0, 1), weight.T).view(-1, k, c)
+                    torch.amax(values, 1, out=pooled[few])
                     if winner is not None:
                         # In floating point, of which a CPU compares eight at a time.
-                        torch.eq(value, pooled[few], out=value).mul_(_numbers(value))
-                        winner[few] = value.amax(0)
+                        torch.eq(values, pooled[few, None], out=values).mul_(numbers)
+                        winner[few] = values.amax(1)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
 
@@ -119,110 +122,106 @@ class _PooledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner = ctx.saved_tensors
-        kind, c = torch.promote_types(tokens.dtype, torch.float32), tokens.shape[1]
+        (m, k), (n, c), heads = rows.shape, tokens.shape, ctx.heads
+        kind = torch.promote_types(tokens.dtype, torch.float32)
         x, gain, shift, to_three, weight = (t.to(kind) for t in (tokens, norm_weight, norm_bias, to_qkv, projection))
         gradient = gradient.to(kind)
         with torch.autocast(tokens.device.type, enabled=False):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
-            by_channel = to_three @ normed.T
+            by_head = _by_head(normed @ to_three.T, heads, ctx.scale)
             to_tokens, to_projection = torch.zeros_like(x), torch.zeros_like(weight.T)
-            to_by_channel, buffer = torch.zeros_like(by_channel), _buffer(x, rows)
-            for part, gathered, attention, mixture in _mixtures(by_channel, rows, keep, ctx.heads, ctx.scale):
-                to_each = []
-                for few, mixed in _few(part, mixture, buffer):
+            to_by_head = x.new_zeros(n, by_head.shape[0] * by_head.shape[2])
+            narrow, wide = _steps(rows, heads, c)
+            buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
+            for part in _parts(0, m, narrow):
+                attention = _attend(by_head, rows[part])
+                factor = 1.0 if keep is None else keep[part, None, None].to(kind)
+                mixed, to_mixed = attention.mixed * factor, torch.empty_like(attention.mixed)
+                steps = _parts(part.start, part.stop, wide), torch.split(mixed, wide), torch.split(to_mixed, wide)
+                for few, taken, into in zip(*steps, strict=True):
                     # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
-                    won = buffer[: mixed.shape[1]].view(len(rows), -1, c)
-                    torch.eq(winner[few].to(kind), _numbers(won), out=won).mul_(gradient[few])
-                    won = won.view(-1, c)
-                    to_tokens.index_add_(0, rows[:, few].flatten(), won)
-                    to_projection.addmm_(mixed, won)
-                    to_each.append(rearrange(won @ weight, "(k m) (h c) -> c h k m", h=ctx.heads, k=len(rows)))
-                to_mixture = torch.cat(to_each, dim=3)
-                if keep is not None:
-                    to_mixture *= keep[part].to(kind)
-                q, k, v = _split(gathered, ctx.heads, len(rows))
-                to_scores = torch._softmax_backward_data(_outer(to_mixture, v), attention, 2, kind)
-                to_gathered = torch.empty_like(gathered)
-                to_q, to_k, to_v = _split(to_gathered, ctx.heads, len(rows))
-                _over_keys(to_scores, k * ctx.scale, to_q)
-                _over_queries(to_scores, q * ctx.scale, to_k)
-                _over_queries(attention, to_mixture, to_v)
-                to_by_channel.index_add_(1, rows[:, part].flatten(), to_gathered)
-            to_normed = to_by_channel.T @ to_three
+                    won = buffer[: rows[few].numel()].view(-1, k, c)
+                    torch.eq(winner[few, None].to(kind), numbers, out=won).mul_(gradient[few, None])
+                    won = won.flatten(0, 1)
+                    to_tokens.index_add_(0, rows[few].flatten(), won)
+                    to_projection.addmm_(taken.flatten(0, 1).T, won)
+                    torch.mm(won, weight, out=into.flatten(0, 1))
+                to_gathered = rearrange(attention.backward(to_mixed * factor), "(h m) k c -> (m k) (h c)", h=heads)
+                to_by_head.index_add_(0, rows[part].flatten(), to_gathered)
+            to_qkv_of_tokens = _by_kind(to_by_head, heads, ctx.scale)
             through_norm = torch.ops.aten.native_layer_norm_backward(
-                to_normed, x, (c,), mean, rstd, gain, shift, [True, True, True]
+                to_qkv_of_tokens @ to_three, x, (c,), mean, rstd, gain, shift, [True, True, True]
             )
-        found = to_tokens + through_norm[0], through_norm[1], through_norm[2], to_by_channel @ normed, to_projection.T
+        to_weights = through_norm[1], through_norm[2], to_qkv_of_tokens.T @ normed, to_projection.T
+        found = to_tokens.add_(through_norm[0]), *to_weights
         kinds = (tensor.dtype for tensor in (tokens, norm_weight, norm_bias, to_qkv, projection))
         return *(tensor.to(own) for tensor, own in zip(found, kinds, strict=True)), *[None] * 6
 
 
-def _mixtures(
-    by_channel: Tensor, rows: Tensor, keep: Tensor | None, heads: int, scale: float
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Some neighbourhoods at a time: which, what is gathered (3 w, k m), attention (h, i, i', m), mixed (w, k, m)."""
-    k, m = rows.shape
-    step = _step(rows, 2 * heads * k * k)  # the gradient of the attention lies beside it
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        gathered = by_channel.index_select(1, rows[:, part].flatten())
-        q, key, v = _split(gathered, heads, k)
-        attention = _outer(q * scale, key).softmax(dim=2)
-        mixed = attention.new_empty(len(gathered) // 3, k, attention.shape[3])
-        _over_keys(attention, v, rearrange(mixed, "(h c) k m -> c h k m", h=heads))
-        if keep is not None:
-            mixed.mul_(keep[part])
-        yield part, gathered, attention, mixed
+class _Attention(NamedTuple):
+    """Attention within m neighbourhoods of k tokens; of each head's channels c, the heads lie before them."""
+
+    query: Tensor
+    """Scaled, (h m, k, c), as are key and value."""
+    key: Tensor
+    value: Tensor
+    weights: Tensor
+    """How much of i' goes to i, (h m, i', i)."""
+    mixed: Tensor
+    """What goes to each, (m, k, h c)."""
+
+    def backward(self, to_mixed: Tensor) -> Tensor:
+        """The gradient (h m, k, 3 c) to query, key and value of that (m, k, h c) to what was mixed."""
+        to_mixed = rearrange(to_mixed, "m k (h c) -> (h m) k c", c=self.value.shape[2])
+        to_weights = torch.bmm(self.value, to_mixed.mT)
+        to_scores = torch._softmax_backward_data(to_weights, self.weights, 1, to_mixed.dtype)
+        to_query, to_key = torch.bmm(to_scores.mT, self.key), torch.bmm(to_scores, self.query)
+        return torch.cat([to_query, to_key, torch.bmm(self.weights, to_mixed)], dim=2)
 
 
-def _few(part: slice, mixed: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of those neighbourhoods, which are in `part`, as many as a buffer holds: which, and their mixed (w, k m)."""
-    _, k, m = mixed.shape
-    step = len(buffer) // k
-    for start in range(0, m, step):
-        few = mixed[:, :, start : start + step]
-        yield slice(part.start + start, part.start + start + few.shape[2]), rearrange(few, "w k m -> w (k m)")
+def _attend(by_head: Tensor, near: Tensor) -> _Attention:
+    """Attention within neighbourhoods `near` (m, k), of query, key and value (h, n, 3 c) of tokens."""
+    m, k = near.shape
+    query, key, value = by_head.index_select(1, near.flatten()).view(len(by_head) * m, k, -1).chunk(3, dim=2)
+    weights = torch.bmm(key, query.mT).softmax(dim=1)
+    mixed = rearrange(torch.bmm(weights.mT, value), "(h m) k c -> m k (h c)", m=m)
+    return _Attention(query, key, value, weights, mixed)
 
 
-def _buffer(x: Tensor, rows: Tensor) -> Tensor:
-    """Room (k m, c) for what neighbourhoods take of tokens (n, c), for all of them in turn: fresh memory is slow."""
-    k, c = len(rows), x.shape[1]
-    return x.new_empty(k * _step(rows, k * c), c)
+def _by_head(qkv: Tensor, heads: int, scale: float) -> Tensor:
+    """Query, key and value (n, qkv h c) as (h, n, qkv c), the query scaled."""
+    by_head = rearrange(qkv, "n (qkv h c) -> h n qkv c", qkv=3, h=heads).contiguous()
+    by_head[:, :, 0] *= scale
+    return by_head.flatten(2)
 
 
-def _step(rows: Tensor, elements: int) -> int:
-    """How many neighbourhoods are worked on at a time, if each has so many elements."""
+def _by_kind(to_by_head: Tensor, heads: int, scale: float) -> Tensor:
+    """The gradient (n, qkv h c) to query, key and value, of that (n, h qkv c) to what `_by_head` made of them."""
+    by_kind = rearrange(to_by_head, "n (h qkv c) -> n qkv h c", qkv=3, h=heads).contiguous()
+    by_kind[:, 0] *= scale
+    return by_kind.flatten(1)
+
+
+def _steps(rows: Tensor, heads: int, c: int) -> tuple[int, int]:
+    """How many neighbourhoods (m, k) are worked on at a time: in their attention, and in all channels c of tokens."""
     limit = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
-    return max(1, min(rows.shape[1], limit // elements))
+    m, k = rows.shape
+    # The gradient of the attention's weights lies beside them.
+    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (2 * heads * k, c))
+    return narrow, wide
 
 
-def _split(gathered: Tensor, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (c, h, k, m) as views of what was gathered, (3 w, k m)."""
-    q, key, v = rearrange(gathered, "(qkv h c) (k m) -> qkv c h k m", qkv=3, h=heads, k=k).unbind(0)
-    return q, key, v
+def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
+    """From `start` to `stop`, so many at a time."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """sum_c a_i b_i' of a and b (c, h, k, m), as (h, i, i', m)."""
-    product = a[0][:, :, None] * b[0][:, None]
-    for of_a, of_b in zip(a[1:], b[1:], strict=True):
-        product.addcmul_(of_a[:, :, None], of_b[:, None])
-    return product
+def _buffer(x: Tensor, rows: int) -> Tensor:
+    """Room for so many rows of tokens (n, c), for all neighbourhoods in turn: fresh memory is slow."""
+    return x.new_empty(rows, x.shape[1])
 
 
-def _over_keys(weights: Tensor, values: Tensor, out: Tensor) -> None:
-    """sum_i' w_ii' v_i' of weights (h, i, i', m) and values (c, h, i', m), into (c, h, i, m)."""
-    (weight, *weights_left), (value, *values_left) = weights.unbind(2), values.unsqueeze(2).unbind(3)
-    torch.mul(weight, value, out=out)
-    for weight, value in zip(weights_left, values_left, strict=True):
-        out.addcmul_(weight, value)
-
-
-def _over_queries(weights: Tensor, values: Tensor, out: Tensor) -> None:
-    """sum_i w_ii' v_i of weights (h, i, i', m) and values (c, h, i, m), into (c, h, i', m)."""
-    _over_keys(weights.transpose(1, 2), values, out)
-
-
-def _numbers(values: Tensor) -> Tensor:
-    """0, 1 ... for the neighbours of values (k, m, c)."""
-    return torch.arange(len(values), dtype=values.dtype, device=values.device)[:, None, None]
+def _numbers(x: Tensor, k: int) -> Tensor:
+    """0, 1 ... for the neighbours in (m, k, c)."""
+    return torch.arange(k, dtype=x.dtype, device=x.device)[:, None]
