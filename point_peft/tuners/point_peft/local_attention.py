@@ -102,14 +102,15 @@ class _PooledAttention(torch.autograd.Function):
             by_head = _by_head(normed @ to_qkv.to(kind).T, heads, scale)
             narrow, wide = _steps(rows, heads, c)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
-            for part in _parts(0, m, narrow):
+            factors = None if keep is None else keep.to(kind)[:, None].expand(-1, k)
+            for first in range(0, m, narrow):
+                part = slice(first, first + narrow)
                 mixed = _attend(by_head, rows[part]).mixed
-                if keep is not None:
-                    mixed *= keep[part, None, None]
-                for few, taken in zip(_parts(part.start, part.stop, wide), torch.split(mixed, wide), strict=True):
+                mixed = mixed if factors is None else mixed * factors[part].flatten()
+                for few, taken in _parts(mixed, first, wide, k):
                     near = rows[few].flatten()
                     values = torch.index_select(x, 0, near, out=buffer[: len(near)])
-                    values = values.addmm_(taken.flatten(0, 1), weight.T).view(-1, k, c)
+                    values = values.addmm_(taken.T, weight.T).view(-1, k, c)
                     torch.amax(values, 1, out=pooled[few])
                     if winner is not None:
                         # In floating point, of which a CPU compares eight at a time.
@@ -129,37 +130,38 @@ class _PooledAttention(torch.autograd.Function):
         with torch.autocast(tokens.device.type, enabled=False):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
             by_head = _by_head(normed @ to_three.T, heads, ctx.scale)
-            to_tokens, to_projection = torch.zeros_like(x), torch.zeros_like(weight.T)
-            to_by_head = x.new_zeros(n, by_head.shape[0] * by_head.shape[2])
+            to_tokens, to_projection = torch.zeros_like(x), x.new_zeros(weight.shape[1], c)
+            to_qkv_of_tokens = x.new_zeros(len(to_three), n)
             narrow, wide = _steps(rows, heads, c)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
-            for part in _parts(0, m, narrow):
-                attention = _attend(by_head, rows[part])
-                factor = 1.0 if keep is None else keep[part, None, None].to(kind)
-                mixed, to_mixed = attention.mixed * factor, torch.empty_like(attention.mixed)
-                steps = _parts(part.start, part.stop, wide), torch.split(mixed, wide), torch.split(to_mixed, wide)
-                for few, taken, into in zip(*steps, strict=True):
+            factors = None if keep is None else keep.to(kind)[:, None].expand(-1, k)
+            for first in range(0, m, narrow):
+                part = slice(first, first + narrow)
+                attention, to_each = _attend(by_head, rows[part]), []
+                mixed = attention.mixed if factors is None else attention.mixed * factors[part].flatten()
+                for few, taken in _parts(mixed, first, wide, k):
                     # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
                     won = buffer[: rows[few].numel()].view(-1, k, c)
                     torch.eq(winner[few, None].to(kind), numbers, out=won).mul_(gradient[few, None])
                     won = won.flatten(0, 1)
                     to_tokens.index_add_(0, rows[few].flatten(), won)
-                    to_projection.addmm_(taken.flatten(0, 1).T, won)
-                    torch.mm(won, weight, out=into.flatten(0, 1))
-                to_gathered = rearrange(attention.backward(to_mixed * factor), "(h m) k c -> (m k) (h c)", h=heads)
-                to_by_head.index_add_(0, rows[part].flatten(), to_gathered)
-            to_qkv_of_tokens = _by_kind(to_by_head, heads, ctx.scale)
+                    to_projection.addmm_(taken, won)
+                    to_each.append(weight.T @ won.T)
+                to_mixed = torch.cat(to_each, dim=1)
+                to_mixed = to_mixed if factors is None else to_mixed * factors[part].flatten()
+                to_qkv_of_tokens.index_add_(1, rows[part].flatten(), attention.backward(to_mixed))
+            to_qkv_of_tokens[: len(to_three) // 3] *= ctx.scale
             through_norm = torch.ops.aten.native_layer_norm_backward(
-                to_qkv_of_tokens @ to_three, x, (c,), mean, rstd, gain, shift, [True, True, True]
+                to_qkv_of_tokens.T @ to_three, x, (c,), mean, rstd, gain, shift, [True, True, True]
             )
-        to_weights = through_norm[1], through_norm[2], to_qkv_of_tokens.T @ normed, to_projection.T
+        to_weights = through_norm[1], through_norm[2], to_qkv_of_tokens @ normed, to_projection.T
         found = to_tokens.add_(through_norm[0]), *to_weights
         kinds = (tensor.dtype for tensor in (tokens, norm_weight, norm_bias, to_qkv, projection))
         return *(tensor.to(own) for tensor, own in zip(found, kinds, strict=True)), *[None] * 6
 
 
 class _Attention(NamedTuple):
-    """Attention within m neighbourhoods of k tokens; of each head's channels c, the heads lie before them."""
+    """Attention within m neighbourhoods of k tokens; the h heads, of c channels each, lie before the neighbourhoods."""
 
     query: Tensor
     """Scaled, (h m, k, c), as are key and value."""
@@ -168,24 +170,29 @@ class _Attention(NamedTuple):
     weights: Tensor
     """How much of i' goes to i, (h m, i', i)."""
     mixed: Tensor
-    """What goes to each, (m, k, h c)."""
+    """What goes to each, (h c, m k)."""
 
     def backward(self, to_mixed: Tensor) -> Tensor:
-        """The gradient (h m, k, 3 c) to query, key and value of that (m, k, h c) to what was mixed."""
-        to_mixed = rearrange(to_mixed, "m k (h c) -> (h m) k c", c=self.value.shape[2])
+        """The gradient (3 h c, m k) to query, key and value of that (h c, m k) to what was mixed."""
+        _, k, c = self.value.shape
+        to_mixed = rearrange(to_mixed, "(h c) (m k) -> (h m) k c", c=c, k=k)
         to_weights = torch.bmm(self.value, to_mixed.mT)
         to_scores = torch._softmax_backward_data(to_weights, self.weights, 1, to_mixed.dtype)
-        to_query, to_key = torch.bmm(to_scores.mT, self.key), torch.bmm(to_scores, self.query)
-        return torch.cat([to_query, to_key, torch.bmm(self.weights, to_mixed)], dim=2)
+        three = torch.bmm(to_scores.mT, self.key), torch.bmm(to_scores, self.query), torch.bmm(self.weights, to_mixed)
+        return torch.cat([_by_channel(one, len(self.mixed) // c) for one in three])
 
 
 def _attend(by_head: Tensor, near: Tensor) -> _Attention:
     """Attention within neighbourhoods `near` (m, k), of query, key and value (h, n, 3 c) of tokens."""
-    m, k = near.shape
-    query, key, value = by_head.index_select(1, near.flatten()).view(len(by_head) * m, k, -1).chunk(3, dim=2)
+    heads, (m, k) = len(by_head), near.shape
+    query, key, value = by_head.index_select(1, near.flatten()).view(heads * m, k, -1).chunk(3, dim=2)
     weights = torch.bmm(key, query.mT).softmax(dim=1)
-    mixed = rearrange(torch.bmm(weights.mT, value), "(h m) k c -> m k (h c)", m=m)
-    return _Attention(query, key, value, weights, mixed)
+    return _Attention(query, key, value, weights, _by_channel(torch.bmm(weights.mT, value), heads))
+
+
+def _by_channel(x: Tensor, heads: int) -> Tensor:
+    """(h m, k, c) as (h c, m k), whose rows are long: copied faster than short ones."""
+    return rearrange(x, "(h m) k c -> (h c) (m k)", h=heads)
 
 
 def _by_head(qkv: Tensor, heads: int, scale: float) -> Tensor:
@@ -195,26 +202,20 @@ def _by_head(qkv: Tensor, heads: int, scale: float) -> Tensor:
     return by_head.flatten(2)
 
 
-def _by_kind(to_by_head: Tensor, heads: int, scale: float) -> Tensor:
-    """The gradient (n, qkv h c) to query, key and value, of that (n, h qkv c) to what `_by_head` made of them."""
-    by_kind = rearrange(to_by_head, "n (h qkv c) -> n qkv h c", qkv=3, h=heads).contiguous()
-    by_kind[:, 0] *= scale
-    return by_kind.flatten(1)
-
-
 def _steps(rows: Tensor, heads: int, c: int) -> tuple[int, int]:
     """How many neighbourhoods (m, k) are worked on at a time: in their attention, and in all channels c of tokens."""
     limit = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
     m, k = rows.shape
-    # The gradient of the attention's weights lies beside them.
-    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (2 * heads * k, c))
+    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (heads * k, c))
     return narrow, wide
 
 
-def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
-    """From `start` to `stop`, so many at a time."""
-    for first in range(start, stop, step):
-        yield slice(first, min(first + step, stop))
+def _parts(mixed: Tensor, start: int, step: int, k: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some of the neighbourhoods from `start` on at a time, with what is mixed in them, of all in (h c, m k)."""
+    for some in torch.split(mixed, step * k, dim=1):
+        stop = start + some.shape[1] // k
+        yield slice(start, stop), some
+        start = stop
 
 
 def _buffer(x: Tensor, rows: int) -> Tensor:
