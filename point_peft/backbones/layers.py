@@ -14,7 +14,7 @@ from point_peft import geometry
 from point_peft.errors import PointPeftError
 
 # Groups that the folded encoder works on at a time.
-FOLDED_GROUPS = 32
+FOLDED_GROUPS = 64
 
 
 class Group(nn.Module):

@@ -39,22 +39,22 @@ class Neighbourhoods:
 
 @dataclass(frozen=True)
 class Propagation:
-    """How much each of the centres gives to each of the patches: from all of them, or packed, from the k nearest."""
+    """How much each of the centres gives to each of the tokens: from all of them, or packed, from the k nearest."""
 
     weights: Tensor
-    """(b, g, s), or packed (1, g, k)."""
+    """(b, l, s), zero for tokens that lie nowhere; or packed (1, g, k)."""
     nearest: Tensor | None = None
     """Packed: the centres (g, k) that the weights are of."""
 
     def __call__(self, centres: Tensor) -> Tensor:
-        """What features of the centres (b, s, c) propagate to the patches, (b, g, c)."""
+        """What features of the centres (b, s, c) propagate to the tokens, (b, l, c)."""
         if self.nearest is None:
             return geometry.interpolate(centres, self.weights)
         return ragged.ragged_interpolate(centres[0], self.nearest, self.weights[0])[None]
 
 
 class GeometryAwareAdapter(nn.Module):
-    """t_i <- t_i + scale * sum_j w_ij (GELU(norm(pool N_j)) + centre_scale * U_j), for the patch tokens of a block."""
+    """t_i <- t_i + scale * sum_j w_ij (GELU(norm(pool N_j)) + centre_scale * U_j), for the tokens t of a block."""
 
     def __init__(self, channels: int, *, batch_norm: bool, scale: float, centre_scale: float, gated: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class GeometryAwareAdapter(nn.Module):
 
     def forward(
         self,
-        patches: Tensor,
+        onto: Tensor,
         tokens: Tensor,
         near: Neighbourhoods,
         propagate: Propagation,
@@ -73,16 +73,16 @@ class GeometryAwareAdapter(nn.Module):
         *,
         recomputing: bool,
     ) -> Tensor:
-        """Patches (b, g, c) with what centres among tokens (b, l, c), around which these are `pooled`, propagate."""
+        """Tokens `onto` (b, l, c) with what centres among `tokens`, around which these are `pooled`, propagate."""
         if isinstance(self.norm, BatchNorm):
             pooled = self.norm.normalise(pooled, recomputing=recomputing)
         else:
             pooled = self.norm(pooled)
         own = rearrange(tokens, "b l c -> (b l) c").index_select(0, near.centre_rows.flatten()).view(pooled.shape)
         centres = nn.functional.gelu(pooled).add(own, alpha=self.centre_scale)
-        # Centres are fewer than patches, so they are scaled and not what they propagate.
+        # Centres are fewer than tokens, so they are scaled and not what they propagate.
         scale = self.scale if self.gate is None else self.scale * self.gate
-        return patches + propagate(scale * centres).to(patches.dtype)
+        return onto + propagate(scale * centres).to(onto.dtype)
 
 
 def neighbourhoods(
@@ -94,11 +94,11 @@ def neighbourhoods(
     owner: Hashable = None,
     before: int = 0,
 ) -> tuple[Neighbourhoods, Callable[[], Propagation]]:
-    """Neighbourhoods among the tokens of a stage, and what tells how their centres propagate to the patches.
+    """Neighbourhoods among the tokens of a stage, and what tells how their centres propagate to prefix and patches.
 
     `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s; `before` these there are
-    tokens that lie nowhere. Once per forward; weights that carry a gradient to coordinates are made anew at every call,
-    because what is checkpointed must be able to make them again.
+    tokens that lie nowhere, to which nothing is propagated. Once per forward; weights that carry a gradient to
+    coordinates are made anew at every call, because what is checkpointed must be able to make them again.
     """
     patches = forward.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result.
@@ -116,7 +116,8 @@ def neighbourhoods(
 
     def weigh() -> Propagation:
         centres = geometry.gather(coordinates_of(patches, ahead), near.centre)
-        return Propagation(geometry.inverse_distance_weights(patches, centres))
+        weights = geometry.inverse_distance_weights(patches, centres)
+        return Propagation(nn.functional.pad(weights, (0, 0, before, 0)))
 
     near = forward.once(("neighbourhoods", *key), choose)
     learned = patches.requires_grad or (ahead is not None and ahead.requires_grad)

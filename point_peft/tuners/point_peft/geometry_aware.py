@@ -44,13 +44,14 @@ class LocalAttention(nn.Module):
     def forward(self, tokens: Tensor, near: Neighbourhoods) -> Tensor:
         """The maximum (b, s, c) over each neighbourhood among tokens (b, l, c), with its attention added to it."""
         b, rows = tokens.shape[0], rearrange(tokens, "b l c -> (b l) c")
-        keep = self._kept(len(near.rows), rows)
+        keep = self._kept(near.rows.shape[0], rows)
         pooled = pooled_attention(
             rows, self.norm, self.qkv.weight, self.proj.weight, near.rows, keep, self.heads, self.scale
         )
         # The projection's bias is the same for all neighbours, so it need not pass through their maximum.
-        bias = self.proj.bias if keep is None else keep[:, None] * self.proj.bias
-        return rearrange(pooled + bias.to(pooled.dtype), "(b s) c -> b s c", b=b)
+        bias = self.proj.bias.to(pooled.dtype)
+        pooled = pooled + bias if keep is None else torch.addcmul(pooled, keep[:, None], bias)
+        return rearrange(pooled, "(b s) c -> b s c", b=b)
 
     def _kept(self, count: int, like: Tensor) -> Tensor | None:
         """Stochastic depth: while training, factors (count,) that drop the branch of whole neighbourhoods."""

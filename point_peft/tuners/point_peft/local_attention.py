@@ -60,13 +60,13 @@ def _in_one(
 ) -> Tensor:
     """`pooled_attention` in plain words."""
     normed = nn.functional.layer_norm(tokens, tokens.shape[1:], norm_weight, norm_bias, eps)
-    neighbours, k = rows.flatten(), rows.shape[1]
+    neighbours, (m, k) = rows.flatten(), rows.shape
     gathered = nn.functional.linear(normed, to_qkv).index_select(0, neighbours)
-    query, key, value = rearrange(gathered, "(m k) (qkv h c) -> qkv m h k c", qkv=3, h=heads, k=k).unbind(0)
+    query, key, value = rearrange(gathered, "(m k) (qkv h c) -> qkv m h k c", qkv=3, h=heads, m=m, k=k).unbind(0)
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
     mixed = mixed if keep is None else mixed * keep[:, None, None, None]
     projected = rearrange(mixed, "m h k c -> (m k) (h c)") @ projection.T
-    pooled: Tensor = reduce(tokens.index_select(0, neighbours) + projected, "(m k) c -> m c", "max", k=k)
+    pooled: Tensor = reduce(tokens.index_select(0, neighbours) + projected, "(m k) c -> m c", "max", m=m, k=k)
     return pooled
 
 

@@ -96,13 +96,12 @@ class BlockPart(Part):
         pooled, aware = (None, None) if self.geometry is None else self._aware(call, self.geometry, tokens, at)
 
         def adapt(tokens: Tensor, pooled: Tensor | None) -> Tensor:
-            prefix, _, patches = torch.split(tokens, [at, count, tokens.shape[1] - at - count], dim=1)
-            if pooled is not None and aware is not None:
-                patches = aware(patches, tokens, pooled)
             # A acts on every token by itself, so the prompts, which end here, need not pass through it.
-            kept = torch.cat([prefix, patches], dim=1)
-            found: Tensor = kept + self.adapter(kept).to(kept.dtype)
-            return found
+            kept = token_ops.remove(tokens, count, at, "bgc") if count else tokens
+            if pooled is not None and aware is not None:
+                kept = aware(kept, tokens, pooled)
+            adapted: Tensor = kept + self.adapter(kept).to(kept.dtype)
+            return adapted
 
         # To keep all of it for the backward pass would take a seventh more memory, to compute it again little time.
         keep = not torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -125,8 +124,8 @@ class BlockPart(Part):
             before=before,
         )
 
-        def aware(patches: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-            found: Tensor = geometry(patches, tokens, near, propagate(), pooled, recomputing=call.forward.recomputing)
+        def aware(kept: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+            found: Tensor = geometry(kept, tokens, near, propagate(), pooled, recomputing=call.forward.recomputing)
             return found
 
         return state.local_attention(tokens, near), aware
