@@ -359,7 +359,7 @@ def attach_sites(root: Root, adapter: Adapter) -> None:
         module = _site(root, path)
         if _before_parts not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_parts, with_kwargs=True)
-            module.register_forward_hook(_after_parts, with_kwargs=True)
+            module.register_forward_hook(_after_parts, with_kwargs=True, always_call=True)
     for path in adapter.readers:
         module = _site(root, path)
         if _begin_reading not in module._forward_pre_hooks.values():
@@ -488,16 +488,35 @@ def _before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, 
         return args, kwargs
     if not forward.active:
         return None
-    for part, call in _calls(forward, forward.active, site.path, module):
+    calls = _calls(forward, forward.active, site.path, module)
+    if calls and _is_plain(module) and all(isinstance(part, TunedCopy) and not part.by_weight for part, _ in calls):
+        # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
+        adapted = _adapted(module, calls)
+        _read(module, forward, site.root, {id(base): (site.path, value) for base, value in adapted.values()})
+        return None
+    for part, call in calls:
         if not part.by_weight:
             args, kwargs = part.before(call, args, kwargs)
     return args, kwargs
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is known to do no more than to give its tensors to a function, which can be given others."""
+    own = "forward" not in module.__dict__  # as accelerate sets it, which moves the tensors
+    return own and type(module) in (nn.Linear, nn.LayerNorm) and not torch.compiler.is_compiling()
+
+
 def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     site: Site = module.__dict__[SITE]
+    read = None if torch.compiler.is_compiling() else reading.leave(module)
+    if output is None:  # an exception is on its way
+        return None
     forward = context.current_forward(site.root)
     if not forward.active:
+        return None
+    if read is not None:
+        if forward.ran is not None:
+            forward.ran.update((name, site.path) for name in forward.active if site.path in read)
         return None
     for part, call in reversed(_calls(forward, forward.active, site.path, module)):
         if part.by_weight:
@@ -518,14 +537,17 @@ def _begin_reading(module: nn.Module, args: Args) -> None:
     forward = context.current_forward(site.root)
     adapted = _read_weights(forward, site)
     if adapted:
-        # What Ctrl-C leaves behind dies with its forward.
-        substitutes = {id(base): (path, value) for (path, _), (base, value) in adapted.items()}
-        reading.enter(module, substitutes, lambda: context.current_forward(site.root) is forward)
+        _read(module, forward, site.root, adapted)
+
+
+def _read(module: nn.Module, forward: Forward, root: Root, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
+    """While the module runs, it reads the adapted tensors. What Ctrl-C leaves behind dies with its forward."""
+    reading.enter(module, adapted, lambda: context.current_forward(root) is forward)
 
 
 def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
     site: Site = module.__dict__[SITE]
-    used = reading.leave(module)
+    used = reading.leave(module) or ()
     forward = context.current_forward(site.root)
     if forward.ran is None or output is None:
         return
@@ -534,21 +556,26 @@ def _end_reading(module: nn.Module, args: Args, output: Any) -> None:
         forward.ran.update((name, path) for path in read if path in used)
 
 
-def _read_weights(forward: Forward, site: Site) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """(module, tensor) -> the base's tensor and the adapted one, for what the module of a site reads of others."""
-    found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    base_model = forward.root.base_model
+def _read_weights(forward: Forward, site: Site) -> dict[int, tuple[str, Tensor]]:
+    """What the module of a site reads of others: by the identity of the base's tensor, the module and the adapted."""
+    found: dict[int, tuple[str, Tensor]] = {}
     for path in dict.fromkeys(
         p for n in forward.active for p in get_adapter(forward.root, n).readers.get(site.path, ())
     ):
-        module = base_model.get_submodule(path)
-        for part, _ in _calls(forward, forward.active, path, module):
-            if not part.by_weight:
-                continue
-            for name, value in part.weights(module).items():
-                base = getattr(module, name)
-                before = found.get((path, name), (base, base))[1]
-                found[path, name] = base, value if before is base else before + (value - base)
+        module = forward.root.base_model.get_submodule(path)
+        calls = [(part, call) for part, call in _calls(forward, forward.active, path, module) if part.by_weight]
+        found |= {id(base): (path, value) for base, value in _adapted(module, calls).values()}
+    return found
+
+
+def _adapted(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A module's tensors by name, those of the base and with parts folded in, for those that they change."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for part, _ in calls:
+        for name, value in part.weights(module).items():
+            base = getattr(module, name)
+            before = found.get(name, (base, base))[1]
+            found[name] = base, value if before is base else before + (value - base)
     return found
 
 

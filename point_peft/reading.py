@@ -68,11 +68,11 @@ def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: C
     _state.stack.append((reader, mode))
 
 
-def leave(reader: nn.Module) -> set[str]:
-    """End what the reader's `enter` began, if it did; the modules whose tensors were asked for."""
+def leave(reader: nn.Module) -> set[str] | None:
+    """End what the reader's `enter` began: the modules whose tensors were asked for. None if nothing was begun."""
     stack = _state.stack
     if not stack or stack[-1][0] is not reader:
-        return set()
+        return None
     _, mode = stack.pop()
     mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     return mode.used

@@ -423,13 +423,13 @@ def test_substitutions_nest_and_end():
     outer, inner = nn.Linear(2, 2), nn.Linear(2, 2)
     base, one, two = (nn.Parameter(torch.full((2, 2), value)) for value in (0.0, 1.0, 2.0))
     x = torch.eye(2)
-    assert reading.leave(outer) == set()
+    assert reading.leave(outer) is None
     reading.enter(outer, {id(base): ("a", one)}, always)
     try:
         assert torch.equal(functional.linear(x, weight=base), one)
         reading.enter(inner, {id(two): ("b", one)}, always)
         assert reading.depth() == 2
-        assert reading.leave(outer) == set()  # it is not the last that was entered
+        assert reading.leave(outer) is None  # it is not the last that was entered
         assert reading.leave(inner) == set()  # whose tensor nobody asked for
         assert torch.equal(x @ base, one)
         assert reading.leave(outer) == {"a"}
