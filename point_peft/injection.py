@@ -586,7 +586,8 @@ def _calls(forward: Forward, names: Sequence[str], path: str, module: nn.Module)
     for name in names:
         adapter: Any = _adapters(forward.root)[name]
         for part in adapter.parts._modules.get(key, ()):
-            shared = adapter.shared[part.tuner]
+            # Not by index, which a ModuleList takes long to look up: this runs at every call of an adapted module.
+            shared = adapter.shared._modules[str(part.tuner)]
             found.append((part, Call(path=path, module=module, forward=forward, adapter=name, shared=shared)))
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from point_peft.tuners.base import Bottleneck
@@ -12,7 +11,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return nn.functional.silu(1.702 * x) / 1.702
 
 
 def quick_bottleneck(channels: int, width: int, dropout: float, *, identity: bool) -> Bottleneck:

@@ -9,6 +9,7 @@ Tokens of all samples lie in one row; a neighbourhood is k numbers of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -97,9 +98,9 @@ class _PooledAttention(torch.autograd.Function):
         x, weight = tokens.to(kind), projection.to(kind)
         pooled = x.new_empty(m, c)
         winner = rows.new_empty(m, c, dtype=torch.uint8 if k < 256 else torch.int64) if with_gradient else None
-        with torch.autocast(tokens.device.type, enabled=False):
+        with _in_full(tokens.device.type):
             normed = nn.functional.layer_norm(x, (c,), norm_weight.to(kind), norm_bias.to(kind), eps)
-            by_head = _by_head(normed @ to_qkv.to(kind).T, heads, scale)
+            by_head = _by_head(normed, to_qkv.to(kind), heads, scale)
             narrow, wide = _steps(rows, heads, c)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
             factors = None if keep is None else keep.to(kind)[:, None].expand(-1, k)
@@ -127,9 +128,9 @@ class _PooledAttention(torch.autograd.Function):
         kind = torch.promote_types(tokens.dtype, torch.float32)
         x, gain, shift, to_three, weight = (t.to(kind) for t in (tokens, norm_weight, norm_bias, to_qkv, projection))
         gradient = gradient.to(kind)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with _in_full(tokens.device.type):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
-            by_head = _by_head(normed @ to_three.T, heads, ctx.scale)
+            by_head = _by_head(normed, to_three, heads, ctx.scale)
             to_tokens, to_projection = torch.zeros_like(x), x.new_zeros(weight.shape[1], c)
             to_qkv_of_tokens = x.new_zeros(len(to_three), n)
             narrow, wide = _steps(rows, heads, c)
@@ -158,6 +159,11 @@ class _PooledAttention(torch.autograd.Function):
         found = to_tokens.add_(through_norm[0]), *to_weights
         kinds = (tensor.dtype for tensor in (tokens, norm_weight, norm_bias, to_qkv, projection))
         return *(tensor.to(own) for tensor, own in zip(found, kinds, strict=True)), *[None] * 6
+
+
+def _in_full(device: str) -> AbstractContextManager[object]:
+    """In here, products are in the type of what is multiplied."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Attention(NamedTuple):
@@ -195,11 +201,12 @@ def _by_channel(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "(h m) k c -> (h c) (m k)", h=heads)
 
 
-def _by_head(qkv: Tensor, heads: int, scale: float) -> Tensor:
-    """Query, key and value (n, qkv h c) as (h, n, qkv c), the query scaled."""
-    by_head = rearrange(qkv, "n (qkv h c) -> h n qkv c", qkv=3, h=heads).contiguous()
-    by_head[:, :, 0] *= scale
-    return by_head.flatten(2)
+def _by_head(normed: Tensor, to_qkv: Tensor, heads: int, scale: float) -> Tensor:
+    """Query, key and value (h, n, 3 c) of normed tokens, head by head, the query scaled."""
+    query, others = torch.split(to_qkv, [len(to_qkv) // 3, 2 * len(to_qkv) // 3])
+    # The weights are fewer than what they make, so they are scaled and put in the order of heads.
+    ordered = rearrange(torch.cat([scale * query, others]), "(qkv h c) d -> (h qkv c) d", qkv=3, h=heads)
+    return rearrange(normed @ ordered.T, "n (h three) -> h n three", h=heads).contiguous()
 
 
 def _steps(rows: Tensor, heads: int, c: int) -> tuple[int, int]:
