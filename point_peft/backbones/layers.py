@@ -5,6 +5,8 @@ The names of their tensors are those of public checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from point_peft import geometry
 from point_peft.errors import PointPeftError
 
-# Groups that the folded encoder works on at a time.
-FOLDED_GROUPS = 64
+# Numbers in the widest tensor that the encoder works on at a time: on a CPU as many as its caches hold, 4 MB.
+CHUNK_ELEMENTS = 2**20
 
 
 class Group(nn.Module):
@@ -71,7 +73,8 @@ class Encoder(nn.Module):
     """A small PointNet that turns each neighbourhood (b, g, k, inputs) into one token (b, g, c).
 
     `widths` are those inside: of the first layer, of the features that the maximum is taken over, and of the layer
-    after it. The weights of `second_conv.0` are read in two halves, so that module itself is not called.
+    after it. The weights of `second_conv.0` are read in two halves, so that module itself is not called. On a CPU, in
+    eval mode, the layers run for some groups at a time.
     """
 
     def __init__(self, channels: int, *, inputs: int = 3, widths: tuple[int, int, int] = (128, 256, 512)) -> None:
@@ -88,22 +91,32 @@ class Encoder(nn.Module):
         )
 
     def forward(self, neighborhood: Tensor) -> Tensor:
+        b, g, _, _ = neighborhood.shape
+        groups = rearrange(neighborhood, "b g k c -> (b g) k c")
         if self._folds:
-            return self._folded(neighborhood)
-        b, _, k, _ = neighborhood.shape
+            tokens = self._folded(groups)
+        elif self._splits:
+            tokens = torch.cat([self._layer_by_layer(part) for part in self._chunks(groups)])
+        else:
+            tokens = self._layer_by_layer(groups)
+        return rearrange(tokens, "(b g) c -> b g c", b=b, g=g)
+
+    def _layer_by_layer(self, groups: Tensor) -> Tensor:
+        """One token (bg, c) for each of the groups (bg, k, inputs)."""
+        bg, k, _ = groups.shape
         # All points in one row: the convolutions have width one, and a long row is faster than many short ones.
-        local = self.first_conv(rearrange(neighborhood, "b g k c -> 1 c (b g k)"))
-        whole = reduce(local, "1 c (bg k) -> 1 c bg", "max", k=k)
+        local = self.first_conv(rearrange(groups, "bg k c -> 1 c (bg k)"))
+        whole = reduce(local, "1 c (bg k) -> 1 c bg", "max", bg=bg, k=k)
         # The second part sees [maximum of the group ; point]. What the maximum adds is the same for all points of a
         # group, so that half of the first convolution runs once a group.
         first, *rest = self.second_conv.children()
         assert isinstance(first, nn.Conv1d)
         of_whole, of_local = torch.chunk(first.weight, 2, dim=1)
-        points = rearrange(nn.functional.conv1d(local, of_local, first.bias), "1 c (bg k) -> 1 c bg k", k=k)
+        points = rearrange(nn.functional.conv1d(local, of_local, first.bias), "1 c (bg k) -> 1 c bg k", bg=bg, k=k)
         tokens = rearrange(points.add_(nn.functional.conv1d(whole, of_whole)[..., None]), "1 c bg k -> 1 c (bg k)")
         for layer in rest:
             tokens = layer(tokens)
-        pooled: Tensor = reduce(tokens, "1 c (b g k) -> b g c", "max", b=b, k=k)
+        pooled: Tensor = reduce(tokens, "1 c (bg k) -> bg c", "max", bg=bg, k=k)
         return pooled
 
     @property
@@ -119,24 +132,36 @@ class Encoder(nn.Module):
         held = self.training and not any(norm.training for norm in norms)
         return held and not heard and not torch.compiler.is_compiling()
 
-    def _folded(self, neighborhood: Tensor) -> Tensor:
-        """The same with the norms folded into the weights, some groups at a time, as many as a CPU's cache holds."""
-        _, _, k, _ = neighborhood.shape
+    @property
+    def _splits(self) -> bool:
+        """Whether no group depends on another. Compilers choose for themselves how much they do at a time."""
+        training = self.training or self.first_conv[1].training or self.second_conv[1].training
+        return not training and not torch.compiler.is_compiling()
+
+    def _chunks(self, groups: Tensor) -> Sequence[Tensor]:
+        """Some of the groups (bg, k, inputs) at a time."""
+        assert isinstance(self.second_conv[0], nn.Conv1d)
+        elements = groups.shape[1] * self.second_conv[0].out_channels
+        return torch.split(groups, max(1, CHUNK_ELEMENTS // elements)) if groups.is_cpu else [groups]
+
+    def _folded(self, groups: Tensor) -> Tensor:
+        """The same with the norms folded into the weights."""
+        k = groups.shape[1]
         one, shift_one = _linear(self.first_conv[0], self.first_conv[1])
         two, shift_two = _linear(self.first_conv[3])
         three, shift_three = _linear(self.second_conv[0], self.second_conv[1])
         four, shift_four = _linear(self.second_conv[3])
         of_whole, of_local = torch.chunk(three, 2, dim=1)
-        points = rearrange(neighborhood, "b g k c -> (b g k) c")
         pooled = []
-        for part in torch.split(points, FOLDED_GROUPS * k if points.device.type == "cpu" else len(points)):
-            local = torch.addmm(shift_two, torch.addmm(shift_one, part, one.T).relu_(), two.T)
+        for part in self._chunks(groups):
+            points = rearrange(part, "bg k c -> (bg k) c")
+            local = torch.addmm(shift_two, torch.addmm(shift_one, points, one.T).relu_(), two.T)
             whole = reduce(local, "(bg k) c -> bg c", "max", k=k)
             of_group = torch.addmm(shift_three, whole, of_whole.T)
             tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
             tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
             pooled.append(reduce(tokens, "(bg k) c -> bg c", "max", k=k))
-        return rearrange(torch.cat(pooled), "(b g) c -> b g c", b=len(neighborhood))
+        return torch.cat(pooled)
 
 
 def _linear(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
