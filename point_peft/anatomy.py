@@ -297,9 +297,8 @@ def _linears(module: nn.Module, path: str = "") -> list[str]:
     return [name for name, child in module.named_modules(prefix=path) if linear_shape(child)]
 
 
-def find_blocks(model: nn.Module) -> dict[str, Block]:
-    """The transformer blocks of a model by path: the smallest ancestor of an attention with a norm and a linear."""
-    modules = dict(model.named_modules())
+def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
+    """The transformer blocks among modules by path: the smallest ancestor of an attention with a norm and a linear."""
     every_norm = [path for path, module in modules.items() if is_norm(module)]
     every_linear = [path for path, module in modules.items() if linear_shape(module)]
     blocks: dict[str, Block] = {}

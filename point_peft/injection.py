@@ -109,6 +109,11 @@ class Adapter(nn.Module):
                 found[key] = tensor
         return found
 
+    def is_all_in_file(self) -> bool:
+        """Whether it holds no tensors but those of `tensors`."""
+        known = {id(tensor) for tensor in self.tensors().values()}
+        return all(id(tensor) in known for tensor in (*self.parameters(), *self.buffers()))
+
     def free_rows(self) -> frozenset[str]:
         """Names, as in `tensors`, of those whose number of rows the configuration does not tell."""
         return frozenset(state.file_name(name) for state in self.shared_states() for name in state.free_rows)
@@ -137,7 +142,9 @@ def plan_adapter(
 ) -> Adapter:
     """The same without memory for what is new in it: to see names, shapes and types of its tensors beforehand."""
     with torch.device("meta"), _NoNumbers():
-        return _assemble(backbone, config, heads, saved)
+        adapter = _assemble(backbone, config, heads, saved)
+    _take_type(adapter, backbone.modules)
+    return adapter
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -270,14 +277,25 @@ def reader_of(modules: Mapping[str, nn.Module], anatomy: Anatomy | None, path: s
 
 def _place(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Move an adapter to the device of the backbone, and all but its banks to the backbone's floating type."""
-    like = next((p for p in modules[""].parameters() if p.is_floating_point()), None)
+    like = floating_parameter(modules)
+    if like is not None:
+        adapter.to(like.device)
+        _take_type(adapter, modules)
+
+
+def _take_type(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    like = floating_parameter(modules)
     if like is None:
         return
-    adapter.to(like.device)
     banks = {id(tensor) for state in adapter.shared_states() if isinstance(state, Bank) for tensor in state.buffers()}
     for tensor in (*adapter.parameters(), *adapter.buffers()):
-        if tensor.is_floating_point() and id(tensor) not in banks:
+        if tensor.is_floating_point() and tensor.dtype != like.dtype and id(tensor) not in banks:
             tensor.data = tensor.data.to(like.dtype)
+
+
+def floating_parameter(modules: Mapping[str, nn.Module]) -> Tensor | None:
+    """A parameter of a backbone whose type and device its adapters take; None if it has none."""
+    return next((p for p in modules[""].parameters() if p.is_floating_point()), None)
 
 
 def backbone_modules(root: Root) -> dict[str, nn.Module]:

@@ -215,8 +215,9 @@ class AdapterSet(nn.Module):
         self.frozen_from = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-        self.norm_modes = {path: module.training for path, module in injection.frozen_norms(self).items()}
-        for module in injection.frozen_norms(self).values():
+        norms = injection.frozen_norms(self)
+        self.norm_modes = {path: module.training for path, module in norms.items()}
+        for module in norms.values():
             module.training = False
         injection.attach_model(self)
 
@@ -1018,7 +1019,9 @@ class AdapterSet(nn.Module):
                 )
         else:
             keep_types = self._is_same_base(stated, adapter)
-        state.copy_tensors(stated.files.tensors, adapter, adapter.tensors(), keep_types=keep_types)
+        like = injection.floating_parameter(stated.backbone.modules)
+        device = torch.device("cpu") if like is None else like.device
+        state.copy_tensors(stated.files.tensors, adapter, adapter.tensors(), device, keep_types=keep_types)
         for shared in adapter.shared_states():
             try:
                 shared.check(self.base_model)
@@ -1043,6 +1046,8 @@ class AdapterSet(nn.Module):
             raise AdapterFileError(f"the adapter was made for modules {differing} otherwise than this model has them")
         where = f"its {state.TENSOR_FILE}"
         state.check_tensors(stated.files.tensors, planned.tensors(), planned.free_rows(), where)
+        if planned.is_all_in_file():
+            return planned  # the file's tensors take the places of those without memory
         return injection.build_adapter(backbone, stated.config, own, list(stated.heads))
 
 

@@ -410,10 +410,9 @@ def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
     ]
 
 
-def from_preset(model: nn.Module, preset: Preset, prefix: str) -> Anatomy | None:
-    """The anatomy of a model that has a backbone of this family under a prefix."""
-    modules = dict(model.named_modules())
-    found = find_blocks(model)
+def from_preset(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, prefix: str) -> Anatomy | None:
+    """The anatomy of a model, with all its modules, that has a backbone of this family under a prefix."""
+    found = find_blocks(modules)
     stages: list[Stage] = []
     for entry in preset.stages:
         pattern = re.compile(re.escape(prefix) + f"(?:{entry.blocks})")
@@ -538,7 +537,8 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
     """The anatomy by the first preset that fits, None if none does, or if the model holds two backbones."""
     modules = dict(model.named_modules())
     for preset in PRESETS:
-        found = [anatomy for prefix in prefixes(modules, preset) if (anatomy := from_preset(model, preset, prefix))]
+        fitting = (from_preset(model, modules, preset, prefix) for prefix in prefixes(modules, preset))
+        found = [anatomy for anatomy in fitting if anatomy is not None]
         if found:
             return found[0] if len(found) == 1 else None
     return None

@@ -51,7 +51,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     The example should hold two or more different clouds. What cannot be established raises `AnatomyError`.
     """
     name = type(model).__name__
-    blocks = find_blocks(model)
+    blocks = find_blocks(dict(model.named_modules()))
     if not blocks:
         raise AnatomyError(
             f"no transformer block was found in {name}: no module has an attention, a norm and a linear layer outside "

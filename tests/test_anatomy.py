@@ -488,7 +488,7 @@ def mlp(hidden: int = 16) -> nn.Module:
 def only(**children: nn.Module) -> Block:
     """The one block that is found in a list of one module with these children beside two norms."""
     model = Made({"layers": nn.ModuleList([Made({"one": nn.LayerNorm(8), **children, "two": nn.LayerNorm(8)})])})
-    blocks = find_blocks(model)
+    blocks = find_blocks(dict(model.named_modules()))
     assert list(blocks) == ["layers.0"]
     block = blocks["layers.0"]
     assert block.norms[0] == "layers.0.one"
@@ -501,7 +501,7 @@ def test_an_mlp_that_widens_threefold_is_no_attention():
         assert (block.attention, block.qkv) == ("layers.0.attn", ("layers.0.attn.qkv",))
         assert block.projection == "layers.0.attn.out" and block.mlp == "layers.0.mlp"
         assert block.linears == ("layers.0.mlp.fc1", "layers.0.mlp.fc2")
-    assert find_blocks(Made({"block": Made({"norm": nn.LayerNorm(8), "mlp": narrow})})) == {}
+    assert find_blocks(dict(Made({"block": Made({"norm": nn.LayerNorm(8), "mlp": narrow})}).named_modules())) == {}
 
 
 def test_query_key_and_value_may_be_mlps():
@@ -542,7 +542,7 @@ def test_two_attentions_in_a_block():
 
 def test_a_layer_of_torch():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    blocks = find_blocks(model)
+    blocks = find_blocks(dict(model.named_modules()))
     assert list(blocks) == ["layers.0", "layers.1"]
     block = blocks["layers.1"]
     assert (block.attention, block.qkv, block.projection) == ("layers.1.self_attn", (), "layers.1.self_attn.out_proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.backbones import PointTransformer, PointTransformerPartSeg
-from point_peft.backbones.layers import DropPath, Group, sine_features
+from point_peft.backbones import PointTransformer, PointTransformerPartSeg, layers
+from point_peft.backbones.layers import DropPath, Encoder, Group, sine_features
 from point_peft.errors import PointPeftError
 
 
@@ -123,6 +124,45 @@ def test_clouds_of_the_wrong_shape_or_size_are_refused() -> None:
         small()(clouds().transpose(1, 2))
     with pytest.raises(PointPeftError, match=r"are \(2, 7, 3\).*at least 8 points.*8 groups of 4"):
         small()(clouds(n=7))
+
+
+@pytest.mark.parametrize("mode", ["eval", "frozen in training"])
+def test_the_encoder_does_some_groups_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(24).train(mode != "eval").requires_grad_(False)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.training = False
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    neighborhood = torch.randn(3, 7, 8, 3)
+    whole = encoder(neighborhood)
+    monkeypatch.setattr(layers, "CHUNK_ELEMENTS", 5 * 8 * 512)
+    sizes: list[int] = []
+    chunks = encoder._chunks
+
+    def noted(groups: Tensor) -> Sequence[Tensor]:
+        sizes.extend(len(part) for part in chunks(groups))
+        return chunks(groups)
+
+    monkeypatch.setattr(encoder, "_chunks", noted)
+    torch.testing.assert_close(encoder(neighborhood), whole)
+    assert sizes == [5, 5, 5, 5, 1]
+
+
+def test_groups_whose_statistics_are_taken_together_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "CHUNK_ELEMENTS", 1)
+    calls: list[int] = []
+    encoder = Encoder(24)
+    encoder.first_conv.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[2]))
+    cases: list[tuple[nn.Module, bool]] = [(encoder, True), (encoder.first_conv[1], True), (encoder, False)]
+    for module, training in cases:
+        encoder.eval()
+        module.train(training)
+        calls.clear()
+        encoder(torch.randn(3, 7, 8, 3))
+        assert calls == ([3 * 7 * 8] if training else [8] * 21)
 
 
 def test_every_projection_is_called_as_a_module() -> None:

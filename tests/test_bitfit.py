@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from examples.backbones import BACKBONES, clouds
-from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, get_peft_model
+from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, get_peft_model, reading
 from point_peft.backbones import PointTransformer
 from point_peft.injection import get_adapter
 
@@ -30,6 +32,68 @@ def test_a_tuned_bias_is_the_bias():
     plain: nn.Module = model.unload()
     plain.load_state_dict({**plain.state_dict(), **tuned})
     assert torch.allclose(plain(points), output, atol=1e-4)
+
+
+def test_in_plain_layers_its_tensors_stand_in_the_place_of_the_bases():
+    """So nothing is added afterwards, and the output is that of a backbone with these biases bit for bit."""
+    backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
+    model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
+    base = model(points)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.normal_()
+    tuned = {name: tensor.clone() for name, tensor in get_adapter(model, "default").tensors().items()}
+    output = model(points)
+    assert reading.depth() == 0 and not torch.equal(output, base)
+    with model.disable_adapter():
+        assert torch.equal(model(points), base)
+    plain: nn.Module = model.unload()
+    plain.load_state_dict({**plain.state_dict(), **tuned})
+    assert torch.equal(plain(points), output)
+
+
+@pytest.mark.parametrize("kind", ["another class", "another forward"])
+def test_elsewhere_they_act_as_differences(kind: str):
+    """In a subclass, or where somebody has set a forward, as accelerate does, it is not known what reads the bias."""
+
+    def forward(layer: nn.Linear, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, layer.weight, layer.bias.detach().clone())
+
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return forward(self, input)
+
+    outputs, gradients = [], []
+    for changed in (False, True):
+        backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
+        layers = [module for module in backbone.modules() if type(module) is nn.Linear and module.bias is not None]
+        for layer in layers if changed else ():
+            if kind == "another class":
+                layer.__class__ = Own
+            else:
+                layer.forward = functools.partial(forward, layer)  # type: ignore[method-assign]
+        model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.adapters.parameters():
+                parameter.normal_()
+        output = model(points)
+        outputs.append(output)
+        gradients.append(torch.autograd.grad(output.square().sum(), list(model.adapters.parameters())))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_an_error_in_a_layer_leaves_nothing_in_its_place():
+    backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
+    model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
+    before = model(points)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model.get_submodule("base_model.blocks.blocks.0.mlp.fc1")(torch.zeros(2, 3))
+    assert reading.depth() == 0
+    assert torch.equal(model(points), before)
 
 
 def test_a_module_without_bias_is_refused():

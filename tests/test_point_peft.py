@@ -948,7 +948,7 @@ class TwoStages(nn.Module):
 def two_stages(patch_tokens: bool = True, **options: Any) -> PointPeftModel:
     torch.manual_seed(0)
     base = TwoStages().eval()
-    blocks = tuple(find_blocks(base).values())
+    blocks = tuple(find_blocks(dict(base.named_modules())).values())
     stages = (
         Stage(
             blocks=blocks[:2],

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, state
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
+from point_peft.injection import get_adapter
 from point_peft.tuners.linear_probe import LinearProbeConfig
+from tests.adapting import every_method
 from tests.forks import Server
+from tests.methods import config
 
 SIZES: dict[str, Any] = {
     "trans_dim": 48, "depth": 2, "num_heads": 4, "num_group": 16, "group_size": 8, "encoder_dims": 48, "cls_dim": 5,
@@ -456,6 +459,40 @@ def test_a_base_of_which_the_adapter_has_everything_itself(tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     x = torch.randn(2, 3)
     torch.testing.assert_close(PointPeftModel.from_pretrained(base(), tmp_path)(x), model(x))
+
+
+@every_method
+def test_an_adapter_is_all_in_its_file(method: str) -> None:
+    """A load makes it without memory and puts the tensors of the file there: nothing else may hold numbers."""
+    model = get_peft_model(backbone(), config(method))
+    adapter = get_adapter(model, "default")
+    assert adapter.is_all_in_file()
+    for name, module in adapter.named_modules():
+        plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
+        assert not plain, f"{name} has {plain} beside its parameters and buffers"
+
+
+class ScaledHead(nn.Linear):
+    """It has a tensor that no state dict tells of."""
+
+    factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(96, 5)
+        self.register_buffer("factor", torch.tensor([3.0]), persistent=False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.factor * super().forward(pooled)
+
+
+def test_what_is_not_in_the_file_is_made(tmp_path: Path) -> None:
+    model = adapted(config=LinearProbeConfig(), heads={HEAD: ScaledHead})
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    again = PointPeftModel.from_pretrained(backbone(), tmp_path, heads={HEAD: ScaledHead})
+    assert not get_adapter(again, "default").is_all_in_file()
+    assert torch.equal(logits(again), expected)
 
 
 def test_a_base_in_another_type_gives_a_warning_and_runs(saved: Path) -> None:

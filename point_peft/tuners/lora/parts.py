@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ class LoraPart(Part):
         whole: Tensor = getattr(module, weight)
         rows = self.rows(whole, 0)
         self.lora_A, self.lora_B = _factors(module, rows.shape[0], whole.shape[1], r, self.slices)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         magnitude = _lengths(rows.detach()) if use_dora else None
         if magnitude is not None and rows.ndim == 3:
@@ -144,7 +142,7 @@ class QkvLoraPart(LoraPart):
 def _factors(
     module: nn.Module, out: int, width: int, r: int, slices: int
 ) -> tuple[nn.Linear | nn.Conv1d, nn.Linear | nn.Conv1d]:
-    """A and B for a layer; of a convolution, A moves over the input as the layer does."""
+    """A and B for a layer, as torch makes such layers; of a convolution, A moves over the input as the layer does."""
     if not isinstance(module, nn.Conv1d):
         return nn.Linear(width, slices * r, bias=False), nn.Linear(r, out, bias=False)
     (kernel,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
