@@ -187,7 +187,7 @@ class DropPath(nn.Module):
             return branch
         keep = 1.0 - self.rate
         mask = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
-        return branch * mask / keep
+        return branch * mask.div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

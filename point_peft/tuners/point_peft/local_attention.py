@@ -213,7 +213,8 @@ def _steps(rows: Tensor, heads: int, c: int) -> tuple[int, int]:
     """How many neighbourhoods (m, k) are worked on at a time: in their attention, and in all channels c of tokens."""
     limit = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
     m, k = rows.shape
-    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (heads * k, c))
+    # The gradient of the attention's weights lies beside them.
+    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (2 * heads * k, c))
     return narrow, wide
 
 
