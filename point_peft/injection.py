@@ -109,9 +109,9 @@ class Adapter(nn.Module):
                 found[key] = tensor
         return found
 
-    def is_all_in_file(self) -> bool:
-        """Whether it holds no tensors but those of `tensors`."""
-        known = {id(tensor) for tensor in self.tensors().values()}
+    def holds_only(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether it holds no tensors but these."""
+        known = {id(tensor) for tensor in tensors.values()}
         return all(id(tensor) in known for tensor in (*self.parameters(), *self.buffers()))
 
     def free_rows(self) -> frozenset[str]:

@@ -727,7 +727,7 @@ class AdapterSet(nn.Module):
             **self._stated(adapter.config).to_json(),
             "heads": {path: describe_head(module) for path, module in adapter.own_modules()},
             "adapted_modules": sorted(path for path, _ in adapter.sites()),
-            "base_fingerprint": self._fingerprint(adapter, modules),
+            "base_fingerprint": self._fingerprint(adapter, adapter.tensors(), modules),
         }
 
     def _stated(self, config: PeftConfig) -> PeftConfig:
@@ -738,9 +738,9 @@ class AdapterSet(nn.Module):
         return config if alone else replace(config, anatomy=self.anatomy)
 
     @staticmethod
-    def _fingerprint(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    def _fingerprint(adapter: Adapter, own: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The fingerprint of what the adapter takes from the base: all but the tensors that it has of its own."""
-        own, inside = set(adapter.tensors()), tuple(path + "." for path in adapter.saved)
+        own, inside = set(own), tuple(path + "." for path in adapter.saved)
         tensors: dict[str, Tensor] = {}
         for path, module in modules.items():
             kept = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
@@ -930,7 +930,7 @@ class AdapterSet(nn.Module):
             return reason
         source, tensors = stated.files.tensors, adapter.tensors()
         state.check_tensors(source, tensors, adapter.free_rows(), f"its {state.TENSOR_FILE}")
-        keep_types = not stated.files.foreign and self._is_same_base(stated, adapter)
+        keep_types = not stated.files.foreign and self._is_same_base(stated, adapter, tensors)
         return state.why_not_in_place(source, tensors, keep_types=keep_types)
 
     def _difference(self, stated: _Stated, adapter: Adapter) -> str | None:
@@ -990,10 +990,11 @@ class AdapterSet(nn.Module):
             backbone=backbone,
         )
 
-    def _is_same_base(self, stated: _Stated, adapter: Adapter) -> bool:
+    def _is_same_base(self, stated: _Stated, adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
         """Refuse another backbone than the one that files were made for; warn if it may be another, in other types."""
         kind = type(self.base_model).__name__
-        warning = state.check_fingerprint(stated.fingerprint, self._fingerprint(adapter, stated.backbone.modules), kind)
+        actual = self._fingerprint(adapter, tensors, stated.backbone.modules)
+        warning = state.check_fingerprint(stated.fingerprint, actual, kind)
         if warning is not None:
             warnings.warn(warning, stacklevel=4)
         return warning is None
@@ -1005,7 +1006,7 @@ class AdapterSet(nn.Module):
             for path, source in injection.match_heads(heads, list(stated.heads)).items()
         }
         try:
-            adapter = self._checked(stated, given)
+            adapter, tensors = self._checked(stated, given)
         except AdapterFileError:
             raise
         except PointPeftError as error:
@@ -1018,10 +1019,10 @@ class AdapterSet(nn.Module):
                     f"the adapter in '{stated.folder}' is not what PEFT makes for this model: {reason}"
                 )
         else:
-            keep_types = self._is_same_base(stated, adapter)
+            keep_types = self._is_same_base(stated, adapter, tensors)
         like = injection.floating_parameter(stated.backbone.modules)
         device = torch.device("cpu") if like is None else like.device
-        state.copy_tensors(stated.files.tensors, adapter, adapter.tensors(), device, keep_types=keep_types)
+        state.copy_tensors(stated.files.tensors, adapter, tensors, device, keep_types=keep_types)
         for shared in adapter.shared_states():
             try:
                 shared.check(self.base_model)
@@ -1030,8 +1031,8 @@ class AdapterSet(nn.Module):
         return adapter
 
     @staticmethod
-    def _checked(stated: _Stated, given: Mapping[str, nn.Module]) -> Adapter:
-        """The adapter that a file asks for, once it is known to have the modules and the tensors of the file.
+    def _checked(stated: _Stated, given: Mapping[str, nn.Module]) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """The adapter that a file asks for, and its tensors, once they are known to be those of the file.
 
         What a file asks for may be of any size; so it is first made without memory.
         """
@@ -1045,10 +1046,12 @@ class AdapterSet(nn.Module):
             differing = _differing(sites, stated.adapted)
             raise AdapterFileError(f"the adapter was made for modules {differing} otherwise than this model has them")
         where = f"its {state.TENSOR_FILE}"
-        state.check_tensors(stated.files.tensors, planned.tensors(), planned.free_rows(), where)
-        if planned.is_all_in_file():
-            return planned  # the file's tensors take the places of those without memory
-        return injection.build_adapter(backbone, stated.config, own, list(stated.heads))
+        tensors = planned.tensors()
+        state.check_tensors(stated.files.tensors, tensors, planned.free_rows(), where)
+        if planned.holds_only(tensors):
+            return planned, tensors  # the file's tensors take the places of those without memory
+        adapter = injection.build_adapter(backbone, stated.config, own, list(stated.heads))
+        return adapter, adapter.tensors()
 
 
 @dataclass(frozen=True, kw_only=True)
