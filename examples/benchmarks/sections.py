@@ -31,6 +31,7 @@ STEM = Row(method="POINT_PEFT", variant="prior of the stem", fields={"prior": "s
 
 PUBLISHED_PLAIN, PUBLISHED_FULL = f"{PLAIN}, as published", f"{FULL}, as published"
 PEAK = "peak memory of training"
+GROUPING, EMBEDDING, BLOCKS = "grouping", "patch embedding", "blocks"
 WITHOUT_BANK, WITH_BANK = "adapter file", "adapter file with a bank"
 WITHOUT_HEAD = "adapter file without the tensors of its head"
 SAMPLING, NEIGHBOURS = "farthest point sampling", "k nearest neighbours"
@@ -99,7 +100,25 @@ def methods(setting: Setting) -> Values:
 
 def point_peft(setting: Setting) -> Values:
     """The same of both kinds of Point-PEFT alone: next to what they are compared with, and more often."""
-    return _turns("point_peft", setting, (STEM, POINT_PEFT), 3 * setting.rounds)
+    times = _turns("point_peft", setting, (STEM, POINT_PEFT), 3 * setting.rounds)
+    return {**times, **_parts_of_backbone(setting)}
+
+
+def _parts_of_backbone(setting: Setting) -> Values:
+    """Where the time of the plain backbone's inference goes, in both its forms."""
+    runs: dict[Measure, Timed] = {}
+    for label, form in ((PLAIN, setting), (PUBLISHED_PLAIN, setting.published)):
+        backbone = form.bench.make().eval().to(form.device)
+        clouds = form.bench.clouds(form.batch).to(form.device)
+        neighborhood, _ = backbone.group_divider(clouds)
+        tokens, pos = torch.randn(2, form.batch, 1 + form.groups, backbone.trans_dim, device=form.device)
+        for quantity, run in {
+            GROUPING: partial(backbone.group_divider, clouds),
+            EMBEDDING: partial(backbone.encoder, neighborhood),
+            BLOCKS: partial(backbone.blocks, tokens, pos, (backbone.depth - 1,)),
+        }.items():
+            runs[Measure(section="point_peft", subject=label, quantity=quantity)] = partial(_inferring, run)
+    return take_turns(runs, 3 * setting.rounds, "parts")
 
 
 def _turns(section: str, setting: Setting, rows: Sequence[Row], rounds: int) -> Values:
