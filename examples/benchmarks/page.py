@@ -179,8 +179,8 @@ PARTS: Sequence[tuple[str, str, Callable[[Results], list[str]]]] = (
         "*As published* is the same backbone with the same output, computed as Point-MAE was published: our reference "
         "backbone does less for it, in its patch embedding and its attention. These rows alone take turns, three times "
         "as often as those below, so that what is compared is measured within seconds of each other. The targets for "
-        "times are of this table. They were set for a base whose inference is 57 % patch embedding, 39 % blocks and 3 % "
-        "grouping; the last table says what these are here, each run by itself.",
+        "times are of this table. They were set for a base whose inference is 57 % patch embedding, 39 % blocks and "
+        "3 % grouping; the last table says what these are here, each run by itself.",
         _point_peft,
     ),
     (
