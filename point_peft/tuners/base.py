@@ -204,7 +204,9 @@ def _copy(tensor: Tensor) -> nn.Parameter:
 class TunedCopy(Part):
     """A part whose tensors are trained copies of the module's, by the same names.
 
-    Where two methods of one adapter tune the same tensor, it is tuned once.
+    Where such parts are all that acts on a plain linear layer or LayerNorm, it runs with their tensors in the place of
+    its own; elsewhere `after` adds the difference. Where two methods of one adapter tune the same tensor, it is tuned
+    once.
     """
 
     mergeable = True
@@ -232,7 +234,7 @@ class TunedModule(Part):
 class TunedBias(TunedCopy):
     """A trained copy of a module's bias, for a module that adds its bias to the channels of its output.
 
-    It acts as a difference to the base's bias, so that the base keeps its own and several adapters can be active.
+    The base keeps its own, and several adapters can be active: what each has changed adds up.
     """
 
     tuned = ("bias",)
@@ -254,10 +256,7 @@ def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
 
 
 class TunedNorm(TunedCopy):
-    """Trained copies of a norm's weight and, if it has one, bias.
-
-    They act as differences to the base's where torch has a function for the norm, else in the place of its tensors.
-    """
+    """Trained copies of a norm's weight and, if it has one, bias; `after` is for norms that torch has a function for."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

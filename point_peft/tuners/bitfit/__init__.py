@@ -7,7 +7,8 @@ The norms and linear layers of every block, and the final norm, get trained copi
 
     y = W x + b
 
-They are the adapter's own, and act as differences to those of the backbone. Merged, they take their place.
+They are the adapter's own. Plain layers run with them in the place of the backbone's; to what others give, the
+difference is added. Merged, they take their place for good.
 
 When to use it: as a baseline, or where an adapter has to be small and any method that adds to the network is too much.
 It needs a backbone that has biases, and moves features less than LoRA or SSF can.

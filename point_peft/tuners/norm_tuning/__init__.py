@@ -7,8 +7,9 @@ The norms of every block and the final norm get trained copies of their weight w
 
     y = w * normalised(x) + b
 
-They act as differences to the backbone's own, which stay as they are. Running statistics of a BatchNorm are the frozen
-backbone's. Merged, the copies take the place of the tensors they are copies of.
+A LayerNorm runs with them in the place of the backbone's own, which stay as they are; to what other norms give, the
+difference is added. Running statistics of a BatchNorm are the frozen backbone's. Merged, the copies take the place of
+the tensors they are copies of for good.
 
 When to use it: as the smallest baseline that is worth beating, and for few-shot tasks, where so few parameters can
 hardly overfit. With more data, SSF or LoRA reach further.
