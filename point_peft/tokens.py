@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from point_peft.anatomy import Layout, Stage, Steps, spell_steps
 from point_peft.errors import AnatomyError
@@ -281,9 +281,11 @@ def grow_masks(
 
 def shift_rows(tokens: Tensor, shift: Tensor, at: int, layout: Layout) -> Tensor:
     """Tokens with `shift` (rows, c) added to the rows from row `at` on."""
-    # Zeros are added to the others: their gradient then need not be put together from pieces.
-    after = tokens.shape[token_dim(layout)] - at - len(shift)
-    return tokens + as_layout(nn.functional.pad(shift.to(tokens.dtype), (0, 0, at, after))[None], layout)
+    dim = token_dim(layout)
+    # In one step: the gradient of the others then need not be put together from pieces.
+    rows = torch.arange(at, at + shift.shape[0], device=tokens.device)
+    every = shift.to(tokens.dtype).expand(tokens.shape[1 - dim], -1, -1)
+    return tokens.index_add(dim, rows, as_layout(every, layout))
 
 
 def all_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Steps, Tensor]]:

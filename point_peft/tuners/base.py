@@ -256,7 +256,7 @@ def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
 
 
 class TunedNorm(TunedCopy):
-    """Trained copies of a norm's weight and, if it has one, bias; `after` is for norms that torch has a function for."""
+    """Trained copies of a norm's weight and, if it has one, bias; `after` knows norms that torch has a function for."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
