@@ -592,7 +592,7 @@ def _adapted(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> dict[str,
     for part, _ in calls:
         for name, value in part.weights(module).items():
             base = getattr(module, name)
-            before = found.get(name, (base, base))[1]
+            before, value = found.get(name, (base, base))[1], value.to(base.dtype)
             found[name] = base, value if before is base else before + (value - base)
     return found
 

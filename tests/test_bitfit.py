@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from examples.backbones import BACKBONES, clouds
-from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, get_peft_model, reading
+from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, reading
 from point_peft.backbones import PointTransformer
 from point_peft.injection import get_adapter
+
+
+def randomise(model: PointPeftModel, scale: float = 1.0) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.copy_(scale * torch.randn_like(parameter))
 
 
 def test_parameters_on_point_mae():
@@ -23,10 +30,7 @@ def test_parameters_on_point_mae():
 def test_a_tuned_bias_is_the_bias():
     backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
     model = get_peft_model(backbone, BitFitConfig(modules_to_save=[]))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.normal_()
+    randomise(model)
     tuned = {name: tensor.clone() for name, tensor in get_adapter(model, "default").tensors().items()}
     output = model(points)
     plain: nn.Module = model.unload()
@@ -39,10 +43,7 @@ def test_in_plain_layers_its_tensors_stand_in_the_place_of_the_bases():
     backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
     model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
     base = model(points)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.normal_()
+    randomise(model)
     tuned = {name: tensor.clone() for name, tensor in get_adapter(model, "default").tensors().items()}
     output = model(points)
     assert reading.depth() == 0 and not torch.equal(output, base)
@@ -74,16 +75,23 @@ def test_elsewhere_they_act_as_differences(kind: str):
             else:
                 layer.forward = functools.partial(forward, layer)  # type: ignore[method-assign]
         model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.adapters.parameters():
-                parameter.normal_()
+        randomise(model)
         output = model(points)
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().sum(), list(model.adapters.parameters())))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_backbone_in_another_type_runs_with_them():
+    backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
+    model = get_peft_model(backbone, BitFitConfig(modules_to_save=[])).eval()
+    randomise(model, 0.1)
+    expected = model(points)
+    model.base_model.double()
+    assert {parameter.dtype for parameter in model.adapters.parameters()} == {torch.float32}
+    torch.testing.assert_close(model(points.double()).float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_in_a_layer_leaves_nothing_in_its_place():

@@ -134,9 +134,10 @@ class Encoder(nn.Module):
 
     @property
     def _splits(self) -> bool:
-        """Whether no group depends on another. Compilers choose for themselves how much they do at a time."""
+        """Whether no group depends on another. What is traced may be run on another number of groups."""
         training = self.training or self.first_conv[1].training or self.second_conv[1].training
-        return not training and not torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return not (training or traced)
 
     def _chunks(self, groups: Tensor) -> Sequence[Tensor]:
         """Some of the groups (bg, k, inputs) at a time."""
