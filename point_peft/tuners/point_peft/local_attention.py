@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -103,11 +103,10 @@ class _PooledAttention(torch.autograd.Function):
             by_head = _by_head(normed, to_qkv.to(kind), heads, scale)
             narrow, wide = _steps(rows, heads, c)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
-            factors = None if keep is None else keep.to(kind)[:, None].expand(-1, k)
+            factors = None if keep is None else repeat(keep.to(kind), "m -> m k", k=k)
             for first in range(0, m, narrow):
                 part = slice(first, first + narrow)
-                mixed = _attend(by_head, rows[part]).mixed
-                mixed = mixed if factors is None else mixed * factors[part].flatten()
+                mixed = _times(_attend(by_head, rows[part]).mixed, factors, part)
                 for few, taken in _parts(mixed, first, wide, k):
                     near = rows[few].flatten()
                     values = torch.index_select(x, 0, near, out=buffer[: len(near)])
@@ -135,11 +134,11 @@ class _PooledAttention(torch.autograd.Function):
             to_qkv_of_tokens = x.new_zeros(len(to_three), n)
             narrow, wide = _steps(rows, heads, c)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
-            factors = None if keep is None else keep.to(kind)[:, None].expand(-1, k)
+            factors = None if keep is None else repeat(keep.to(kind), "m -> m k", k=k)
             for first in range(0, m, narrow):
                 part = slice(first, first + narrow)
                 attention, to_each = _attend(by_head, rows[part]), []
-                mixed = attention.mixed if factors is None else attention.mixed * factors[part].flatten()
+                mixed = _times(attention.mixed, factors, part)
                 for few, taken in _parts(mixed, first, wide, k):
                     # Of the neighbours, only the one that was the maximum of a channel gets its gradient.
                     won = buffer[: rows[few].numel()].view(-1, k, c)
@@ -148,8 +147,7 @@ class _PooledAttention(torch.autograd.Function):
                     to_tokens.index_add_(0, rows[few].flatten(), won)
                     to_projection.addmm_(taken, won)
                     to_each.append(weight.T @ won.T)
-                to_mixed = torch.cat(to_each, dim=1)
-                to_mixed = to_mixed if factors is None else to_mixed * factors[part].flatten()
+                to_mixed = _times(torch.cat(to_each, dim=1), factors, part)
                 to_qkv_of_tokens.index_add_(1, rows[part].flatten(), attention.backward(to_mixed))
             to_qkv_of_tokens[: len(to_three) // 3] *= ctx.scale
             through_norm = torch.ops.aten.native_layer_norm_backward(
@@ -194,6 +192,11 @@ def _attend(by_head: Tensor, near: Tensor) -> _Attention:
     query, key, value = by_head.index_select(1, near.flatten()).view(heads * m, k, -1).chunk(3, dim=2)
     weights = torch.bmm(key, query.mT).softmax(dim=1)
     return _Attention(query, key, value, weights, _by_channel(torch.bmm(weights.mT, value), heads))
+
+
+def _times(mixed: Tensor, factors: Tensor | None, part: slice) -> Tensor:
+    """What is mixed (h c, m k) in a part of the neighbourhoods, by their factors, of all neighbourhoods (m, k)."""
+    return mixed if factors is None else mixed * factors[part].flatten()
 
 
 def _by_channel(x: Tensor, heads: int) -> Tensor:
