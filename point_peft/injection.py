@@ -33,6 +33,8 @@ from point_peft.tuners.prefix import TunedTokens
 SITE = "_point_peft_site"
 CHILD = "point_peft"
 """The name under which a model that keeps its own class holds its adapters."""
+PLAIN = (nn.Linear, nn.LayerNorm)
+"""Classes whose forward only gives their tensors to a function of torch, which can be given others."""
 
 
 @dataclass(frozen=True)
@@ -377,7 +379,8 @@ def attach_sites(root: Root, adapter: Adapter) -> None:
         module = _site(root, path)
         if _before_parts not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_parts, with_kwargs=True)
-            module.register_forward_hook(_after_parts, with_kwargs=True, always_call=True)
+            # After an exception too, what a plain module was given in the place of its tensors is taken away.
+            module.register_forward_hook(_after_parts, with_kwargs=True, always_call=type(module) in PLAIN)
     for path in adapter.readers:
         module = _site(root, path)
         if _begin_reading not in module._forward_pre_hooks.values():
@@ -521,26 +524,23 @@ def _before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is known to do no more than to give its tensors to a function, which can be given others."""
     own = "forward" not in module.__dict__  # as accelerate sets it, which moves the tensors
-    return own and type(module) in (nn.Linear, nn.LayerNorm) and not torch.compiler.is_compiling()
+    return own and type(module) in PLAIN and not torch.compiler.is_compiling()
 
 
 def _after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     site: Site = module.__dict__[SITE]
     read = None if torch.compiler.is_compiling() else reading.leave(module)
-    if output is None:  # an exception is on its way
+    if output is None and type(module) in PLAIN:  # an exception is on its way
         return None
     forward = context.current_forward(site.root)
     if not forward.active:
         return None
-    if read is not None:
-        if forward.ran is not None:
-            forward.ran.update((name, site.path) for name in forward.active if site.path in read)
-        return None
     for part, call in reversed(_calls(forward, forward.active, site.path, module)):
         if part.by_weight:
             continue
-        output = part.after(call, args, kwargs, output)
-        if forward.ran is not None:
+        if read is None:
+            output = part.after(call, args, kwargs, output)
+        if forward.ran is not None and (read is None or site.path in read):
             forward.ran.add((call.adapter, site.path))
     if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and not forward.leaves:
         # A direct call, which no end of a model's forward will mark. Not where blocks hand on tensors: the forward

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from examples.backbones import BACKBONES, clouds
 from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, reading
@@ -92,6 +93,25 @@ def test_a_backbone_in_another_type_runs_with_them():
     model.base_model.double()
     assert {parameter.dtype for parameter in model.adapters.parameters()} == {torch.float32}
     torch.testing.assert_close(model(points.double()).float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_checkpointed_alone_runs_again_with_the_same_adapter():
+    """It is called without the model, and the choice of the adapter is over when the backward pass comes."""
+    model = get_peft_model(BACKBONES["point_mae"].build(), BitFitConfig(modules_to_save=[])).eval()
+    model.add_adapter("second", BitFitConfig(modules_to_save=[]))
+    randomise(model)
+    model.train_adapter("second")
+    mlp = model.get_submodule("base_model.blocks.blocks.0.mlp")
+    x = torch.randn(2, 5, model.get_parameter("base_model.blocks.blocks.0.mlp.fc1.weight").shape[1])
+    parameters = [p for path, p in get_adapter(model, "second").tensors().items() if "blocks.0.mlp" in path]
+    gradients = []
+    for run in (mlp, functools.partial(checkpoint, mlp, use_reentrant=False)):
+        with model.use_adapter("second"):
+            output = run(x)
+        gradients.append(torch.autograd.grad(output.square().sum(), parameters))
+    for one, other in zip(*gradients, strict=True):
+        assert bool(one.any())
+        torch.testing.assert_close(one, other)
 
 
 def test_an_error_in_a_layer_leaves_nothing_in_its_place():
