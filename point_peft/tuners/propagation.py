@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,11 @@ class Neighbourhoods:
         """Of centres and their neighbours among `length` tokens of each sample, counted from token `before` on."""
         rows = rearrange(geometry.rows_of_all(neighbour + before, length), "b s k -> (b s) k")
         return Neighbourhoods(centre, neighbour, rows, geometry.rows_of_all(centre + before, length))
+
+    def own_tokens(self, tokens: Tensor) -> Tensor:
+        """Those of tokens (b, l, c) that are centres, (b, s, c)."""
+        rows = rearrange(tokens, "b l c -> (b l) c").index_select(0, self.centre_rows.flatten())
+        return rearrange(rows, "(b s) c -> b s c", b=len(self.centre_rows))
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,57 @@ class GeometryAwareAdapter(nn.Module):
         recomputing: bool,
     ) -> Tensor:
         """Tokens `onto` (b, l, c) with what centres among `tokens`, around which these are `pooled`, propagate."""
+        values = self.values(pooled, near.own_tokens(tokens), recomputing=recomputing)
+        return onto + propagate(values).to(onto.dtype)
+
+    def values(self, pooled: Tensor, own: Tensor, *, recomputing: bool) -> Tensor:
+        """What the centres propagate (b, s, c), of what is pooled around them and of their own tokens."""
         if isinstance(self.norm, BatchNorm):
             pooled = self.norm.normalise(pooled, recomputing=recomputing)
         else:
             pooled = self.norm(pooled)
-        own = rearrange(tokens, "b l c -> (b l) c").index_select(0, near.centre_rows.flatten()).view(pooled.shape)
         centres = nn.functional.gelu(pooled).add(own, alpha=self.centre_scale)
         # Centres are fewer than tokens, so they are scaled and not what they propagate.
-        scale = self.scale if self.gate is None else self.scale * self.gate
-        return onto + propagate(scale * centres).to(onto.dtype)
+        return (self.scale if self.gate is None else self.scale * self.gate) * centres
+
+    @property
+    def learned(self) -> tuple[Tensor, ...]:
+        """The tensors in it that are trained."""
+        tensors = self.norm.weight, self.norm.bias, self.gate
+        return tuple(tensor for tensor in tensors if tensor is not None and tensor.requires_grad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far the centres among the tokens of a stage reach: what tells how they propagate, when it is asked."""
+
+    forward: Forward
+    key: Hashable
+    near: Neighbourhoods
+    patches: Tensor
+    """Coordinates (b, g, 3)."""
+    ahead: Tensor | None
+    """Coordinates (p, 3) of prompts ahead of the patches."""
+    before: int
+    """Tokens before these lie nowhere, and nothing is propagated to them."""
+    packed: Propagation | None = None
+
+    def __call__(self) -> Propagation:
+        """Once per forward; made anew where coordinates are trained, so that checkpointing can make it again."""
+        if self.packed is not None:
+            return self.packed
+        learned = self.patches.requires_grad or (self.ahead is not None and self.ahead.requires_grad)
+        return Propagation(self.weights(self.ahead) if learned and torch.is_grad_enabled() else self.held())
+
+    def weights(self, ahead: Tensor | None) -> Tensor:
+        """How much of each centre goes to prefix and patches (b, before + g, s), for prompts at these coordinates."""
+        centres = geometry.gather(coordinates_of(self.patches, ahead), self.near.centre)
+        return nn.functional.pad(geometry.inverse_distance_weights(self.patches, centres), (0, 0, self.before, 0))
+
+    def held(self) -> Tensor:
+        """These once per forward, without gradient."""
+        with torch.no_grad():
+            return self.forward.once(("weights", self.key), lambda: self.weights(self.ahead))
 
 
 def neighbourhoods(
@@ -93,37 +140,31 @@ def neighbourhoods(
     ahead: Tensor | None = None,
     owner: Hashable = None,
     before: int = 0,
-) -> tuple[Neighbourhoods, Callable[[], Propagation]]:
-    """Neighbourhoods among the tokens of a stage, and what tells how their centres propagate to prefix and patches.
+) -> tuple[Neighbourhoods, Reach]:
+    """Neighbourhoods among the tokens of a stage, once per forward, and how far their centres reach.
 
     `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s; `before` these there are
-    tokens that lie nowhere, to which nothing is propagated. Once per forward; weights that carry a gradient to
-    coordinates are made anew at every call, because what is checkpointed must be able to make them again.
+    tokens that lie nowhere.
     """
     patches = forward.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result.
     key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k, before)
+    packed = None
     if stage in forward.samples:
-        found = forward.once(("packed", *key), lambda: _packed(patches, forward.samples[stage], centre_ratio, k))
-        return found[0], lambda: found[1]
+        samples = forward.samples[stage]
+        near, packed = forward.once(("packed", key), lambda: _packed(patches, samples, centre_ratio, k))
+    else:
+        near = forward.once(("neighbourhoods", key), lambda: _chosen(patches, ahead, centre_ratio, k, before))
+    reach = Reach(forward=forward, key=key, near=near, patches=patches, ahead=ahead, before=before, packed=packed)
+    return near, reach
 
-    def choose() -> Neighbourhoods:
-        with torch.no_grad():
-            points = coordinates_of(patches, ahead)
-            centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
-            neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
-            return Neighbourhoods.among(before + points.shape[1], centre, neighbour, before)
 
-    def weigh() -> Propagation:
-        centres = geometry.gather(coordinates_of(patches, ahead), near.centre)
-        weights = geometry.inverse_distance_weights(patches, centres)
-        return Propagation(nn.functional.pad(weights, (0, 0, before, 0)))
-
-    near = forward.once(("neighbourhoods", *key), choose)
-    learned = patches.requires_grad or (ahead is not None and ahead.requires_grad)
-    if learned and torch.is_grad_enabled():
-        return near, weigh
-    return near, lambda: forward.once(("weights", *key), weigh)
+def _chosen(patches: Tensor, ahead: Tensor | None, centre_ratio: float, k: int, before: int) -> Neighbourhoods:
+    with torch.no_grad():
+        points = coordinates_of(patches, ahead)
+        centre = geometry.farthest_point_sample(points, max(1, round(centre_ratio * patches.shape[1])))
+        neighbour = geometry.knn(geometry.gather(points, centre), points, min(k, points.shape[1]))
+        return Neighbourhoods.among(before + points.shape[1], centre, neighbour, before)
 
 
 def coordinates_of(patches: Tensor, ahead: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +12,11 @@ from point_peft import tokens as token_ops
 from point_peft.anatomy import Stage
 from point_peft.tokens import Args, Kwargs
 from point_peft.tuners.base import Bottleneck, Call, Part
+from point_peft.tuners.point_peft.after_block import Prompts, propagate_and_adapt
 from point_peft.tuners.point_peft.geometry_aware import StageState
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
 from point_peft.tuners.propagation import GeometryAwareAdapter, neighbourhoods
+from point_peft.tuners.quick_bottleneck import add_adapted, works_by_hand
 
 
 class MlpPart(Part):
@@ -29,7 +30,7 @@ class MlpPart(Part):
         self.scale = scale
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        return output.add(self.adapter(output).to(output.dtype), alpha=self.scale)
+        return add_adapted(output, self.adapter, self.scale)
 
 
 class Prompt(nn.Module):
@@ -93,44 +94,42 @@ class BlockPart(Part):
         tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
         at = self._prefix(call, found, inserted=count)
-        pooled, aware = (None, None) if self.geometry is None else self._aware(call, self.geometry, tokens, at)
-
-        def adapt(tokens: Tensor, pooled: Tensor | None) -> Tensor:
-            # A acts on every token by itself, so the prompts, which end here, need not pass through it.
-            kept = token_ops.remove(tokens, count, at, "bgc") if count else tokens
-            if pooled is not None and aware is not None:
-                kept = aware(kept, tokens, pooled)
-            adapted: Tensor = kept + self.adapter(kept).to(kept.dtype)
-            return adapted
-
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # To keep all of it for the backward pass would take a seventh more memory, to compute it again little time.
-            adapted = checkpoint(adapt, tokens, pooled, use_reentrant=False, determinism_check="none")
+        if self.geometry is None:
+            adapted = add_adapted(token_ops.remove(tokens, count, at, "bgc"), self.adapter, 1.0)
         else:
-            adapted = adapt(tokens, pooled)
+            adapted = self._aware(call, self.geometry, tokens, at, count)
         adapted = token_ops.as_layout(adapted, self.stage.layout)
         return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=at)
 
-    def _aware(
-        self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, before: int
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        """What is pooled of the tokens, of which `before` lie nowhere, and the geometry-aware adapter that takes it."""
+    def _aware(self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, at: int, count: int) -> Tensor:
+        """What the geometry-aware adapter and A make of tokens (b, l, c), of which `count` from `at` on are prompts.
+
+        But for what is pooled, every token is changed by itself, so the prompts, which end here, need not be.
+        """
         state = call.state(f"stage_{self.number}", StageState)
-        near, propagate = neighbourhoods(
+        near, reach = neighbourhoods(
             call.forward,
             self.number,
             self.centre_ratio,
             self.neighbours,
             None if self.prompt is None else state.prompt_coordinates,
             owner=(call.adapter, self.tuner),
-            before=before,
+            before=at,
         )
+        pooled = state.local_attention(tokens, near)
+        if works_by_hand(tokens, self.adapter) and reach.packed is None and not reach.patches.requires_grad:
+            return propagate_and_adapt(tokens, pooled, Prompts(at, count), geometry, reach, self.adapter)
 
-        def aware(kept: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-            found: Tensor = geometry(kept, tokens, near, propagate(), pooled, recomputing=call.forward.recomputing)
+        def adapt(tokens: Tensor, pooled: Tensor) -> Tensor:
+            kept = token_ops.remove(tokens, count, at, "bgc") if count else tokens
+            aware = geometry(kept, tokens, near, reach(), pooled, recomputing=call.forward.recomputing)
+            return add_adapted(aware, self.adapter, 1.0)
+
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # To keep all of it for the backward pass would take a seventh more memory, to compute it again little time.
+            found: Tensor = checkpoint(adapt, tokens, pooled, use_reentrant=False, determinism_check="none")
             return found
-
-        return state.local_attention(tokens, near), aware
+        return adapt(tokens, pooled)
 
     def _prefix(self, call: Call, tokens: Tensor, inserted: int) -> int:
         """How many prefix tokens there are: those that are neither prompts nor patches."""
