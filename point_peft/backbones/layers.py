@@ -208,7 +208,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(tokens), "b l (qkv h c) -> qkv b h l c", qkv=3, h=self.num_heads).unbind(0)
+        # Three parts of the channels: their gradients are put together in one copy, those of a new first axis in two.
+        parts = self.qkv(tokens).chunk(3, dim=2)
+        q, k, v = (rearrange(part, "b l (h c) -> b h l c", h=self.num_heads) for part in parts)
         seen = None if mask is None else mask.logical_not()[:, None]
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         out: Tensor = self.proj(rearrange(mixed, "b h l c -> b l (h c)"))

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from point_peft import tokens as token_ops
 from point_peft.tuners.base import Bottleneck
 from point_peft.tuners.propagation import GeometryAwareAdapter, Reach
 from point_peft.tuners.quick_bottleneck import Middle, dropout, tensors_of
@@ -25,15 +26,15 @@ class Prompts(NamedTuple):
     length: int
 
     def taken_from(self, tokens: Tensor) -> Tensor:
-        """A copy of tokens (b, l, c) without the prompts."""
-        return torch.cat([tokens[:, : self.at], tokens[:, self.at + self.length :]], dim=1)
+        """Tokens (b, l, c) without the prompts."""
+        return token_ops.remove(tokens, self.length, self.at, "bgc") if self.length else tokens
 
     def zero_in(self, tokens: Tensor) -> Tensor:
-        """Tokens without prompts, with zeros in their place."""
+        """Tokens (b, l - p, c) with zeros in the place of the prompts, (b, l, c)."""
         if self.length == 0:
             return tokens
         b, _, c = tokens.shape
-        return torch.cat([tokens[:, : self.at], tokens.new_zeros(b, self.length, c), tokens[:, self.at :]], dim=1)
+        return token_ops.insert(tokens, tokens.new_zeros(b, self.length, c), self.at, "bgc")
 
 
 def propagate_and_adapt(
@@ -41,7 +42,7 @@ def propagate_and_adapt(
 ) -> Tensor:
     """Tokens (b, l - p, c) of those that a block returns (b, l, c) and of what is pooled of them (b, s, c).
 
-    Nothing of their size is kept for the backward pass, which makes what the centres propagate once more.
+    Beside these nothing of their size is kept for the backward pass; it makes what the centres propagate once more.
     """
     learned = geometry.learned
     kept, gain = dropout(adapter, tokens.shape[0] * (tokens.shape[1] - prompts.length))
@@ -81,7 +82,7 @@ class _PropagateAndAdapt(torch.autograd.Function):
     ) -> Tensor:
         values = rest.values(pooled, rest.reach.near.own_tokens(tokens))
         weights = rest.reach.held().to(tokens.dtype)
-        onto = rest.prompts.taken_from(tokens).baddbmm_(weights, values)
+        onto = torch.baddbmm(rest.prompts.taken_from(tokens), weights, values)
         rows = rearrange(onto, "b l c -> (b l) c")
         middle = Middle(torch.addmm(down_bias, rows, down.T), kept, rest.gain)
         rows.addmm_(*middle.factors(up, up_bias))

@@ -101,7 +101,7 @@ class _PooledAttention(torch.autograd.Function):
         with _in_full(tokens.device.type):
             normed = nn.functional.layer_norm(x, (c,), norm_weight.to(kind), norm_bias.to(kind), eps)
             by_head = _by_head(normed, to_qkv.to(kind), heads, scale)
-            narrow, wide = _steps(rows, heads, c)
+            narrow, wide = _steps(rows, heads, c, 1)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
             factors = None if keep is None else repeat(keep.to(kind), "m -> m k", k=k)
             for first in range(0, m, narrow):
@@ -132,7 +132,8 @@ class _PooledAttention(torch.autograd.Function):
             by_head = _by_head(normed, to_three, heads, ctx.scale)
             to_tokens, to_projection = torch.zeros_like(x), x.new_zeros(weight.shape[1], c)
             to_qkv_of_tokens = x.new_zeros(len(to_three), n)
-            narrow, wide = _steps(rows, heads, c)
+            # The gradient of the attention's weights lies beside them.
+            narrow, wide = _steps(rows, heads, c, 2)
             buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
             factors = None if keep is None else repeat(keep.to(kind), "m -> m k", k=k)
             for first in range(0, m, narrow):
@@ -212,12 +213,14 @@ def _by_head(normed: Tensor, to_qkv: Tensor, heads: int, scale: float) -> Tensor
     return rearrange(normed @ ordered.T, "n (h three) -> h n three", h=heads).contiguous()
 
 
-def _steps(rows: Tensor, heads: int, c: int) -> tuple[int, int]:
-    """How many neighbourhoods (m, k) are worked on at a time: in their attention, and in all channels c of tokens."""
+def _steps(rows: Tensor, heads: int, c: int, copies: int) -> tuple[int, int]:
+    """How many neighbourhoods (m, k) are worked on at a time: in their attention, and in all channels c of tokens.
+
+    Of the attention's weights there are so many `copies`.
+    """
     limit = CHUNK_ELEMENTS if rows.device.type == "cpu" else CHUNK_ELEMENTS_OF_OTHERS
     m, k = rows.shape
-    # The gradient of the attention's weights lies beside them.
-    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (2 * heads * k, c))
+    narrow, wide = (max(1, min(m, limit // (k * each))) for each in (copies * heads * k, c))
     return narrow, wide
 
 

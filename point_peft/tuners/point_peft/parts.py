@@ -93,16 +93,16 @@ class BlockPart(Part):
         found = token_ops.output_tokens(self.stage, call.path, output)
         tokens = token_ops.batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
-        at = self._prefix(call, found, inserted=count)
+        prompts = Prompts(self._prefix(call, found, inserted=count), count)
         if self.geometry is None:
-            adapted = add_adapted(token_ops.remove(tokens, count, at, "bgc"), self.adapter, 1.0)
+            adapted = add_adapted(prompts.taken_from(tokens), self.adapter, 1.0)
         else:
-            adapted = self._aware(call, self.geometry, tokens, at, count)
+            adapted = self._aware(call, self.geometry, tokens, prompts)
         adapted = token_ops.as_layout(adapted, self.stage.layout)
-        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=at)
+        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prompts.at)
 
-    def _aware(self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, at: int, count: int) -> Tensor:
-        """What the geometry-aware adapter and A make of tokens (b, l, c), of which `count` from `at` on are prompts.
+    def _aware(self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, prompts: Prompts) -> Tensor:
+        """What the geometry-aware adapter and A make of tokens (b, l, c).
 
         But for what is pooled, every token is changed by itself, so the prompts, which end here, need not be.
         """
@@ -114,14 +114,14 @@ class BlockPart(Part):
             self.neighbours,
             None if self.prompt is None else state.prompt_coordinates,
             owner=(call.adapter, self.tuner),
-            before=at,
+            before=prompts.at,
         )
         pooled = state.local_attention(tokens, near)
         if works_by_hand(tokens, self.adapter) and reach.packed is None and not reach.patches.requires_grad:
-            return propagate_and_adapt(tokens, pooled, Prompts(at, count), geometry, reach, self.adapter)
+            return propagate_and_adapt(tokens, pooled, prompts, geometry, reach, self.adapter)
 
         def adapt(tokens: Tensor, pooled: Tensor) -> Tensor:
-            kept = token_ops.remove(tokens, count, at, "bgc") if count else tokens
+            kept = prompts.taken_from(tokens)
             aware = geometry(kept, tokens, near, reach(), pooled, recomputing=call.forward.recomputing)
             return add_adapted(aware, self.adapter, 1.0)
 
