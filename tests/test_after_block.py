@@ -35,7 +35,7 @@ def trained(model: PointPeftModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 def in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (parts, quick_bottleneck):
-        monkeypatch.setattr(module, "works_by_hand", lambda x, adapter: False)
+        monkeypatch.setattr(module, "works_by_hand", lambda x, *modules: False)
 
 
 @pytest.mark.parametrize(

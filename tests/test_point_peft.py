@@ -866,8 +866,7 @@ def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(
     """Blocks share the prompts' coordinates and the prior; each must be able to make again what it takes of them."""
 
     def gradients(again: bool) -> dict[str, Tensor]:
-        # Without a gradient, the first of both runs of reentrant checkpointing, rounding is another.
-        model = adapted(prompt_layers=3).double()
+        model = adapted(prompt_layers=3)
         base: Any = model.get_base_model()
 
         def run(tokens: Tensor, pos: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
@@ -879,7 +878,7 @@ def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(
 
         base.blocks.forward = run
         base.pos_embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        model(clouds(4).double()).square().sum().backward()
+        model(clouds(4)).square().sum().backward()
         parameters = get_adapter(model, "default").named_parameters()
         return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 

@@ -82,3 +82,18 @@ def test_in_autocast_it_is_worked_out_as_any_other_layer() -> None:
     assert found.dtype is torch.float32
     assert torch.equal(found, expected)
     assert not torch.equal(found, add_adapted(x, made, 0.7))
+
+
+def test_who_listens_to_its_layers_hears_them() -> None:
+    made, x, heard = adapter().eval(), tokens(4, 6), []
+    expected = add_adapted(x, made, 0.7)
+    handle = made.down.register_forward_hook(lambda module, args, output: heard.append(output.shape))
+    torch.testing.assert_close(add_adapted(x, made, 0.7), expected)
+    assert heard == [(4, 3)]
+    handle.remove()
+    handle = made.up.register_full_backward_hook(lambda module, *gradients: heard.append(module.out_features))
+    add_adapted(x, made, 0.7).sum().backward()
+    assert heard == [(4, 3), 6]
+    handle.remove()
+    assert torch.equal(add_adapted(x, made, 0.7), expected)
+    assert len(heard) == 2

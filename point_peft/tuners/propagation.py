@@ -39,7 +39,7 @@ class Neighbourhoods:
     def own_tokens(self, tokens: Tensor) -> Tensor:
         """Those of tokens (b, l, c) that are centres, (b, s, c)."""
         rows = rearrange(tokens, "b l c -> (b l) c").index_select(0, self.centre_rows.flatten())
-        return rearrange(rows, "(b s) c -> b s c", b=len(self.centre_rows))
+        return rearrange(rows, "(b s) c -> b s c", b=tokens.shape[0])
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,15 @@ class _AddAdapted(torch.autograd.Function):
         return to_x, to_before.T @ x, to_before.sum(0), to_up, to_up_bias, None, None, None
 
 
-def works_by_hand(x: Tensor, adapter: Bottleneck) -> bool:
-    """Whether a gradient is wanted, and in the type of the tokens; a compiler fuses for itself."""
-    mixed = torch.is_autocast_enabled(x.device.type) or x.dtype != adapter.down.weight.dtype
-    return torch.is_grad_enabled() and not mixed and not torch.compiler.is_compiling()
+def works_by_hand(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether modules with tensors of this type need not be called: in no mixed precision, and nobody listens to them.
+
+    A compiler fuses for itself.
+    """
+    within = [inner for module in modules for inner in module.modules()]
+    heard = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in within)
+    mixed = torch.is_autocast_enabled(x.device.type) or any(p.dtype != x.dtype for m in modules for p in m.parameters())
+    return not heard and not mixed and not torch.compiler.is_compiling()
 
 
 def tensors_of(adapter: Bottleneck) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -80,7 +80,8 @@ class _PropagateAndAdapt(torch.autograd.Function):
         rest: _Rest,
         *learned: Tensor,
     ) -> Tensor:
-        values = rest.values(pooled, rest.reach.near.own_tokens(tokens))
+        # Without their graph: who follows the calls of modules would look for a gradient that is made elsewhere.
+        values = rest.values(pooled.detach(), rest.reach.near.own_tokens(tokens).detach())
         weights = rest.reach.held().to(tokens.dtype)
         onto = torch.baddbmm(rest.prompts.taken_from(tokens), weights, values)
         rows = rearrange(onto, "b l c -> (b l) c")

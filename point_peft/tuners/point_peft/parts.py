@@ -117,7 +117,7 @@ class BlockPart(Part):
             before=prompts.at,
         )
         pooled = state.local_attention(tokens, near)
-        if works_by_hand(tokens, self.adapter) and reach.packed is None and not reach.patches.requires_grad:
+        if works_by_hand(tokens, self.adapter, geometry) and reach.packed is None and not reach.patches.requires_grad:
             return propagate_and_adapt(tokens, pooled, prompts, geometry, reach, self.adapter)
 
         def adapt(tokens: Tensor, pooled: Tensor) -> Tensor:
