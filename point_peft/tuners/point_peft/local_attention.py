@@ -102,7 +102,7 @@ class _PooledAttention(torch.autograd.Function):
             normed = nn.functional.layer_norm(x, (c,), norm_weight.to(kind), norm_bias.to(kind), eps)
             by_head = _by_head(normed, to_qkv.to(kind), heads, scale)
             narrow, wide = _steps(rows, heads, c, 1)
-            buffer, numbers = _buffer(x, wide * k), _numbers(x, k)
+            buffer = _buffer(x, wide * k)
             factors = None if keep is None else repeat(keep.to(kind), "m -> m k", k=k)
             for first in range(0, m, narrow):
                 part = slice(first, first + narrow)
@@ -110,12 +110,14 @@ class _PooledAttention(torch.autograd.Function):
                 for few, taken in _parts(mixed, first, wide, k):
                     near = rows[few].flatten()
                     values = torch.index_select(x, 0, near, out=buffer[: len(near)])
-                    values = values.addmm_(taken.T, weight.T).view(-1, k, c)
-                    torch.amax(values, 1, out=pooled[few])
-                    if winner is not None:
-                        # In floating point, of which a CPU compares eight at a time.
-                        torch.eq(values, pooled[few, None], out=values).mul_(numbers)
-                        winner[few] = values.amax(1)
+                    values = values.addmm_(taken.T, weight.T)
+                    if winner is None:
+                        torch.amax(values.view(-1, k, c), 1, out=pooled[few])
+                    else:
+                        # As an image of k by one pixels that is pooled to one: its maximum, and where that was, in one pass.
+                        image = rearrange(values, "(m k) c -> m c k 1", k=k)
+                        largest, place = torch.ops.aten.max_pool2d_with_indices(image, [k, 1])
+                        pooled[few], winner[few] = largest.flatten(1), place.flatten(1)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
 
