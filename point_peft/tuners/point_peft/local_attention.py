@@ -114,7 +114,7 @@ class _PooledAttention(torch.autograd.Function):
                     if winner is None:
                         torch.amax(values.view(-1, k, c), 1, out=pooled[few])
                     else:
-                        # As an image of k by 1 pixels that is pooled to one: the maximum, and where it was, in one pass.
+                        # As an image of k by 1 pixels, pooled to one: the maximum and where it was, in one pass.
                         image = rearrange(values, "(m k) c -> m c k 1", k=k)
                         largest, place = torch.ops.aten.max_pool2d_with_indices(image, [k, 1])
                         pooled[few], winner[few] = largest.flatten(1), place.flatten(1)
