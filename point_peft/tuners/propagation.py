@@ -119,17 +119,32 @@ class Reach:
         if self.packed is not None:
             return self.packed
         learned = self.patches.requires_grad or (self.ahead is not None and self.ahead.requires_grad)
-        return Propagation(self.weights(self.ahead) if learned and torch.is_grad_enabled() else self.held())
+        return Propagation(self.weights if learned and torch.is_grad_enabled() else self.held())
 
-    def weights(self, ahead: Tensor | None) -> Tensor:
-        """How much of each centre goes to prefix and patches (b, before + g, s), for prompts at these coordinates."""
-        centres = geometry.gather(coordinates_of(self.patches, ahead), self.near.centre)
-        return nn.functional.pad(geometry.inverse_distance_weights(self.patches, centres), (0, 0, self.before, 0))
+    @property
+    def weights(self) -> Tensor:
+        """How much of each centre goes to prefix and patches, (b, before + g, s)."""
+        weights = geometry.inverse_distance_weights(self.patches, self._centres)
+        return nn.functional.pad(weights, (0, 0, self.before, 0))
 
     def held(self) -> Tensor:
         """These once per forward, without gradient."""
         with torch.no_grad():
-            return self.forward.once(("weights", self.key), lambda: self.weights(self.ahead))
+            return self.forward.once(("weights", self.key), lambda: self.weights)
+
+    def to_ahead(self, gradient: Tensor) -> Tensor:
+        """The gradient to the coordinates of prompts of that to the weights."""
+        assert self.ahead is not None
+        given, weights = (x[:, self.before :] for x in (gradient, self.held()))
+        to_centres = geometry.gradient_to_sources(given.to(weights.dtype), weights, self.patches, self._centres)
+        to_places = to_centres.new_zeros(len(self.ahead) + self.patches.shape[1], 3)
+        to_places.index_add_(0, self.near.centre.flatten(), to_centres.flatten(0, 1))
+        return to_places[: len(self.ahead)].to(self.ahead.dtype)
+
+    @property
+    def _centres(self) -> Tensor:
+        """Coordinates (b, s, 3)."""
+        return geometry.gather(coordinates_of(self.patches, self.ahead), self.near.centre)
 
 
 def neighbourhoods(

@@ -109,12 +109,8 @@ class _PropagateAndAdapt(torch.autograd.Function):
         narrow = rearrange(to_before, "(b l) r -> b l r", b=b)
         to_down = torch.einsum("blr,blc->rc", prompts.zero_in(narrow), tokens)
         to_down += torch.einsum("brs,bsc->rc", torch.bmm(narrow.mT, weights), values)
-        to_ahead = None
-        if ahead is not None and ahead.requires_grad:
-            with torch.enable_grad():
-                places = ahead.detach().requires_grad_()
-                made = reach.weights(places)
-            (to_ahead,) = torch.autograd.grad(made, places, torch.bmm(to_onto, values.mT).to(made.dtype))
+        learns_places = ahead is not None and ahead.requires_grad
+        to_ahead = reach.to_ahead(torch.bmm(to_onto, values.mT)) if learns_places else None
         to_tokens = prompts.zero_in(to_onto)
         to_tokens.flatten(0, 1).index_add_(0, reach.near.centre_rows.flatten(), to_own.flatten(0, 1))
         to_adapter = to_down, to_before.sum(0), to_up, to_up_bias
