@@ -86,6 +86,29 @@ def test_a_weight_that_was_changed_ahead_of_the_backward_pass_is_noticed() -> No
         loss.backward()
 
 
+def test_blocks_called_alone_see_where_the_prompts_have_moved_to() -> None:
+    def outputs(model: PointPeftModel, *, group_again: bool) -> list[Tensor]:
+        base: Any = model.get_base_model()
+        _, centres = base.group_divider(clouds(3))
+        base.pos_embed(centres)
+        tokens = torch.randn(3, 1 + centres.shape[1], 24, generator=torch.Generator().manual_seed(1))
+        found = []
+        for _ in range(2):
+            found.append(base.blocks.blocks[1](tokens).detach())
+            with torch.no_grad():
+                for name, parameter in get_adapter(model, "default").named_parameters():
+                    if "prompt_coordinates" in name:
+                        parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+            if group_again:
+                base.pos_embed(centres)
+        return found
+
+    found = outputs(adapted(memory_bank=False, bank=False), group_again=False)
+    expected = outputs(adapted(memory_bank=False, bank=False), group_again=True)
+    assert not torch.equal(*found)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_it_keeps_less_than_the_plain_form_would(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept() -> int:
         storages: dict[int, torch.UntypedStorage] = {}

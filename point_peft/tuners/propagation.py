@@ -162,8 +162,11 @@ def neighbourhoods(
     tokens that lie nowhere.
     """
     patches = forward.coordinates[stage]
-    # Without prompts nothing depends on the adapter, so all adapters share the result.
-    key = ("propagation", stage, None if ahead is None else owner, centre_ratio, k, before)
+    # Without prompts nothing depends on the adapter, so all adapters share the result. Blocks that are called without
+    # their model share a forward from one training step to the next, in which the coordinates of prompts have moved.
+    tracked = ahead is not None and not torch.compiler.is_compiling() and not ahead.is_inference()
+    of = None if ahead is None else (owner, ahead._version if tracked else 0)
+    key = ("propagation", stage, of, centre_ratio, k, before)
     packed = None
     if stage in forward.samples:
         samples = forward.samples[stage]
