@@ -67,7 +67,16 @@ def test_dropout_keeps_its_share_everywhere_and_the_mean(rate: float) -> None:
     torch.manual_seed(7)
     second, _ = dropout(made, 11)
     assert first is not None and second is not None and torch.equal(first, second)
+    made.dropout.eval()
+    assert dropout(made, 3) == (None, 1.0)
+    made.eval().dropout.train()  # as for Monte Carlo dropout
+    assert dropout(made, 3)[0] is not None
     assert dropout(made.eval(), 3) == (None, 1.0)
+
+
+def test_a_rate_of_almost_one_keeps_almost_nothing() -> None:
+    kept, _ = dropout(adapter(1 - 1e-6).train(), 1000)
+    assert kept is not None and float(kept.double().mean()) < 0.01
 
 
 def test_a_fresh_one_leaves_the_tokens_as_they_are() -> None:

@@ -89,13 +89,14 @@ def tensors_of(adapter: Bottleneck) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def dropout(adapter: Bottleneck, count: int) -> tuple[Tensor | None, float]:
     """What the dropout keeps of the middle of `count` tokens (count, width), and its gain; None: all."""
     rate = adapter.dropout.p
-    if not adapter.training or rate == 0.0:
+    if not adapter.dropout.training or rate == 0.0:
         return None, 1.0
     width = len(adapter.down.weight)
     # Four numbers of 16 bits at a time: torch's own draws 64 bits for each, and to draw is what takes its time.
     bits = torch.empty(-(count * width // -4), dtype=torch.int64, device=adapter.down.weight.device)
     drawn = bits.random_(-(2**63), None).view(torch.int16)[: count * width].view(count, width)
-    return drawn >= round(rate * 2**16) - 2**15, 1.0 / (1.0 - rate)
+    least = min(round(rate * 2**16), 2**16 - 1) - 2**15  # a number beyond 16 bits would wrap around
+    return drawn >= least, 1.0 / (1.0 - rate)
 
 
 class Middle(NamedTuple):
