@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft.tuners.point_peft import local_attention
+from point_peft.tuners.point_peft import chunked_attention, local_attention
 from point_peft.tuners.point_peft.local_attention import pooled_attention
 
 SCALE = 0.3
@@ -47,7 +47,7 @@ def in_words(
 def test_it_is_what_it_says_with_its_gradient(
     heads: int, chunk: int, dropped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", chunk)
     tokens, norm, to_qkv, weight, rows, keep = some()
     factors = keep if dropped else None
     args = (tokens, norm, to_qkv, weight, rows, factors, heads)

@@ -48,8 +48,9 @@ def about(setting: Setting, command: str) -> Mapping[str, str]:
     bench = setting.bench
     parameters = sum(parameter.numel() for parameter in bench.make().parameters())
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("point-peft", "torch")]
-    if importlib.util.find_spec("peft") is not None:
-        versions.append(f"peft {importlib.metadata.version('peft')}")
+    for name in ("peft", "numba"):
+        if importlib.util.find_spec(name) is not None:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     chip = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "CPU"
     return {
         "command": command,

@@ -1,0 +1,376 @@
+"""What `local_attention` does neighbourhood by neighbourhood, compiled by numba for a CPU (extra `fast`).
+
+    pooled_j = max_i ( t_i + f_j W sum_i' a_ii' v_i' ),    a_ii' = softmax_i' (q_i . k_i'),    i, i' in N_j
+
+torch has no product for matrices of 16 x 3 that is not mostly overhead. Here a neighbourhood stays in the caches of its
+core, and only the neighbour that was the maximum of a channel is visited for its gradient.
+
+The numbers of neighbours, heads and channels of a head come as tuples of that length: numba compiles for each length,
+and a loop whose length is known becomes a few vector instructions. Inner loops go along neighbours, which come last.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+from numpy.typing import NDArray
+from torch import Tensor
+
+Kernel = Callable[..., None]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
+Bytes = NDArray[np.uint8]
+Length = tuple[int, ...]
+
+# The simplest of numba's schedulers ends a process in which two threads share out work at once.
+_SHARING = threading.Lock()
+
+
+def pooled(
+    x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `chunked_attention.pooled`, of up to 255 neighbours."""
+    found = x.new_empty(len(rows), x.shape[1])
+    winner = rows.new_empty(found.shape, dtype=torch.uint8)
+    arrays = _arrays(x, qkv, weight.T, rows, _factors(x, rows, keep))
+    arguments = *arrays, *_lengths(qkv, rows, heads), *_arrays(found, winner)
+    with _cores() as cores:
+        if cores == 1:
+            _pool(*arguments)
+        else:
+            _pool_shared(*arguments, cores)
+    return found, winner if with_winner else None
+
+
+def gradients(
+    gradient: Tensor,
+    x: Tensor,
+    qkv: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    keep: Tensor | None,
+    heads: int,
+    winner: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunked_attention.gradients`."""
+    to_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    to_winners = _arrays(gradient, rows, winner, to_x)
+    arrays = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
+    with _cores() as cores:
+        # What several neighbourhoods add to is there once for each core.
+        to_qkv, to_weight = (x.new_zeros(cores, *like.shape) for like in (qkv, weight))
+        arguments = *arrays, *_lengths(qkv, rows, heads)
+        if cores == 1:
+            _to_winners(*to_winners, 0, x.shape[1])
+            _to_attention(*arguments, *_arrays(to_qkv[0], to_weight[0]))
+        else:
+            _to_winners_shared(*to_winners, cores)
+            _to_attention_shared(*arguments, *_arrays(to_qkv, to_weight), cores)
+    return to_x, to_qkv.sum(0), to_weight.sum(0)
+
+
+@contextmanager
+def _cores() -> Iterator[int]:
+    """How many to use: as many as torch does. One works without a scheduler, since a fork cannot use its parent's."""
+    if torch.get_num_threads() == 1:
+        yield 1
+        return
+    with _SHARING:
+        allowed = numba.get_num_threads()
+        cores = min(torch.get_num_threads(), allowed)
+        numba.set_num_threads(cores)
+        try:
+            yield cores
+        finally:
+            numba.set_num_threads(allowed)
+
+
+def _arrays(*tensors: Tensor) -> list[NDArray[Any]]:
+    return [tensor.detach().contiguous().numpy() for tensor in tensors]
+
+
+def _factors(x: Tensor, rows: Tensor, keep: Tensor | None) -> Tensor:
+    return x.new_ones(len(rows)) if keep is None else keep
+
+
+def _lengths(qkv: Tensor, rows: Tensor, heads: int) -> tuple[Length, Length, Length]:
+    return (0,) * rows.shape[1], (0,) * heads, (0,) * (qkv.shape[1] // (3 * heads))
+
+
+def _compiled(*, shared: bool = False, any_order: bool = True) -> Callable[[Kernel], Kernel]:
+    """Compiled at the first call, and kept on disk if the package's folder or the user's cache can be written to.
+
+    `shared`: what `prange` counts is shared out to cores. `any_order`: of the terms of sums, as vectors need it.
+    """
+    options: dict[str, Any] = {
+        "nogil": True,
+        "parallel": shared,
+        "error_model": "numpy",
+        "fastmath": {"contract", "reassoc", "nsz", "arcp"} if any_order else {"contract"},
+    }
+
+    def compiled(function: Kernel) -> Kernel:
+        found: Kernel
+        try:
+            found = numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # numba's, where there is no such place
+            found = numba.njit(**options)(function)
+        return found
+
+    return compiled
+
+
+LOG2_E = np.float32(1 / math.log(2))
+# ln 2 in two parts: the first times a small whole number is exact.
+LN_2, LN_2_REST = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
+SMALLEST = np.float32(-87.0)
+"""Its exponential is as small as normal numbers are."""
+ZERO, HALF, ONE = np.float32(0), np.float32(1 / 2), np.float32(1)
+OF_3, OF_4, OF_5, OF_6, OF_7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
+EXPONENT_BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
+
+
+@_compiled(any_order=False)
+def _exponential(x: Floats, bits: Ints32, powers: Floats) -> None:
+    """exp(x) of x <= 0 (count,), in place, to one unit in the last place; `powers` are `bits`, read as numbers.
+
+    e^x = 2^n e^r with |r| <= ln(2) / 2, by the series of e^r; 2^n is put together from its bits.
+    """
+    for a in range(x.size):
+        value = SMALLEST if x[a] < SMALLEST else x[a]
+        n = np.int32(value * LOG2_E - HALF)
+        bits[a] = (n + EXPONENT_BIAS) << MANTISSA_BITS
+        r = value - np.float32(n) * LN_2 - np.float32(n) * LN_2_REST
+        higher = OF_3 + r * (OF_4 + r * (OF_5 + r * (OF_6 + r * OF_7)))
+        x[a] = ONE + r * (ONE + r * (HALF + r * higher))
+    for a in range(x.size):
+        x[a] *= powers[a]
+
+
+@_compiled()
+def _attend(
+    qkv: Floats,
+    near: Ints,
+    factor: np.float32,
+    k: Length,
+    heads: Length,
+    width: Length,
+    own: Floats,
+    weights: Floats,
+    bits: Ints32,
+    powers: Floats,
+    mixed: Floats,
+) -> None:
+    """Attention in one neighbourhood: `own` q, k, v (3 w, k), `weights` a_ii' (h, i', i) and what is `mixed` (w, k)."""
+    w, largest = len(heads) * len(width), np.empty(len(k), np.float32)
+    for i in range(len(k)):
+        for c in range(3 * w):
+            own[c, i] = qkv[near[i], c]
+    for h in range(len(heads)):
+        for o in range(len(k)):
+            for i in range(len(k)):
+                score = ZERO
+                for c in range(len(width)):
+                    score += own[w + h * len(width) + c, o] * own[h * len(width) + c, i]
+                weights[h, o, i] = score
+        for i in range(len(k)):
+            top = weights[h, 0, i]
+            for o in range(1, len(k)):
+                top = max(top, weights[h, o, i])
+            largest[i] = top
+        for o in range(len(k)):
+            for i in range(len(k)):
+                weights[h, o, i] -= largest[i]
+    _exponential(weights.reshape(weights.size), bits, powers)
+    for h in range(len(heads)):
+        for i in range(len(k)):
+            total = ZERO
+            for o in range(len(k)):
+                total += weights[h, o, i]
+            largest[i] = ONE / total
+        for o in range(len(k)):
+            for i in range(len(k)):
+                weights[h, o, i] *= largest[i]
+        for c in range(len(width)):
+            for i in range(len(k)):
+                value = ZERO
+                for o in range(len(k)):
+                    value += own[2 * w + h * len(width) + c, o] * weights[h, o, i]
+                mixed[h * len(width) + c, i] = factor * value
+
+
+@_compiled()
+def _pool(
+    x: Floats,
+    qkv: Floats,
+    weight: Floats,
+    rows: Ints,
+    factors: Floats,
+    k: Length,
+    heads: Length,
+    width: Length,
+    pooled: Floats,
+    winner: Bytes,
+) -> None:
+    """`weight` here is W transposed (w, c)."""
+    w = len(heads) * len(width)
+    own, weights = np.empty((3 * w, len(k)), np.float32), np.empty((len(heads), len(k), len(k)), np.float32)
+    bits, mixed = np.empty(weights.size, np.int32), np.empty((w, len(k)), np.float32)
+    powers = bits.view(np.float32)
+    for j in range(len(rows)):
+        _attend(qkv, rows[j], factors[j], k, heads, width, own, weights, bits, powers, mixed)
+        best, who = pooled[j], winner[j]
+        for i in range(len(k)):
+            token = x[rows[j, i]]
+            for channel in range(x.shape[1]):
+                value = token[channel]
+                for c in range(w):
+                    value += mixed[c, i] * weight[c, channel]
+                # NaN is larger than any number, as it is for torch.
+                wins = i == 0 or value > best[channel] or value != value
+                best[channel] = value if wins else best[channel]
+                who[channel] = np.uint8(i) if wins else who[channel]
+
+
+@_compiled(shared=True)
+def _pool_shared(
+    x: Floats,
+    qkv: Floats,
+    weight: Floats,
+    rows: Ints,
+    factors: Floats,
+    k: Length,
+    heads: Length,
+    width: Length,
+    pooled: Floats,
+    winner: Bytes,
+    cores: int,
+) -> None:
+    m = len(rows)
+    for core in prange(cores):
+        some = slice(m * core // cores, m * (core + 1) // cores)
+        _pool(x, qkv, weight, rows[some], factors[some], k, heads, width, pooled[some], winner[some])
+
+
+@_compiled()
+def _to_winners(gradient: Floats, rows: Ints, winner: Bytes, to_x: Floats, first: int, last: int) -> None:
+    """Through the maximum itself, in channels from the first up to the last."""
+    for j in range(len(rows)):
+        for channel in range(first, last):
+            to_x[rows[j, winner[j, channel]], channel] += gradient[j, channel]
+
+
+@_compiled(shared=True)
+def _to_winners_shared(gradient: Floats, rows: Ints, winner: Bytes, to_x: Floats, cores: int) -> None:
+    c = to_x.shape[1]
+    for core in prange(cores):
+        _to_winners(gradient, rows, winner, to_x, c * core // cores, c * (core + 1) // cores)
+
+
+@_compiled()
+def _to_attention(
+    gradient: Floats,
+    qkv: Floats,
+    weight: Floats,
+    rows: Ints,
+    factors: Floats,
+    winner: Bytes,
+    k: Length,
+    heads: Length,
+    width: Length,
+    to_qkv: Floats,
+    to_weight: Floats,
+) -> None:
+    """Through what attention adds."""
+    w = len(heads) * len(width)
+    own, weights = np.empty((3 * w, len(k)), np.float32), np.empty((len(heads), len(k), len(k)), np.float32)
+    bits, mixed = np.empty(weights.size, np.int32), np.empty((w, len(k)), np.float32)
+    powers = bits.view(np.float32)
+    # By neighbour, since channels have their own neighbour that won.
+    mixed_of, to_mixed_of = np.empty((len(k), w), np.float32), np.empty((len(k), w), np.float32)
+    to_mixed, to_own = np.empty_like(mixed), np.empty_like(own)
+    to_scores, drift = np.empty((len(k), len(k)), np.float32), np.empty(len(k), np.float32)
+    for j in range(len(rows)):
+        _attend(qkv, rows[j], factors[j], k, heads, width, own, weights, bits, powers, mixed)
+        for i in range(len(k)):
+            for c in range(w):
+                mixed_of[i, c], to_mixed_of[i, c] = mixed[c, i], ZERO
+        for channel in range(gradient.shape[1]):
+            i, value = winner[j, channel], gradient[j, channel]
+            for c in range(w):
+                to_mixed_of[i, c] += value * weight[channel, c]
+            for c in range(w):
+                to_weight[channel, c] += value * mixed_of[i, c]
+        for c in range(w):
+            for i in range(len(k)):
+                to_mixed[c, i] = factors[j] * to_mixed_of[i, c]
+        for h in range(len(heads)):
+            # The softmax: ds_ii' = a_ii' (da_ii' - sum_o a_io da_io).
+            drift[:] = ZERO
+            for o in range(len(k)):
+                for i in range(len(k)):
+                    to_one = ZERO
+                    for c in range(len(width)):
+                        to_one += own[2 * w + h * len(width) + c, o] * to_mixed[h * len(width) + c, i]
+                    to_scores[o, i] = to_one
+                    drift[i] += to_one * weights[h, o, i]
+            for o in range(len(k)):
+                for i in range(len(k)):
+                    to_scores[o, i] = weights[h, o, i] * (to_scores[o, i] - drift[i])
+            for c in range(h * len(width), (h + 1) * len(width)):
+                for i in range(len(k)):
+                    to_query = ZERO
+                    for o in range(len(k)):
+                        to_query += to_scores[o, i] * own[w + c, o]
+                    to_own[c, i] = to_query
+                for o in range(len(k)):
+                    to_key, to_value = ZERO, ZERO
+                    for i in range(len(k)):
+                        to_key += to_scores[o, i] * own[c, i]
+                        to_value += weights[h, o, i] * to_mixed[c, i]
+                    to_own[w + c, o], to_own[2 * w + c, o] = to_key, to_value
+        for i in range(len(k)):
+            for c in range(3 * w):
+                to_qkv[rows[j, i], c] += to_own[c, i]
+
+
+@_compiled(shared=True)
+def _to_attention_shared(
+    gradient: Floats,
+    qkv: Floats,
+    weight: Floats,
+    rows: Ints,
+    factors: Floats,
+    winner: Bytes,
+    k: Length,
+    heads: Length,
+    width: Length,
+    to_qkv: Floats,
+    to_weight: Floats,
+    cores: int,
+) -> None:
+    m = len(rows)
+    for core in prange(cores):
+        some = slice(m * core // cores, m * (core + 1) // cores)
+        _to_attention(
+            gradient[some],
+            qkv,
+            weight,
+            rows[some],
+            factors[some],
+            winner[some],
+            k,
+            heads,
+            width,
+            to_qkv[core],
+            to_weight[core],
+        )
