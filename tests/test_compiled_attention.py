@@ -134,6 +134,13 @@ def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("asked_again")
+def test_without_threads_to_share_with_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_attention, "PARALLEL", None)
+    tokens, _, to_qkv, _, rows, _ = some(dtype=torch.float32)
+    assert steps_of(tokens, to_qkv, rows) is chunked_attention
+
+
+@pytest.mark.usefixtures("asked_again")
 def test_a_numba_that_cannot_be_imported_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # What numba says where numpy is newer than it knows.
     monkeypatch.setitem(sys.modules, compiled_attention.__name__, None)

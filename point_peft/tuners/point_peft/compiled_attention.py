@@ -12,17 +12,16 @@ and a loop whose length is known becomes a few vector instructions. Inner loops 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import prange
 from numpy.typing import NDArray
 from torch import Tensor
+
+from point_peft.tuners.point_peft.openmp import share_out
 
 Kernel = Callable[..., None]
 Floats = NDArray[np.float32]
@@ -31,9 +30,6 @@ Ints32 = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 Length = tuple[int, ...]
 
-# The simplest of numba's schedulers ends a process in which two threads share out work at once.
-_SHARING = threading.Lock()
-
 
 def pooled(
     x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
@@ -41,13 +37,14 @@ def pooled(
     """As `chunked_attention.pooled`, of up to 255 neighbours."""
     found = x.new_empty(len(rows), x.shape[1])
     winner = rows.new_empty(found.shape, dtype=torch.uint8)
-    arrays = _arrays(x, qkv, weight.T, rows, _factors(x, rows, keep))
-    arguments = *arrays, *_lengths(qkv, rows, heads), *_arrays(found, winner)
-    with _cores() as cores:
-        if cores == 1:
-            _pool(*arguments)
-        else:
-            _pool_shared(*arguments, cores)
+    tokens, three, to, near, factors = _arrays(x, qkv, weight.T, rows, _factors(x, rows, keep))
+    (largest, who), lengths = _arrays(found, winner), _lengths(qkv, rows, heads)
+
+    def work(part: int, parts: int) -> None:
+        some = _part(len(rows), part, parts)
+        _pool(tokens, three, to, near[some], factors[some], *lengths, largest[some], who[some])
+
+    share_out(work)
     return found, winner if with_winner else None
 
 
@@ -63,35 +60,24 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked_attention.gradients`."""
     to_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    to_winners = _arrays(gradient, rows, winner, to_x)
-    arrays = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
-    with _cores() as cores:
-        # What several neighbourhoods add to is there once for each core.
-        to_qkv, to_weight = (x.new_zeros(cores, *like.shape) for like in (qkv, weight))
-        arguments = *arrays, *_lengths(qkv, rows, heads)
-        if cores == 1:
-            _to_winners(*to_winners, 0, x.shape[1])
-            _to_attention(*arguments, *_arrays(to_qkv[0], to_weight[0]))
-        else:
-            _to_winners_shared(*to_winners, cores)
-            _to_attention_shared(*arguments, *_arrays(to_qkv, to_weight), cores)
+    # What several neighbourhoods add to is there once for each thread.
+    to_qkv, to_weight = (x.new_zeros(torch.get_num_threads(), *like.shape) for like in (qkv, weight))
+    given, three, to, near, factors, who = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
+    (to_tokens, to_three, to_to), lengths = _arrays(to_x, to_qkv, to_weight), _lengths(qkv, rows, heads)
+
+    def work(part: int, parts: int) -> None:
+        channels, some = _part(x.shape[1], part, parts), _part(len(rows), part, parts)
+        _to_winners(given, near, who, to_tokens, channels.start, channels.stop)
+        _to_attention(
+            given[some], three, to, near[some], factors[some], who[some], *lengths, to_three[part], to_to[part]
+        )
+
+    share_out(work)
     return to_x, to_qkv.sum(0), to_weight.sum(0)
 
 
-@contextmanager
-def _cores() -> Iterator[int]:
-    """How many to use: as many as torch does. One works without a scheduler, since a fork cannot use its parent's."""
-    if torch.get_num_threads() == 1:
-        yield 1
-        return
-    with _SHARING:
-        allowed = numba.get_num_threads()
-        cores = min(torch.get_num_threads(), allowed)
-        numba.set_num_threads(cores)
-        try:
-            yield cores
-        finally:
-            numba.set_num_threads(allowed)
+def _part(length: int, part: int, parts: int) -> slice:
+    return slice(length * part // parts, length * (part + 1) // parts)
 
 
 def _arrays(*tensors: Tensor) -> list[NDArray[Any]]:
@@ -106,14 +92,13 @@ def _lengths(qkv: Tensor, rows: Tensor, heads: int) -> tuple[Length, Length, Len
     return (0,) * rows.shape[1], (0,) * heads, (0,) * (qkv.shape[1] // (3 * heads))
 
 
-def _compiled(*, shared: bool = False, any_order: bool = True) -> Callable[[Kernel], Kernel]:
+def _compiled(*, any_order: bool = True) -> Callable[[Kernel], Kernel]:
     """Compiled at the first call, and kept on disk if the package's folder or the user's cache can be written to.
 
-    `shared`: what `prange` counts is shared out to cores. `any_order`: of the terms of sums, as vectors need it.
+    `any_order`: of the terms of sums, as vectors need it.
     """
     options: dict[str, Any] = {
         "nogil": True,
-        "parallel": shared,
         "error_model": "numpy",
         "fastmath": {"contract", "reassoc", "nsz", "arcp"} if any_order else {"contract"},
     }
@@ -241,39 +226,12 @@ def _pool(
                 who[channel] = np.uint8(i) if wins else who[channel]
 
 
-@_compiled(shared=True)
-def _pool_shared(
-    x: Floats,
-    qkv: Floats,
-    weight: Floats,
-    rows: Ints,
-    factors: Floats,
-    k: Length,
-    heads: Length,
-    width: Length,
-    pooled: Floats,
-    winner: Bytes,
-    cores: int,
-) -> None:
-    m = len(rows)
-    for core in prange(cores):
-        some = slice(m * core // cores, m * (core + 1) // cores)
-        _pool(x, qkv, weight, rows[some], factors[some], k, heads, width, pooled[some], winner[some])
-
-
 @_compiled()
 def _to_winners(gradient: Floats, rows: Ints, winner: Bytes, to_x: Floats, first: int, last: int) -> None:
     """Through the maximum itself, in channels from the first up to the last."""
     for j in range(len(rows)):
         for channel in range(first, last):
             to_x[rows[j, winner[j, channel]], channel] += gradient[j, channel]
-
-
-@_compiled(shared=True)
-def _to_winners_shared(gradient: Floats, rows: Ints, winner: Bytes, to_x: Floats, cores: int) -> None:
-    c = to_x.shape[1]
-    for core in prange(cores):
-        _to_winners(gradient, rows, winner, to_x, c * core // cores, c * (core + 1) // cores)
 
 
 @_compiled()
@@ -341,36 +299,3 @@ def _to_attention(
         for i in range(len(k)):
             for c in range(3 * w):
                 to_qkv[rows[j, i], c] += to_own[c, i]
-
-
-@_compiled(shared=True)
-def _to_attention_shared(
-    gradient: Floats,
-    qkv: Floats,
-    weight: Floats,
-    rows: Ints,
-    factors: Floats,
-    winner: Bytes,
-    k: Length,
-    heads: Length,
-    width: Length,
-    to_qkv: Floats,
-    to_weight: Floats,
-    cores: int,
-) -> None:
-    m = len(rows)
-    for core in prange(cores):
-        some = slice(m * core // cores, m * (core + 1) // cores)
-        _to_attention(
-            gradient[some],
-            qkv,
-            weight,
-            rows[some],
-            factors[some],
-            winner[some],
-            k,
-            heads,
-            width,
-            to_qkv[core],
-            to_weight[core],
-        )

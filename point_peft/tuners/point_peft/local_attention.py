@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from point_peft.tuners.point_peft import chunked_attention
+from point_peft.tuners.point_peft.openmp import PARALLEL
 
 # With fewer numbers than these in all neighbourhoods, compiling for them would take longer than it saves.
 FEWEST_FOR_COMPILED = 2**18
@@ -174,7 +175,7 @@ def _steps(x: Tensor, qkv: Tensor, rows: Tensor) -> Steps:
 @functools.cache
 def _compiled_steps() -> Steps | None:
     """None without numba, which takes half a second to import and so is imported where it is first needed."""
-    if importlib.util.find_spec("numba") is None:
+    if importlib.util.find_spec("numba") is None or PARALLEL is None:
         return None
     try:
         from point_peft.tuners.point_peft import compiled_attention
