@@ -214,16 +214,21 @@ def _pool(
     for j in range(len(rows)):
         _attend(qkv, rows[j], factors[j], k, heads, width, own, weights, bits, powers, mixed)
         best, who = pooled[j], winner[j]
-        for i in range(len(k)):
-            token = x[rows[j, i]]
+        best[:], who[:] = np.float32(-np.inf), np.uint8(0)
+        # Two neighbours for each weight that is read; the last of an odd number meets itself, which changes nothing.
+        for i in range(0, len(k), 2):
+            other = min(i + 1, len(k) - 1)
+            one, two = x[rows[j, i]], x[rows[j, other]]
             for channel in range(x.shape[1]):
-                value = token[channel]
+                first, second = one[channel], two[channel]
                 for c in range(w):
-                    value += mixed[c, i] * weight[c, channel]
+                    first += mixed[c, i] * weight[c, channel]
+                    second += mixed[c, other] * weight[c, channel]
                 # NaN is larger than any number, as it is for torch.
-                wins = i == 0 or value > best[channel] or value != value
-                best[channel] = value if wins else best[channel]
-                who[channel] = np.uint8(i) if wins else who[channel]
+                wins = (first > best[channel]) | (first != first)
+                largest, place = first if wins else best[channel], np.uint8(i) if wins else who[channel]
+                wins = (second > largest) | (second != second)
+                best[channel], who[channel] = second if wins else largest, np.uint8(other) if wins else place
 
 
 @_compiled()
@@ -257,6 +262,7 @@ def _to_attention(
     mixed_of, to_mixed_of = np.empty((len(k), w), np.float32), np.empty((len(k), w), np.float32)
     to_mixed, to_own = np.empty_like(mixed), np.empty_like(own)
     to_scores, drift = np.empty((len(k), len(k)), np.float32), np.empty(len(k), np.float32)
+    scores_by, weights_by = np.empty_like(to_scores), np.empty_like(to_scores)
     for j in range(len(rows)):
         _attend(qkv, rows[j], factors[j], k, heads, width, own, weights, bits, powers, mixed)
         for i in range(len(k)):
@@ -284,6 +290,10 @@ def _to_attention(
             for o in range(len(k)):
                 for i in range(len(k)):
                     to_scores[o, i] = weights[h, o, i] * (to_scores[o, i] - drift[i])
+            # Keys and values collect over i, so that they need both the other way round.
+            for o in range(len(k)):
+                for i in range(len(k)):
+                    scores_by[i, o], weights_by[i, o] = to_scores[o, i], weights[h, o, i]
             for c in range(h * len(width), (h + 1) * len(width)):
                 for i in range(len(k)):
                     to_query = ZERO
@@ -293,8 +303,8 @@ def _to_attention(
                 for o in range(len(k)):
                     to_key, to_value = ZERO, ZERO
                     for i in range(len(k)):
-                        to_key += to_scores[o, i] * own[c, i]
-                        to_value += weights[h, o, i] * to_mixed[c, i]
+                        to_key += scores_by[i, o] * own[c, i]
+                        to_value += weights_by[i, o] * to_mixed[c, i]
                     to_own[w + c, o], to_own[2 * w + c, o] = to_key, to_value
         for i in range(len(k)):
             for c in range(3 * w):
