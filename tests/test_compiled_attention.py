@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from point_peft.tuners.point_peft import chunked_attention, local_attention
 from point_peft.tuners.point_peft.local_attention import pooled_attention
@@ -117,6 +118,15 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert steps_of(*(mode.from_tensor(tensor) for tensor in (tokens, to_qkv, rows))) is chunked_attention
     monkeypatch.setattr(local_attention, "FEWEST_FOR_COMPILED", rows.numel() * tokens.shape[1] + 1)
     assert steps_of(tokens, to_qkv, rows) is chunked_attention
+
+
+def test_who_counts_operations_counts_these() -> None:
+    args = some(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        pooled_attention(*args, 2, SCALE)
+    (m, k), (_, width) = args[4].shape, args[3].shape
+    projected = 2 * m * k * width * args[0].shape[1]
+    assert counter.get_total_flops() > projected
 
 
 @pytest.fixture

@@ -164,11 +164,13 @@ def _query_times(scale: float, three: Tensor) -> Tensor:
 
 def _steps(x: Tensor, qkv: Tensor, rows: Tensor) -> Steps:
     """Compiled ones where they are to be had and worth it."""
-    # Not for a tensor that has no numbers (torch's FakeTensor) or keeps them elsewhere.
+    # Not for a tensor that has no numbers (torch's FakeTensor), nor where somebody watches torch's operations, as those
+    # do who count them.
     plain = x.is_cpu and x.dtype is torch.float32 and type(x) in (Tensor, nn.Parameter)
+    watched = torch._C._len_torch_dispatch_stack() > 0
     worth = rows.numel() * x.shape[1] >= FEWEST_FOR_COMPILED
     fits = max(rows.shape[1], qkv.shape[1] // 3) <= MOST_FOR_COMPILED
-    compiled = _compiled_steps() if plain and worth and fits else None
+    compiled = _compiled_steps() if plain and worth and fits and not watched else None
     return chunked_attention if compiled is None else compiled
 
 
