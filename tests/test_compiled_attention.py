@@ -27,6 +27,7 @@ compiled_attention = pytest.importorskip("point_peft.tuners.point_peft.compiled_
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_attention, "FEWEST_FOR_COMPILED", 0)
+    monkeypatch.setattr(compiled_attention, "FEWEST_IN_PART", 4)
 
 
 @pytest.fixture(params=[1, 2, 3])

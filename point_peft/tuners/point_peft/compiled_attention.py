@@ -30,6 +30,9 @@ Ints32 = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 Length = tuple[int, ...]
 
+FEWEST_IN_PART = 16
+"""Neighbourhoods: a tenth of a millisecond's work."""
+
 
 def pooled(
     x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
@@ -40,11 +43,13 @@ def pooled(
     tokens, three, to, near, factors = _arrays(x, qkv, weight.T, rows, _factors(x, rows, keep))
     (largest, who), lengths = _arrays(found, winner), _lengths(qkv, rows, heads)
 
-    def work(part: int, parts: int) -> None:
+    parts = _parts(rows)
+
+    def work(part: int) -> None:
         some = _part(len(rows), part, parts)
         _pool(tokens, three, to, near[some], factors[some], *lengths, largest[some], who[some])
 
-    share_out(work)
+    share_out(work, parts)
     return found, winner if with_winner else None
 
 
@@ -60,20 +65,26 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked_attention.gradients`."""
     to_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    # What several neighbourhoods add to is there once for each thread.
-    to_qkv, to_weight = (x.new_zeros(torch.get_num_threads(), *like.shape) for like in (qkv, weight))
+    # What several neighbourhoods add to is there once for each part.
+    parts = _parts(rows)
+    to_qkv, to_weight = (x.new_zeros(parts, *like.shape) for like in (qkv, weight))
     given, three, to, near, factors, who = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
     (to_tokens, to_three, to_to), lengths = _arrays(to_x, to_qkv, to_weight), _lengths(qkv, rows, heads)
 
-    def work(part: int, parts: int) -> None:
+    def work(part: int) -> None:
         channels, some = _part(x.shape[1], part, parts), _part(len(rows), part, parts)
         _to_winners(given, near, who, to_tokens, channels.start, channels.stop)
         _to_attention(
             given[some], three, to, near[some], factors[some], who[some], *lengths, to_three[part], to_to[part]
         )
 
-    share_out(work)
+    share_out(work, parts)
     return to_x, to_qkv.sum(0), to_weight.sum(0)
+
+
+def _parts(rows: Tensor) -> int:
+    """One for each of torch's threads, but for those that would take longer to start than to work."""
+    return max(1, min(torch.get_num_threads(), len(rows) // FEWEST_IN_PART))
 
 
 def _part(length: int, part: int, parts: int) -> slice:

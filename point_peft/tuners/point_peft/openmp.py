@@ -30,24 +30,25 @@ PARALLEL = _found()
 """None where there is no such thing, and nothing can be shared out."""
 
 
-def share_out(work: Callable[[int, int], None]) -> None:
-    """Call work(part, parts) for as many parts as torch has threads, each in one; what it raises is raised here.
+def share_out(work: Callable[[int], None], parts: int) -> None:
+    """Call work(part) for so many parts, up to as many at once as torch has threads; what it raises is raised here.
 
     They run at once for as long as `work` does not hold Python's lock.
     """
-    parts = torch.get_num_threads()
-    if parts == 1:  # as in a child of a fork, which cannot use the threads of its parent
-        work(0, 1)
+    threads = min(parts, torch.get_num_threads())
+    if threads == 1:  # as in a child of a fork, which cannot use the threads of its parent
+        for part in range(parts):
+            work(part)
         return
     left, raised = iter(range(parts)), []
 
     def take(_: object) -> None:
         try:
             for part in left:
-                work(part, parts)
+                work(part)
         except BaseException as error:  # no exception finds its way through OpenMP: it is raised below
             raised.append(error)
 
-    PARALLEL(Callback(take), None, parts, 0)
+    PARALLEL(Callback(take), None, threads, 0)
     for error in raised:
         raise error
