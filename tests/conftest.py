@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 # The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
@@ -16,3 +18,12 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking again and again at what was imported, a fifth of the suite's time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as torch then uses, for what works in several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -30,21 +30,14 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_attention, "FEWEST_IN_PART", 4)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def cores(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def steps_of(tokens: Tensor, to_qkv: Tensor, rows: Tensor) -> Any:
     return local_attention._steps(tokens.detach(), (tokens[:, :1] @ to_qkv[:, :1].T).detach(), rows)
 
 
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("dropped", [True, False])
-def test_it_is_what_it_says_with_its_gradient(heads: int, dropped: bool, cores: int) -> None:
+@pytest.mark.usefixtures("torch_threads")
+def test_it_is_what_it_says_with_its_gradient(heads: int, dropped: bool) -> None:
     tokens, norm, to_qkv, weight, rows, keep = some(dtype=torch.float32)
     assert steps_of(tokens, to_qkv, rows) is compiled_attention
     factors = keep if dropped else None
@@ -94,6 +87,7 @@ def test_of_equal_neighbours_the_first_gets_the_gradient() -> None:
     assert torch.equal(gradient, nn.functional.one_hot(rows[:, 0], 6).sum(0)[:, None].expand_as(gradient).float())
 
 
+@pytest.mark.usefixtures("torch_threads")
 def test_many_threads_at_once_are_as_one() -> None:
     args = some(m=200, dtype=torch.float32)
     expected = pooled_attention(*args, 2, SCALE).detach()
@@ -185,6 +179,7 @@ class Pooled(Dataset[Tensor]):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("torch_threads")
 def test_the_worker_of_a_loader_that_was_forked_from_many_threads() -> None:
     expected = Pooled()[0]
     loader = DataLoader(Pooled(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
