@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from point_peft.tuners.point_peft import chunked_attention, local_attention
+from point_peft.tuners.point_peft.chunked_attention import Given
 from point_peft.tuners.point_peft.local_attention import pooled_attention
 from tests.test_local_attention import SCALE, in_words, some
 
@@ -31,7 +32,8 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps_of(tokens: Tensor, to_qkv: Tensor, rows: Tensor) -> Any:
-    return local_attention._steps(tokens.detach(), (tokens[:, :1] @ to_qkv[:, :1].T).detach(), rows)
+    tokens, to_qkv = tokens.detach(), to_qkv.detach()
+    return local_attention._steps(Given(tokens, tokens @ to_qkv.T, to_qkv[: len(to_qkv) // 3].T, rows, None, 2))
 
 
 @pytest.mark.parametrize("heads", [2, 6])

@@ -17,13 +17,25 @@ CHUNK_ELEMENTS = 3 * 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
 
 
-def pooled(
-    x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The maximum (m, c) over neighbourhoods of tokens x (n, c) with their attention added, and whose it was (m, c).
+class Given(NamedTuple):
+    """What is pooled: m neighbourhoods of k among n tokens."""
 
-    `qkv` (n, 3 w) are query, key and value of all heads, the query scaled; `weight` (c, w), `rows` (m, k), `keep` (m,).
-    """
+    x: Tensor
+    """The tokens (n, c)."""
+    qkv: Tensor
+    """Query, key and value of all heads (n, 3 w), the query scaled."""
+    weight: Tensor
+    """What leads back from the heads (c, w)."""
+    rows: Tensor
+    """Which tokens are neighbours, (m, k)."""
+    keep: Tensor | None
+    """What a neighbourhood's attention is multiplied by (m,)."""
+    heads: int
+
+
+def pooled(given: Given, with_winner: bool) -> tuple[Tensor, Tensor | None]:
+    """The maximum (m, c) over each neighbourhood with its attention added, and which neighbour it was (m, c)."""
+    x, qkv, weight, rows, keep, heads = given
     (m, k), c = rows.shape, x.shape[1]
     found = x.new_empty(m, c)
     winner = rows.new_empty(m, c, dtype=torch.uint8 if k < 256 else torch.int64) if with_winner else None
@@ -48,17 +60,9 @@ def pooled(
     return found, winner
 
 
-def gradients(
-    gradient: Tensor,
-    x: Tensor,
-    qkv: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    keep: Tensor | None,
-    heads: int,
-    winner: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(given: Given, gradient: Tensor, winner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient to x (n, c), qkv (n, 3 w) and weight (c, w) of that to `pooled` (m, c)."""
+    x, qkv, weight, rows, keep, heads = given
     (m, k), c = rows.shape, x.shape[1]
     to_x, to_weight, to_qkv = torch.zeros_like(x), x.new_zeros(weight.T.shape), x.new_zeros(qkv.T.shape)
     by_head = _by_head(qkv, heads)

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from point_peft.tuners.point_peft.chunked_attention import Given
 from point_peft.tuners.point_peft.openmp import share_out
 
-Kernel = Callable[..., None]
+Kernel = Callable[..., Any]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
@@ -34,15 +35,13 @@ FEWEST_IN_PART = 16
 """Neighbourhoods: a tenth of a millisecond's work."""
 
 
-def pooled(
-    x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
-) -> tuple[Tensor, Tensor | None]:
+def pooled(given: Given, with_winner: bool) -> tuple[Tensor, Tensor | None]:
     """As `chunked_attention.pooled`, of up to 255 neighbours."""
+    x, qkv, weight, rows, keep, heads = given
     found = x.new_empty(len(rows), x.shape[1])
     winner = rows.new_empty(found.shape, dtype=torch.uint8)
     tokens, three, to, near, factors = _arrays(x, qkv, weight.T, rows, _factors(x, rows, keep))
     (largest, who), lengths = _arrays(found, winner), _lengths(qkv, rows, heads)
-
     parts = _parts(rows)
 
     def work(part: int) -> None:
@@ -53,29 +52,21 @@ def pooled(
     return found, winner if with_winner else None
 
 
-def gradients(
-    gradient: Tensor,
-    x: Tensor,
-    qkv: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    keep: Tensor | None,
-    heads: int,
-    winner: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(given: Given, gradient: Tensor, winner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked_attention.gradients`."""
+    x, qkv, weight, rows, keep, heads = given
     to_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     # What several neighbourhoods add to is there once for each part.
     parts = _parts(rows)
     to_qkv, to_weight = (x.new_zeros(parts, *like.shape) for like in (qkv, weight))
-    given, three, to, near, factors, who = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
+    to_pooled, three, to, near, factors, who = _arrays(gradient, qkv, weight, rows, _factors(x, rows, keep), winner)
     (to_tokens, to_three, to_to), lengths = _arrays(to_x, to_qkv, to_weight), _lengths(qkv, rows, heads)
 
     def work(part: int) -> None:
         channels, some = _part(x.shape[1], part, parts), _part(len(rows), part, parts)
-        _to_winners(given, near, who, to_tokens, channels.start, channels.stop)
+        _to_winners(to_pooled, near, who, to_tokens, channels.start, channels.stop)
         _to_attention(
-            given[some], three, to, near[some], factors[some], who[some], *lengths, to_three[part], to_to[part]
+            to_pooled[some], three, to, near[some], factors[some], who[some], *lengths, to_three[part], to_to[part]
         )
 
     share_out(work, parts)
@@ -153,6 +144,15 @@ def _exponential(x: Floats, bits: Ints32, powers: Floats) -> None:
 
 
 @_compiled()
+def _room(k: Length, heads: Length, width: Length) -> tuple[Floats, Floats, Ints32, Floats, Floats]:
+    """For what `_attend` writes to."""
+    w = len(heads) * len(width)
+    own, weights = np.empty((3 * w, len(k)), np.float32), np.empty((len(heads), len(k), len(k)), np.float32)
+    bits, mixed = np.empty(weights.size, np.int32), np.empty((w, len(k)), np.float32)
+    return own, weights, bits, bits.view(np.float32), mixed
+
+
+@_compiled()
 def _attend(
     qkv: Floats,
     near: Ints,
@@ -219,9 +219,7 @@ def _pool(
 ) -> None:
     """`weight` here is W transposed (w, c)."""
     w = len(heads) * len(width)
-    own, weights = np.empty((3 * w, len(k)), np.float32), np.empty((len(heads), len(k), len(k)), np.float32)
-    bits, mixed = np.empty(weights.size, np.int32), np.empty((w, len(k)), np.float32)
-    powers = bits.view(np.float32)
+    own, weights, bits, powers, mixed = _room(k, heads, width)
     for j in range(len(rows)):
         _attend(qkv, rows[j], factors[j], k, heads, width, own, weights, bits, powers, mixed)
         best, who = pooled[j], winner[j]
@@ -266,9 +264,7 @@ def _to_attention(
 ) -> None:
     """Through what attention adds."""
     w = len(heads) * len(width)
-    own, weights = np.empty((3 * w, len(k)), np.float32), np.empty((len(heads), len(k), len(k)), np.float32)
-    bits, mixed = np.empty(weights.size, np.int32), np.empty((w, len(k)), np.float32)
-    powers = bits.view(np.float32)
+    own, weights, bits, powers, mixed = _room(k, heads, width)
     # By neighbour, since channels have their own neighbour that won.
     mixed_of, to_mixed_of = np.empty((len(k), w), np.float32), np.empty((len(k), w), np.float32)
     to_mixed, to_own = np.empty_like(mixed), np.empty_like(own)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from point_peft.tuners.point_peft import chunked_attention
+from point_peft.tuners.point_peft.chunked_attention import Given
 from point_peft.tuners.point_peft.openmp import PARALLEL
 
 # With fewer numbers than these in all neighbourhoods, compiling for them would take longer than it saves.
@@ -31,21 +32,9 @@ MOST_FOR_COMPILED = 64
 class Steps(Protocol):
     """How neighbourhoods are worked on, forward and back."""
 
-    def pooled(
-        self, x: Tensor, qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int, with_winner: bool
-    ) -> tuple[Tensor, Tensor | None]: ...
+    def pooled(self, given: Given, with_winner: bool) -> tuple[Tensor, Tensor | None]: ...
 
-    def gradients(
-        self,
-        gradient: Tensor,
-        x: Tensor,
-        qkv: Tensor,
-        weight: Tensor,
-        rows: Tensor,
-        keep: Tensor | None,
-        heads: int,
-        winner: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def gradients(self, given: Given, gradient: Tensor, winner: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def pooled_attention(
@@ -123,8 +112,9 @@ class _PooledAttention(torch.autograd.Function):
         with _in_full(tokens.device.type):
             normed = nn.functional.layer_norm(x, (c,), gain, shift, eps)
             qkv = normed @ _query_times(scale, to_three).T
-            steps = _steps(x, qkv, rows)
-            pooled, winner = steps.pooled(x, qkv, weight, rows, keep, heads, with_gradient)
+            given = Given(x, qkv, weight, rows, keep, heads)
+            steps = _steps(given)
+            pooled, winner = steps.pooled(given, with_gradient)
         ctx.heads, ctx.scale, ctx.eps, ctx.steps = heads, scale, eps, steps
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
@@ -139,9 +129,8 @@ class _PooledAttention(torch.autograd.Function):
         to_three = _query_times(ctx.scale, to_three)
         with _in_full(tokens.device.type):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
-            to_tokens, to_three_of_tokens, to_projection = ctx.steps.gradients(
-                gradient.to(kind), x, normed @ to_three.T, weight, rows, keep, ctx.heads, winner
-            )
+            given = Given(x, normed @ to_three.T, weight, rows, keep, ctx.heads)
+            to_tokens, to_three_of_tokens, to_projection = ctx.steps.gradients(given, gradient.to(kind), winner)
             through_norm = torch.ops.aten.native_layer_norm_backward(
                 to_three_of_tokens @ to_three, x, (c,), mean, rstd, gain, shift, [True, True, True]
             )
@@ -162,14 +151,15 @@ def _query_times(scale: float, three: Tensor) -> Tensor:
     return torch.cat([scale * query, others])
 
 
-def _steps(x: Tensor, qkv: Tensor, rows: Tensor) -> Steps:
+def _steps(given: Given) -> Steps:
     """Compiled ones where they are to be had and worth it."""
+    x, rows = given.x, given.rows
     # Not for a tensor that has no numbers (torch's FakeTensor), nor where somebody watches torch's operations, as those
     # do who count them.
     plain = x.is_cpu and x.dtype is torch.float32 and type(x) in (Tensor, nn.Parameter)
     watched = torch._C._len_torch_dispatch_stack() > 0
     worth = rows.numel() * x.shape[1] >= FEWEST_FOR_COMPILED
-    fits = max(rows.shape[1], qkv.shape[1] // 3) <= MOST_FOR_COMPILED
+    fits = max(rows.shape[1], given.weight.shape[1]) <= MOST_FOR_COMPILED
     compiled = _compiled_steps() if plain and worth and fits and not watched else None
     return chunked_attention if compiled is None else compiled
 
