@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from examples import capabilities
-from examples.backbones import BACKBONES, Args, TinyBackbone
+from examples.backbones import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
 from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
+from point_peft.backbones import PointTransformer
 from point_peft.injection import Adapter, get_adapter
 from point_peft.model import AdapterSet
 from point_peft.tuners.base import Bank
@@ -39,6 +40,15 @@ def each(pairs: Iterable[Pair]) -> pytest.MarkDecorator:
 
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_pair = each(PAIRS)
+
+ONE_BLOCK = dataclasses.replace(
+    BACKBONES["point_bert"],
+    name="point_bert of one block",
+    make=lambda: PointTransformer(
+        trans_dim=WIDTH, depth=1, num_heads=4, num_group=12, group_size=8, encoder_dims=WIDTH, cls_dim=CLASSES
+    ),
+)
+"""For compilers and exporters, which take their time."""
 
 
 # ---- making adapted models -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import einops
@@ -11,24 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from examples.backbones import BACKBONES, CLASSES, WIDTH, clouds
+from examples.backbones import BACKBONES, clouds
 from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
-from point_peft.backbones import PointTransformer
-from tests.adapting import adapt, add, distance, every_method, gradients, loss_of, plain, run
+from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, gradients, loss_of, plain, run
 
 # As whole calls in the graph: to follow what is inside them takes half of a compilation.
 for function in (einops.rearrange, einops.reduce, einops.repeat):
     torch.compiler.allow_in_graph(function)
 
 BACKBONE = BACKBONES["point_bert"]
-ONE_BLOCK = dataclasses.replace(
-    BACKBONE,
-    name="point_bert of one block",
-    make=lambda: PointTransformer(
-        trans_dim=WIDTH, depth=1, num_heads=4, num_group=12, group_size=8, encoder_dims=WIDTH, cls_dim=CLASSES
-    ),
-)
-"""Compilers take their time."""
 NAMES = ("default", "other")
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds
+from examples.backbones import clouds
 from point_peft import AdapterError, LoraConfig, get_peft_model
 from point_peft.geometry import farthest_point_sample
-from tests.adapting import adapt, add, distance, every_method, plain
+from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, plain
 
-BACKBONE = BACKBONES["point_bert"]
 ANY = {0: torch.export.Dim.DYNAMIC}
 
 # Of the exporter itself.
@@ -37,17 +36,17 @@ def outputs_of_onnx(model: nn.Module, shapes: dict[str, Any], file: Path, batche
 
 @every_method
 def test_every_method_is_exported_with_its_hooks(method):
-    model = adapt(BACKBONE, method)
+    model = adapt(ONE_BLOCK, method)
     with torch.no_grad():
         expected = model(*clouds(2, 5))
         program = torch.export.export(model, clouds(3, 6), dynamic_shapes={"args": (ANY,)})
         assert distance(program.module()(*clouds(2, 5)), expected) < 1e-5
-    assert distance(expected, plain(BACKBONE)) > 1e-3
+    assert distance(expected, plain(ONE_BLOCK)) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["POINT_PEFT", "IDPT"])
 def test_onnx_of_an_adapter(method, tmp_path):
-    model, batches = adapt(BACKBONE, method), (1, 2, 5)
+    model, batches = adapt(ONE_BLOCK, method), (1, 2, 5)
     with torch.no_grad():
         expected = [model(*clouds(batch, batch)) for batch in batches]
         found = outputs_of_onnx(model, {"args": (ANY,)}, tmp_path / "model.onnx", batches)
@@ -55,20 +54,20 @@ def test_onnx_of_an_adapter(method, tmp_path):
 
 
 def test_onnx_of_a_merged_lora(tmp_path):
-    model, batches = adapt(BACKBONE, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
+    model, batches = adapt(ONE_BLOCK, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
     with torch.no_grad():
         expected = [model(*clouds(batch, batch)) for batch in batches]
         merged = model.merge_and_unload()
         found = outputs_of_onnx(merged, {"points": ANY}, tmp_path / "merged.onnx", batches)
         assert all(distance(output, wanted) < 1e-4 for output, wanted in zip(found, expected, strict=True))
-        assert distance(found[0], BACKBONE.build()(*clouds(1, 1))) > 1e-3
+        assert distance(found[0], ONE_BLOCK.build()(*clouds(1, 1))) > 1e-3
     nodes = {node.op_type for node in onnx.load(tmp_path / "merged.onnx").graph.node}
     assert "Scan" in nodes  # farthest points are one loop of the graph
 
 
 def test_what_is_exported_is_what_set_adapter_chose():
-    model = adapt(BACKBONE, "BITFIT")
-    add(model, BACKBONE, "LORA", "other")
+    model = adapt(ONE_BLOCK, "BITFIT")
+    add(model, ONE_BLOCK, "LORA", "other")
     model.set_adapter("other")
     with torch.no_grad():
         program = torch.export.export(model, clouds(3, 5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,18 +36,6 @@ from point_peft.state import TENSOR_FILE
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("speed") / "new"
-    assert speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--out", str(folder)]) == 0
-    yield folder
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path) -> Results:
-    return Results.read(folder / "speed.json")
-
-
 def rows_of_page(folder: Path, title: str) -> list[list[str]]:
     """The cells of all tables under a title."""
     text = (folder / "speed.md").read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
@@ -58,7 +45,18 @@ def rows_of_page(folder: Path, title: str) -> list[list[str]]:
 # --- what is written ---
 
 
-def test_every_registered_method_has_its_numbers(results: Results):
+def test_a_whole_run_writes_everything_and_says_the_same_everywhere(tmp_path: Path):
+    """One test, because two workers would each run the benchmark."""
+    folder = tmp_path / "new"
+    assert speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--out", str(folder)]) == 0
+    results = Results.read(folder / "speed.json")
+    _check_every_registered_method_has_its_numbers(results)
+    _check_every_section_is_measured_and_shown(folder, results)
+    _check_file_and_page_say_the_same(folder, results)
+    _check_every_target_is_about_something_that_is_measured(results)
+
+
+def _check_every_registered_method_has_its_numbers(results: Results) -> None:
     rows = methods.rows_of()
     first = {row.method: row.label for row in reversed(rows)}  # a quick run is content with one row a method
     labels = [row.label for row in rows if row.label in (*first.values(), STEM.label)]
@@ -74,7 +72,7 @@ def test_every_registered_method_has_its_numbers(results: Results):
         assert all(value > 0 for value in found.values())
 
 
-def test_every_section_is_measured_and_shown(folder: Path, results: Results):
+def _check_every_section_is_measured_and_shown(folder: Path, results: Results) -> None:
     assert {measure.section for measure in results.values} == {*SECTIONS, *SCALES} - {"scale"}
     assert page.NOT_MEASURED not in (folder / "speed.md").read_text(encoding="utf-8")
     for title, *_ in page.PARTS:
@@ -83,7 +81,7 @@ def test_every_section_is_measured_and_shown(folder: Path, results: Results):
     assert picture.shape[0] > 500 and picture.std() > 0.05
 
 
-def test_file_and_page_say_the_same(folder: Path, results: Results):
+def _check_file_and_page_say_the_same(folder: Path, results: Results) -> None:
     assert (folder / "speed.md").read_text(encoding="utf-8") == page.page(results, "speed.png")
     assert (folder / "speed.json").read_text(encoding="utf-8") == results.to_json()
     for series in json.loads((folder / "speed.json").read_text(encoding="utf-8"))["series"]:
@@ -95,6 +93,13 @@ def test_file_and_page_say_the_same(folder: Path, results: Results):
             assert by is not None
             assert cells[label][column] == ("-" if value is None else f"{value / by:.2f}")
     assert "--quick --rounds 1" in results.about["command"] and torch.__version__ in results.about["versions"]
+
+
+def _check_every_target_is_about_something_that_is_measured(results: Results) -> None:
+    """Of sizes, the quick run has others."""
+    known = {(m.section, m.subject, m.quantity) for m in results.values}
+    for target in TARGETS:
+        assert {place[:3] for place in (target.of, target.by) if place is not None} <= known
 
 
 # --- the targets ---
@@ -111,13 +116,6 @@ def test_a_target_is_met_or_not_as_the_numbers_say():
     assert swap.met(swap.limit) and not swap.met(0.9 * swap.limit)
     rows = Measure(section="bank rows", subject="MemoryBank", quantity=last.of[2], at=last.of[3], unit="bytes")
     assert last.measured(Results(about={}, values={rows: [9e8]})) == pytest.approx(0.9)
-
-
-def test_every_target_is_about_something_that_is_measured(results: Results):
-    """Of sizes, the quick run has others."""
-    known = {(m.section, m.subject, m.quantity) for m in results.values}
-    for target in TARGETS:
-        assert {place[:3] for place in (target.of, target.by) if place is not None} <= known
 
 
 # --- how it is measured ---
