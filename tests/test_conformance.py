@@ -39,8 +39,10 @@ from tests.methods import config
 
 
 @every_pair
-def test_an_adapter_acts_where_it_is_active_and_nowhere_else(method: str, backbone: TinyBackbone) -> None:
-    """What a fresh one changes, its heads, effect and gradients, batch mates, and the backbone when it is disabled."""
+def test_an_adapter_acts_where_it_is_active_and_nowhere_else(
+    method: str, backbone: TinyBackbone, tmp_path: Path
+) -> None:
+    """What a fresh one changes, its heads, effect and gradients, batch mates, files, and the backbone without it."""
     model, args, without = adapt(backbone, method, fresh=True), backbone.inputs(3, 6), plain(backbone, 3, 6)
     adapter = get_adapter(model, "default")
     assert {path for path, _ in adapter.own_modules()} == set(backbone.heads), "other default heads than are known"
@@ -66,6 +68,8 @@ def test_an_adapter_acts_where_it_is_active_and_nowhere_else(method: str, backbo
         alone = run(model, backbone, backbone.slice(args, i))
         assert distance(alone, together[i : i + 1]) < 1e-5, f"sample {i} depends on its batch mates"
 
+    _check_that_files_carry_it_bit_for_bit(model, backbone, tmp_path)
+
     with model.disable_adapter():
         assert model.active_adapters == ()
         assert torch.equal(run(model, backbone, args), without), "disabled, it is not the backbone bit for bit"
@@ -76,6 +80,23 @@ def test_an_adapter_acts_where_it_is_active_and_nowhere_else(method: str, backbo
     # Up to rounding: the library's encoder folds its norms in training, but not where an adapter hooks its layers.
     same = torch.allclose(output, plain(backbone, training=True), atol=1e-5)
     assert same, "disabled in train mode, it is not the backbone"
+
+
+def _check_that_files_carry_it_bit_for_bit(model: PointPeftModel, backbone: TinyBackbone, folder: Path) -> None:
+    model.save_pretrained(folder / "a")
+    torch.manual_seed(12345)
+    reloaded = PointPeftModel.from_pretrained(backbone.build(), folder / "a").eval()
+    assert torch.equal(run(reloaded, backbone), run(model, backbone)), "another output than before it was saved"
+    assert_same_values(get_adapter(reloaded, "default").tensors(), get_adapter(model, "default").tensors(), "reloaded")
+    parameters = [name for name, _ in model.named_parameters()]
+    # An optimizer's state goes by their order.
+    assert [name for name, _ in reloaded.named_parameters()] == parameters, "other parameters, or in another order"
+    assert not any(parameter.requires_grad for parameter in reloaded.parameters()), "what was loaded is trainable"
+    reloaded.save_pretrained(folder / "b")
+    names = sorted(path.name for path in (folder / "a").iterdir())
+    assert names == sorted(path.name for path in (folder / "b").iterdir()), "saved again, it has other files"
+    for name in names:
+        assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes(), f"{name} saved again"
 
 
 @every_pair
@@ -128,25 +149,6 @@ def _set_training(model: PointPeftModel, who: str) -> None:
     else:
         get_adapter(model, "default").train()
         model.base_model.train()
-
-
-@every_pair
-def test_files_carry_the_adapter_bit_for_bit(method: str, backbone: TinyBackbone, tmp_path: Path) -> None:
-    model = adapt(backbone, method)
-    model.save_pretrained(tmp_path / "a")
-    torch.manual_seed(12345)
-    reloaded = PointPeftModel.from_pretrained(backbone.build(), tmp_path / "a").eval()
-    assert torch.equal(run(reloaded, backbone), run(model, backbone)), "another output than before it was saved"
-    assert_same_values(get_adapter(reloaded, "default").tensors(), get_adapter(model, "default").tensors(), "reloaded")
-    parameters = [name for name, _ in model.named_parameters()]
-    # An optimizer's state goes by their order.
-    assert [name for name, _ in reloaded.named_parameters()] == parameters, "other parameters, or in another order"
-    assert not any(parameter.requires_grad for parameter in reloaded.parameters()), "what was loaded is trainable"
-    reloaded.save_pretrained(tmp_path / "b")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir()), "saved again, it has other files"
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), f"{name} saved again"
 
 
 @every_pair
