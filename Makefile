@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := point_peft tests examples setup.py
+SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
 
 .PHONY: quickstart test lint types clean
@@ -45,4 +45,4 @@ $(VENV)/.test: $(SETUP) | $(BIN)/pip
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find point_peft tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find point_peft tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

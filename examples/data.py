@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from examples.shapes import unit_sphere
+from tools.shapes import unit_sphere
 
 Split = tuple[Tensor, Tensor]  # points (m, n, 3) float32, labels (m,) int64
 

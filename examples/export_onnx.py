@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from examples.shapes import sample_shapes
 from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
+from tools.shapes import sample_shapes
 
 
 def clouds(count: int, seed: int) -> Tensor:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from examples.pretrain import CONFIG
-from examples.shapes import sample_shapes
 from point_peft import BitFitConfig, IDPTConfig, LoraConfig, PointPeftModel, TunerConfig, get_peft_model
 from point_peft.backbones import default_backbone
+from tools.pretrain import CONFIG
+from tools.shapes import sample_shapes
 
 CLASSES = 10
 BASE = "the plain backbone"

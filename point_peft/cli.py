@@ -23,9 +23,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from point_peft import card, hub, state
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, LORA_TYPE, PENDING_CONFIG_FILE, TENSOR_FILE, AdapterFiles
+from point_peft.files.reading import leftovers, read_folder
+from point_peft.files.tensors import check_finite
+from point_peft.files.writing import copy_folder
+from point_peft.hub.card import for_repository, merged
+from point_peft.hub.place import is_repo_id
+from point_peft.hub.pulling import download
+from point_peft.hub.pushing import push
 from point_peft.model import PointPeftModel, describe
 from point_peft.version import __version__
 
@@ -132,8 +139,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _folder(source: str, options: argparse.Namespace) -> Path:
     """Where the files of an adapter lie."""
-    if not Path(source).exists() and hub.is_repo_id(source):
-        return hub.download(source, revision=options.revision, subfolder=options.subfolder, token=options.token)
+    if not Path(source).exists() and is_repo_id(source):
+        return download(source, revision=options.revision, subfolder=options.subfolder, token=options.token)
     if options.revision is not None:
         raise PointPeftError(f"--revision is for repositories of the Hub; '{source}' is a path")
     return Path(source, options.subfolder or "")
@@ -153,7 +160,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _report(folder: Path) -> dict[str, Any]:
     """What is in an adapter, as JSON."""
-    files = state.read_folder(folder)
+    files = read_folder(folder)
     about = _about(files)
     methods, problems = _methods(files, about)
     for name, tensor in files.tensors.items():
@@ -162,14 +169,14 @@ def _report(folder: Path) -> dict[str, Any]:
     if not any(map(torch.count_nonzero, files.tensors.values())):
         problems.append("all tensors are zero" if files.tensors else "there are no tensors")
     if files.edited and not files.foreign:
-        problems.append(f"{state.CONFIG_FILE} is another than the one that the tensors were saved with")
-    left = state.leftovers(folder)
+        problems.append(f"{CONFIG_FILE} is another than the one that the tensors were saved with")
+    left = leftovers(folder)
     if left:
         problems.append(f"an interrupted save has left {', '.join(left)}; the next save removes it")
     heads, saved = about.get("heads"), about.get("modules_to_save")
     return {
         "folder": str(folder),
-        "format": "PEFT" if files.config["peft_type"] == state.LORA_TYPE else "point_peft",
+        "format": "PEFT" if files.config["peft_type"] == LORA_TYPE else "point_peft",
         "point_peft_version": about.get("point_peft_version"),
         "methods": methods,
         "base": {
@@ -183,7 +190,7 @@ def _report(folder: Path) -> dict[str, Any]:
         if isinstance(heads, dict)
         else dict.fromkeys(map(str, saved if isinstance(saved, list) else ())),
         "parameters": sum(tensor.numel() for tensor in files.tensors.values()),
-        "bytes": (folder / state.TENSOR_FILE).stat().st_size,
+        "bytes": (folder / TENSOR_FILE).stat().st_size,
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": _dtype(tensor), "zero": not bool(tensor.count_nonzero())}
             for name, tensor in files.tensors.items()
@@ -192,19 +199,19 @@ def _report(folder: Path) -> dict[str, Any]:
     }
 
 
-def _about(files: state.AdapterFiles) -> dict[str, Any]:
+def _about(files: AdapterFiles) -> dict[str, Any]:
     """What the files say of the adapter: of PEFT's format our record, unless the configuration was edited since."""
     return files.config if files.record is None or files.edited else files.record
 
 
-def _methods(files: state.AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def _methods(files: AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """The methods with the fields that are not their defaults, and what is wrong with them."""
-    if about["peft_type"] == state.LORA_TYPE:
+    if about["peft_type"] == LORA_TYPE:
         own = {name: value for name, value in about.items() if name != "peft_type" and value not in (None, [], {})}
-        return [{"method": state.LORA_TYPE, "fields": own}], []
+        return [{"method": LORA_TYPE, "fields": own}], []
     tuners = about.get("tuners")
     if not isinstance(tuners, list) or not tuners or not all(isinstance(tuner, dict) for tuner in tuners):
-        return [], [f"{state.CONFIG_FILE} names no methods"]
+        return [], [f"{CONFIG_FILE} names no methods"]
     found, problems = [], []
     for tuner in tuners:
         own = {name: value for name, value in tuner.items() if name != "method"}
@@ -258,14 +265,14 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    files = [state.read_folder(_folder(source, options)) for source in (options.first, options.second)]
+    files = [read_folder(_folder(source, options)) for source in (options.first, options.second)]
     lines = list(_differences(*files))
     if lines:
         _say("\n".join([f"--- {options.first}", f"+++ {options.second}", *lines]))
     return DIFFERENT if lines else 0
 
 
-def _differences(first: state.AdapterFiles, second: state.AdapterFiles) -> Iterator[str]:
+def _differences(first: AdapterFiles, second: AdapterFiles) -> Iterator[str]:
     ours, theirs = dict(_leaves(_about(first))), dict(_leaves(_about(second)))
     for name in sorted({*ours, *theirs} - {"point_peft_version"}):
         if name not in ours or name not in theirs or ours[name] != theirs[name]:
@@ -367,15 +374,15 @@ def _module(origin: str) -> Any:
 
 
 def _push(options: argparse.Namespace) -> int:
-    url = hub.push(
-        card.for_repository(_files(options.folder, options.subfolder), options.repo_id),
+    url = push(
+        for_repository(_files(options.folder, options.subfolder), options.repo_id),
         options.repo_id,
         commit_message=options.message or f"Upload with point_peft {__version__}",
         private=options.private,
         token=options.token,
         revision=options.revision,
         create_pr=options.create_pr,
-        merge_card=card.merged,
+        merge_card=merged,
     )
     _say(url)
     return 0
@@ -387,25 +394,25 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
         raise AdapterFileError(f"there is no folder '{folder}'")
     found: dict[str, bytes] = {}
     for own in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
-        if not (own / state.CONFIG_FILE).exists() and not (own / state.TENSOR_FILE).exists():
+        if not (own / CONFIG_FILE).exists() and not (own / TENSOR_FILE).exists():
             continue
-        paths = [own / name for name in (state.CONFIG_FILE, state.TENSOR_FILE, state.CARD_FILE)]
+        paths = [own / name for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE)]
         linked = [path for path in (own, *paths) if path.is_symlink() and path != folder]
         if linked:
             raise AdapterFileError(f"'{linked[0]}' is a link: only files are pushed, not what they link to")
-        state.check_finite(state.read_folder(own).tensors, f"'{own / state.TENSOR_FILE}'")
-        if state.PENDING_CONFIG_FILE in state.leftovers(own):
+        check_finite(read_folder(own).tensors, f"'{own / TENSOR_FILE}'")
+        if PENDING_CONFIG_FILE in leftovers(own):
             raise AdapterFileError(f"a save into '{own}' was interrupted: load the adapter and save it again")
         for path in paths:
             if path.is_file():
                 found["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
     if not found:
-        raise AdapterFileError(f"there is no adapter in '{folder}': '{state.CONFIG_FILE}' is missing")
+        raise AdapterFileError(f"there is no adapter in '{folder}': '{CONFIG_FILE}' is missing")
     return found
 
 
 def _pull(options: argparse.Namespace) -> int:
-    source = hub.download(options.repo_id, revision=options.revision, subfolder=options.subfolder, token=options.token)
-    state.copy_folder(source, options.folder)
+    source = download(options.repo_id, revision=options.revision, subfolder=options.subfolder, token=options.token)
+    copy_folder(source, options.folder)
     _say(str(options.folder))
     return 0

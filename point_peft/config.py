@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from point_peft.anatomy import Anatomy, Block
-from point_peft.anatomy import from_json as anatomy_from_json
-from point_peft.anatomy import to_json as anatomy_to_json
+from point_peft.anatomy.description import Anatomy, Block
+from point_peft.anatomy.values import from_json as anatomy_from_json
+from point_peft.anatomy.values import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
 
 V = TypeVar("V", covariant=True)
 

@@ -19,19 +19,54 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from point_peft import card, context, exchange, hub, injection, reading, state
-from point_peft.anatomy import Anatomy, check_anatomy
-from point_peft.batching import Batch
-from point_peft.combining import Combination, combine
+from point_peft.adapting import second_pass
+from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
+from point_peft.adapting.combining import Combination, combine
+from point_peft.adapting.heads import HeadSource, make_head
+from point_peft.adapting.mixed import run_stem, sharing
+from point_peft.adapting.planning import build_adapter, match_heads, plan_adapter
+from point_peft.adapting.site import CHILD, SITE, backbone_modules, clean_copy, floating_parameter
+from point_peft.anatomy.checking import check_anatomy
+from point_peft.anatomy.description import Anatomy
+from point_peft.anatomy.presets import known_anatomy
 from point_peft.config import PeftConfig, TunerConfig, difference
-from point_peft.context import Forward, Key
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError, quoted
-from point_peft.heads import HeadSource, build_head, describe_head, make_head
-from point_peft.injection import CHILD, Adapter, get_adapter
-from point_peft.matching import nearest_names
-from point_peft.presets import known_anatomy
-from point_peft.tracing import trace, verified
-from point_peft.tuners.base import Backbone, Bank
+from point_peft.files import fingerprint as fingerprint_module
+from point_peft.files import peft_format
+from point_peft.files.fingerprint import check_fingerprint
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, PEFT_TYPE, TENSOR_FILE, AdapterFiles, Card
+from point_peft.files.head_description import build_head, describe_head
+from point_peft.files.peft_format import from_peft, to_peft, why_not
+from point_peft.files.reading import read_folder
+from point_peft.files.tensors import check_tensors, copy_tensors, overwrite_tensors, why_not_in_place
+from point_peft.files.writing import write_folder
+from point_peft.hub import card
+from point_peft.hub.card import About, citation, for_repository, render
+from point_peft.hub.place import Token, check_names, is_repo_id
+from point_peft.hub.pulling import download
+from point_peft.hub.pushing import push
+from point_peft.nearest import nearest_names
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Bank
+from point_peft.running import forward as forward_module
+from point_peft.running.batching import Batch
+from point_peft.running.forward import (
+    Forward,
+    Key,
+    auxiliary_losses,
+    choose_adapters,
+    chosen_adapters,
+    close_forward,
+    eval_mode,
+    forget,
+    mark,
+    open_forward,
+    opened,
+    reopen,
+)
+from point_peft.running.reading import depth, unwind
+from point_peft.tracing.understanding import trace, verified
 from point_peft.version import __version__
 
 if TYPE_CHECKING:
@@ -115,8 +150,8 @@ class AdapterSet(nn.Module):
         self.__dict__["base_model"] = model  # not as a child: the model holds this module
 
     def backbone_tokens(self, forward: Forward, source: str, adapter: str) -> Tensor:
-        """Patch tokens (b, g, c) of the frozen backbone without adapters, see `injection.backbone_tokens`."""
-        return injection.backbone_tokens(self, forward, source, adapter)
+        """Patch tokens (b, g, c) of the frozen backbone without adapters, see `second_pass.backbone_tokens`."""
+        return second_pass.backbone_tokens(self, forward, source, adapter)
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -134,7 +169,7 @@ class AdapterSet(nn.Module):
         return self
 
     def _hold_norms(self, mode: bool) -> None:
-        for path, module in injection.frozen_norms(self).items():
+        for path, module in frozen_norms(self).items():
             self.norm_modes[path] = mode
             module.training = False
 
@@ -169,10 +204,10 @@ class AdapterSet(nn.Module):
         self._check_unmerged("adapters cannot be added")
 
     def _build(self, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> Adapter:
-        return injection.build_adapter(self._backbone(config), config, heads)
+        return build_adapter(self._backbone(config), config, heads)
 
     def _backbone(self, config: PeftConfig, modules: Mapping[str, nn.Module] | None = None) -> Backbone:
-        modules = injection.backbone_modules(self) if modules is None else modules
+        modules = backbone_modules(self) if modules is None else modules
         anatomy = self._anatomy_for(config)
         return Backbone(model=self.base_model, modules=modules, anatomy=anatomy, why_unknown=self.why_unknown)
 
@@ -198,14 +233,14 @@ class AdapterSet(nn.Module):
             self._freeze_and_attach()
         elif anatomy != self.anatomy:  # the adapters so far, if any, did without one
             self.anatomy = anatomy
-            injection.detach_model(self)
-            injection.attach_model(self)
+            detach_model(self)
+            attach_model(self)
             for other in self.adapters:
-                injection.attach_sites(self, get_adapter(self, other))
+                attach_sites(self, get_adapter(self, other))
         adapter.train(self.training)
         self.adapters._modules[name] = adapter
         self.unproven.add(name)
-        injection.attach_sites(self, adapter)
+        attach_sites(self, adapter)
         if not self.default and len(self.adapters) == 1:
             self.set_adapter(name)
 
@@ -215,11 +250,11 @@ class AdapterSet(nn.Module):
         self.frozen_from = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-        norms = injection.frozen_norms(self)
+        norms = frozen_norms(self)
         self.norm_modes = {path: module.training for path, module in norms.items()}
         for module in norms.values():
             module.training = False
-        injection.attach_model(self)
+        attach_model(self)
 
     def add_weighted_adapter(
         self,
@@ -251,11 +286,11 @@ class AdapterSet(nn.Module):
         del self.adapters._modules[adapter_name]
         self.unproven.discard(adapter_name)
         self.default = tuple(name for name in self.default if name != adapter_name)
-        chosen = context.chosen_adapters(self)
+        chosen = chosen_adapters(self)
         if chosen is not None:
-            context.choose_adapters(self, tuple(name for name in chosen if name != adapter_name))
-        context.forget(self)
-        injection.detach_sites(self, adapter, [get_adapter(self, other) for other in self.adapters])
+            choose_adapters(self, tuple(name for name in chosen if name != adapter_name))
+        forget(self)
+        detach_sites(self, adapter, [get_adapter(self, other) for other in self.adapters])
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the backbone as it was: hooks, requires_grad and train flags too."""
@@ -264,7 +299,7 @@ class AdapterSet(nn.Module):
 
     def _detach(self) -> nn.Module:
         base = self.base_model
-        injection.detach_model(self)
+        detach_model(self)
         for name, parameter in base.named_parameters():
             if name in self.frozen_from:
                 parameter.requires_grad_(self.frozen_from[name])
@@ -272,8 +307,8 @@ class AdapterSet(nn.Module):
             base.get_submodule(path).training = mode
         self.adapters = nn.ModuleDict()
         self.default, self.merged, self.frozen_from, self.norm_modes = (), {}, {}, {}
-        context.choose_adapters(self, None)
-        context.forget(self)
+        choose_adapters(self, None)
+        forget(self)
         base._modules.pop(CHILD, None)
         return base
 
@@ -298,7 +333,7 @@ class AdapterSet(nn.Module):
     @property
     def active_adapters(self) -> tuple[str, ...]:
         """The adapters that a forward started here uses, in the order in which they act."""
-        active = context.active_adapters(self)
+        active = forward_module.active_adapters(self)
         gone = [name for name in active if name not in self.adapters._modules]
         return tuple(name for name in active if name not in gone)
 
@@ -317,7 +352,7 @@ class AdapterSet(nn.Module):
         names = self._names(adapter_name)
         self._check_unmerged("the active adapters cannot be changed")
         self.default = names
-        context.choose_adapters(self, names)
+        choose_adapters(self, names)
 
     @contextmanager
     def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
@@ -337,12 +372,12 @@ class AdapterSet(nn.Module):
     @contextmanager
     def _chosen(self, names: tuple[str, ...]) -> Iterator[None]:
         self._check_unmerged("the active adapters cannot be changed")
-        before = context.chosen_adapters(self)
-        context.choose_adapters(self, names)
+        before = chosen_adapters(self)
+        choose_adapters(self, names)
         try:
             yield
         finally:
-            context.choose_adapters(self, before)
+            choose_adapters(self, before)
 
     # ---- several adapters in one call ----
 
@@ -356,7 +391,7 @@ class AdapterSet(nn.Module):
         if len(set(names)) != len(names):
             raise AdapterError(f"a task is named twice in {list(names)}")
         args, kwargs = _arguments(inputs)
-        with injection.sharing(self, args, kwargs, 0):
+        with sharing(self, args, kwargs, 0):
             return {name: self._run(name, args, kwargs) for name in names}
 
     def forward_mixed(
@@ -384,13 +419,13 @@ class AdapterSet(nn.Module):
             for name in dict.fromkeys(names)
         }
         asking = [name for name in groups if name is not None and get_adapter(self, name).asks_backbone]
-        with injection.sharing(self, args, given, batch.count) as whole:
-            injection.run_stem(self, whole)
+        with sharing(self, args, given, batch.count) as whole:
+            run_stem(self, whole)
             outputs = self._run_groups(whole, batch, {name: groups[name] for name in groups if name not in asking})
             if asking:
                 rows = torch.cat([groups[name] for name in asking]).sort().values
                 part, whole.rows = batch.part(rows), rows
-                with injection.sharing(self, part.args, part.kwargs, part.count) as shared:
+                with sharing(self, part.args, part.kwargs, part.count) as shared:
                     own = {name: torch.searchsorted(rows, groups[name]) for name in asking}
                     outputs += [(rows[at], output) for at, output in self._run_groups(shared, part, own)]
         return batch.joined(outputs)
@@ -560,7 +595,7 @@ class AdapterSet(nn.Module):
             for tensor, value, _ in merged:
                 tensor.copy_(value)
         self.default = ()
-        context.choose_adapters(self, ())
+        choose_adapters(self, ())
 
     def unmerge(self) -> None:
         """Take the merged adapter out of the backbone's weights, which are again what they were; it is active again."""
@@ -596,7 +631,7 @@ class AdapterSet(nn.Module):
         It is the sum over all active adapters, each term weighted by its configuration. `torch.nn.DataParallel` runs
         forwards on threads of its own, and theirs are not seen here.
         """
-        losses = context.auxiliary_losses(self)
+        losses = auxiliary_losses(self)
         if losses:
             return torch.stack([loss.float() for loss in losses]).sum()
         return torch.zeros((), device=next(self.base_model.parameters()).device)
@@ -632,7 +667,7 @@ class AdapterSet(nn.Module):
         progress = tqdm(  # type: ignore[no-untyped-call]
             batches, desc="memory bank", unit="batch", disable=ranks is not None and torch.distributed.get_rank() > 0
         )
-        with context.eval_mode(self.base_model.modules()):
+        with eval_mode(self.base_model.modules()):
             for batch in progress:
                 tokens = self._features(_model_inputs(batch, to_inputs), bank.source, name)
                 features.append(bank.query(tokens).float().cpu())
@@ -667,11 +702,11 @@ class AdapterSet(nn.Module):
     def _features(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], source: str, adapter: str) -> Tensor:
         args, kwargs = inputs
         with torch.no_grad(), self._chosen(()):
-            forward = context.open_forward(self, args, kwargs)
+            forward = open_forward(self, args, kwargs)
             try:
                 return self.backbone_tokens(forward, source, adapter)
             finally:
-                context.close_forward(forward)
+                close_forward(forward)
 
     # ---- files ----
 
@@ -692,9 +727,7 @@ class AdapterSet(nn.Module):
         """
         self._save(Path(save_directory), self._names(adapter_name), format, lambda about: about)
 
-    def _save(
-        self, folder: Path, names: Sequence[str], format: Format, said: Callable[[card.About], card.About]
-    ) -> None:
+    def _save(self, folder: Path, names: Sequence[str], format: Format, said: Callable[[About], About]) -> None:
         """Write adapters; `said` adds to what their cards say."""
         if format not in get_args(Format):
             raise PointPeftError(f"format is {quoted(format)}; allowed: {', '.join(map(repr, get_args(Format)))}")
@@ -703,9 +736,9 @@ class AdapterSet(nn.Module):
         self._check_unmerged("adapters cannot be saved")
         if not names:
             raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
-        modules = injection.backbone_modules(self)
+        modules = backbone_modules(self)
         reasons = {
-            name: f'format="{format}"' if format == "point_peft" else exchange.why_not(get_adapter(self, name), modules)
+            name: f'format="{format}"' if format == "point_peft" else why_not(get_adapter(self, name), modules)
             for name in names
         }
         for name, reason in reasons.items():
@@ -716,13 +749,13 @@ class AdapterSet(nn.Module):
             adapter = get_adapter(self, name)
             config, record = self._file_config(adapter, modules), None
             if reason is None:
-                config, record = exchange.to_peft(adapter, modules), config
-            state.write_folder(own, config, adapter.tensors(), self._card(adapter, said), record)
+                config, record = to_peft(adapter, modules), config
+            write_folder(own, config, adapter.tensors(), self._card(adapter, said), record)
 
     def _file_config(self, adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         return {
-            "peft_type": state.PEFT_TYPE,
-            "format_version": state.FORMAT_VERSION,
+            "peft_type": PEFT_TYPE,
+            "format_version": FORMAT_VERSION,
             "point_peft_version": __version__,
             **self._stated(adapter.config).to_json(),
             "heads": {path: describe_head(module) for path, module in adapter.own_modules()},
@@ -748,29 +781,29 @@ class AdapterSet(nn.Module):
                 full = f"{path}.{name}" if path else name
                 if tensor is not None and full not in own and not full.startswith(inside):
                     tensors[full] = tensor
-        return state.fingerprint(tensors)
+        return fingerprint_module.fingerprint(tensors)
 
-    def _card(self, adapter: Adapter, said: Callable[[card.About], card.About]) -> state.Card:
+    def _card(self, adapter: Adapter, said: Callable[[About], About]) -> Card:
         """The README of an adapter's folder; where what is there cannot be read, it stays."""
 
         def over(existing: str | None, size: int) -> str:
-            new = card.render(said(self._about(adapter, size)))
+            new = render(said(self._about(adapter, size)))
             try:
                 return card.kept(existing, new)
             except PointPeftError as error:
-                warnings.warn(f"{state.CARD_FILE} is left as it is: {error}", stacklevel=2)
+                warnings.warn(f"{CARD_FILE} is left as it is: {error}", stacklevel=2)
                 return existing or new
 
         return over
 
-    def _about(self, adapter: Adapter, size: int) -> card.About:
+    def _about(self, adapter: Adapter, size: int) -> About:
         """What the card of an adapter says, its file having `size` bytes."""
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
         own = CHILD + "."
         base = sum(p.numel() for name, p in self.base_model.named_parameters() if not name.startswith(own))
         sites = [self.base_model.get_submodule(path) for path, _ in adapter.sites() if path not in adapter.saved]
-        return card.About(
-            methods={tuner.method: card.citation(tuner.method) for tuner in adapter.config.tuners},
+        return About(
+            methods={tuner.method: citation(tuner.method) for tuner in adapter.config.tuners},
             base_kind=type(self.base_model).__name__,
             base_model=adapter.config.base_model_name_or_path,
             revision=adapter.config.revision,
@@ -790,7 +823,7 @@ class AdapterSet(nn.Module):
         commit_message: str | None = None,
         commit_description: str | None = None,
         private: bool | None = None,
-        token: hub.Token = None,
+        token: Token = None,
         revision: str | None = None,
         create_pr: bool = False,
         format: Format = "auto",
@@ -811,9 +844,9 @@ class AdapterSet(nn.Module):
         """
         names = self._names(adapter_name)
         where = [subfolder] if subfolder else []
-        hub.check_names(repo_id, revision, subfolder)
+        check_names(repo_id, revision, subfolder)
 
-        def said(about: card.About) -> card.About:
+        def said(about: About) -> About:
             return replace(
                 about,
                 results=results or {},
@@ -830,8 +863,8 @@ class AdapterSet(nn.Module):
                 for path in sorted(Path(folder).rglob("*"))
                 if path.is_file()
             }
-        return hub.push(
-            card.for_repository(files, repo_id),
+        return push(
+            for_repository(files, repo_id),
             repo_id,
             commit_message=commit_message or f"Upload {', '.join(names)} with point_peft {__version__}",
             commit_description=commit_description,
@@ -851,7 +884,7 @@ class AdapterSet(nn.Module):
         heads: Mapping[str, HeadSource] | None = None,
         subfolder: str | None = None,
         revision: str | None = None,
-        token: hub.Token = None,
+        token: Token = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
@@ -885,7 +918,7 @@ class AdapterSet(nn.Module):
         *,
         subfolder: str | None = None,
         revision: str | None = None,
-        token: hub.Token = None,
+        token: Token = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
@@ -918,7 +951,7 @@ class AdapterSet(nn.Module):
                 f"the adapter in '{folder}' cannot be swapped into '{adapter_name}': {reason}; load_adapter adds it as "
                 "another adapter"
             )
-        state.overwrite_tensors(stated.files.tensors, adapter.tensors())
+        overwrite_tensors(stated.files.tensors, adapter.tensors())
         adapter.config = stated.config
         for shared in adapter.shared_states():
             shared.check(self.base_model)
@@ -929,18 +962,18 @@ class AdapterSet(nn.Module):
         if reason is not None:
             return reason
         source, tensors = stated.files.tensors, adapter.tensors()
-        state.check_tensors(source, tensors, adapter.free_rows(), f"its {state.TENSOR_FILE}")
+        check_tensors(source, tensors, adapter.free_rows(), f"its {TENSOR_FILE}")
         keep_types = not stated.files.foreign and self._is_same_base(stated, adapter, tensors)
-        return state.why_not_in_place(source, tensors, keep_types=keep_types)
+        return why_not_in_place(source, tensors, keep_types=keep_types)
 
     def _difference(self, stated: _Stated, adapter: Adapter) -> str | None:
         """What the files of an adapter say that another is not; None: the two differ in their tensors at most."""
         modules = stated.backbone.modules
         if stated.files.foreign:
-            reason = exchange.why_not(adapter, modules)
+            reason = why_not(adapter, modules)
             if reason is not None:
                 return f"PEFT has written it, and what is there is none of PEFT's: {reason}"
-            described = exchange.from_peft(exchange.to_peft(adapter, modules), modules)
+            described = from_peft(to_peft(adapter, modules), modules)
             there = PeftConfig.from_json({name: value for name, value in described.items() if name != "heads"})
             heads = described["heads"]
         else:
@@ -956,10 +989,10 @@ class AdapterSet(nn.Module):
 
     def _read(self, folder: Path) -> _Stated:
         """Read the files of an adapter and check what can be checked without making it."""
-        files = state.read_folder(folder)
-        modules = injection.backbone_modules(self)
+        files = read_folder(folder)
+        modules = backbone_modules(self)
         try:
-            about = dict(exchange.described(files, modules))
+            about = dict(peft_format.described(files, modules))
         except MatchError as error:
             raise AdapterFileError(f"the adapter in '{folder}' does not fit this model: {error}") from error
         for name in ("peft_type", "format_version", "point_peft_version"):
@@ -967,11 +1000,11 @@ class AdapterSet(nn.Module):
         heads, adapted = about.pop("heads", None), about.pop("adapted_modules", None)
         fingerprint = about.pop("base_fingerprint", None)
         if not isinstance(heads, dict) or (not isinstance(adapted, list) and not files.foreign):
-            raise AdapterFileError(f"'{folder / state.CONFIG_FILE}' lacks heads or adapted_modules")
+            raise AdapterFileError(f"'{folder / CONFIG_FILE}' lacks heads or adapted_modules")
         try:
             config = PeftConfig.from_json(about)
         except PointPeftError as error:
-            raise AdapterFileError(f"'{folder / state.CONFIG_FILE}': {error}") from error
+            raise AdapterFileError(f"'{folder / CONFIG_FILE}': {error}") from error
         try:
             backbone = self._backbone(config, modules)
         except PointPeftError as error:
@@ -994,7 +1027,7 @@ class AdapterSet(nn.Module):
         """Refuse another backbone than the one that files were made for; warn if it may be another, in other types."""
         kind = type(self.base_model).__name__
         actual = self._fingerprint(adapter, tensors, stated.backbone.modules)
-        warning = state.check_fingerprint(stated.fingerprint, actual, kind)
+        warning = check_fingerprint(stated.fingerprint, actual, kind)
         if warning is not None:
             warnings.warn(warning, stacklevel=4)
         return warning is None
@@ -1003,7 +1036,7 @@ class AdapterSet(nn.Module):
         """The adapter that files hold; `heads` as in `load_adapter`."""
         given = {
             path: make_head(source, path, stated.backbone)
-            for path, source in injection.match_heads(heads, list(stated.heads)).items()
+            for path, source in match_heads(heads, list(stated.heads)).items()
         }
         try:
             adapter, tensors = self._checked(stated, given)
@@ -1013,16 +1046,16 @@ class AdapterSet(nn.Module):
             raise AdapterFileError(f"the adapter in '{stated.folder}' does not fit this model: {error}") from error
         if stated.files.foreign:
             # PEFT says nothing of the base, and keeps the adapter in another type than that.
-            reason, keep_types = exchange.why_not(adapter, stated.backbone.modules), False
+            reason, keep_types = why_not(adapter, stated.backbone.modules), False
             if reason is not None:
                 raise AdapterFileError(
                     f"the adapter in '{stated.folder}' is not what PEFT makes for this model: {reason}"
                 )
         else:
             keep_types = self._is_same_base(stated, adapter, tensors)
-        like = injection.floating_parameter(stated.backbone.modules)
+        like = floating_parameter(stated.backbone.modules)
         device = torch.device("cpu") if like is None else like.device
-        state.copy_tensors(stated.files.tensors, adapter, tensors, device, keep_types=keep_types)
+        copy_tensors(stated.files.tensors, adapter, tensors, device, keep_types=keep_types)
         for shared in adapter.shared_states():
             try:
                 shared.check(self.base_model)
@@ -1038,19 +1071,19 @@ class AdapterSet(nn.Module):
         """
         backbone, own = stated.backbone, dict[str, HeadSource](given)
         for path, description in stated.heads.items():
-            if path not in own and description != describe_head(injection.clean_copy(backbone.modules[path])):
+            if path not in own and description != describe_head(clean_copy(backbone.modules[path])):
                 own[path] = partial(build_head, description, path)
-        planned = injection.plan_adapter(backbone, stated.config, own, list(stated.heads))
+        planned = plan_adapter(backbone, stated.config, own, list(stated.heads))
         sites = sorted(path for path, _ in planned.sites())
         if stated.adapted not in (None, sites):
             differing = _differing(sites, stated.adapted)
             raise AdapterFileError(f"the adapter was made for modules {differing} otherwise than this model has them")
-        where = f"its {state.TENSOR_FILE}"
+        where = f"its {TENSOR_FILE}"
         tensors = planned.tensors()
-        state.check_tensors(stated.files.tensors, tensors, planned.free_rows(), where)
+        check_tensors(stated.files.tensors, tensors, planned.free_rows(), where)
         if planned.holds_only(tensors):
             return planned, tensors  # the file's tensors take the places of those without memory
-        adapter = injection.build_adapter(backbone, stated.config, own, list(stated.heads))
+        adapter = build_adapter(backbone, stated.config, own, list(stated.heads))
         return adapter, adapter.tensors()
 
 
@@ -1059,7 +1092,7 @@ class _Stated:
     """What the files of an adapter say, for the backbone of a model, which it fits as far as could be told."""
 
     folder: Path
-    files: state.AdapterFiles
+    files: AdapterFiles
     config: PeftConfig
     heads: Mapping[str, Any]
     """The descriptions of the modules that the adapter has to itself, by path."""
@@ -1089,18 +1122,18 @@ class PointPeftModel(AdapterSet):
 
         `adapter_names` names an adapter for each sample instead, None for the plain backbone; see `forward_mixed`.
         """
-        before, reads = context.opened(self), reading.depth()
+        before, reads = opened(self), depth()
         try:
             if adapter_names is not None:
                 return self.forward_mixed(args, kwargs, adapter_names)
             if self.__dict__.get("_is_replica", False):
-                with context.replica(self):
+                with forward_module.replica(self):
                     return self.base_model(*args, **kwargs)
             return self.base_model(*args, **kwargs)
         finally:
             # Hooks end a forward, but not one that Ctrl-C ends.
-            context.reopen(self, before)
-            reading.unwind(reads)
+            reopen(self, before)
+            unwind(reads)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -1124,7 +1157,7 @@ class PointPeftModel(AdapterSet):
         example_inputs: Any = None,
         subfolder: str | None = None,
         revision: str | None = None,
-        token: hub.Token = None,
+        token: Token = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
@@ -1158,14 +1191,14 @@ class _Method:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = context.open_forward(self.root, args, kwargs)
+        forward = open_forward(self.root, args, kwargs)
         forward.method = self.name
         try:
             output = getattr(self.root.base_model, self.name)(*args, **kwargs)
         finally:
-            context.close_forward(forward)
+            close_forward(forward)
         if torch.is_grad_enabled():
-            context.mark(forward, output)
+            mark(forward, output)
         return output
 
 
@@ -1253,14 +1286,14 @@ def _folder_of(
     *,
     subfolder: str | None,
     revision: str | None,
-    token: hub.Token,
+    token: Token,
     cache_dir: str | Path | None,
     local_files_only: bool,
     force_download: bool,
 ) -> Path:
     """Where the files of an adapter lie: a folder that is there, or what is downloaded from the Hub."""
-    if isinstance(source, str) and not Path(source).exists() and hub.is_repo_id(source):
-        return hub.download(
+    if isinstance(source, str) and not Path(source).exists() and is_repo_id(source):
+        return download(
             source,
             revision=revision,
             subfolder=subfolder,
@@ -1280,7 +1313,7 @@ def _check_plain(model: nn.Module) -> None:
     if isinstance(model, AdapterSet):
         raise AdapterError("the model is adapted already: use add_adapter")
     for path, module in model.named_modules():
-        if injection.SITE in module.__dict__ or isinstance(module, AdapterSet):
+        if SITE in module.__dict__ or isinstance(module, AdapterSet):
             raise AdapterError(
                 f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter"
             )

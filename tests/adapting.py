@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from examples import capabilities
-from examples.backbones import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
 from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
+from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import Adapter, get_adapter
 from point_peft.model import AdapterSet
-from point_peft.tuners.base import Bank
+from point_peft.parts.base import Bank
 from tests.methods import config
+from tests.zoo import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
+from tools import capabilities
 
 Config = TunerConfig | PeftConfig
 Pair = tuple[str, TinyBackbone]
-"""A method, or a method with what a backbone asks of it as `examples.capabilities` labels it, and that backbone."""
+"""A method, or a method with what a backbone asks of it as `tools.capabilities` labels it, and that backbone."""
 
 METHOD_NAMES = sorted(METHODS)
 PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() for method in capabilities.labels(name)]

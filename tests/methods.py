@@ -9,19 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from examples.capabilities import labelled
 from point_peft import METHODS, TunerConfig
-from point_peft import tokens as token_ops
-from point_peft.anatomy import Stage
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Backbone, Blueprint, Call, Part, SharedState
+from point_peft.anatomy.description import Stage
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call, Part, SharedState
+from point_peft.running.nested import Args, Kwargs, put_argument
+from point_peft.running.tokens import block_tokens
+from tools.capabilities import labelled
 
 SIZES: Mapping[str, Mapping[str, int]] = {}
 """Method -> fields that must be smaller than their defaults for the tiny backbones; sizes only."""
 
 
 def config(method: str, **changes: Any) -> TunerConfig:
-    """The method's defaults, at a tiny size, with changes; a label of `examples.capabilities` holds changes too."""
+    """The method's defaults, at a tiny size, with changes; a label of `tools.capabilities` holds changes too."""
     name, stated = labelled(method)
     return METHODS[name](**{**SIZES.get(name, {}), **stated, **changes})
 
@@ -40,9 +41,9 @@ class ToyPart(Part):
         self.scale = nn.Parameter(torch.ones(stage.width))
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
+        tokens = block_tokens(self.stage, call.path, args, kwargs)
         changed = tokens * self.scale + call.state("toy", ToyState).shift
-        return token_ops.put_argument(args, kwargs, self.stage.tokens, changed)
+        return put_argument(args, kwargs, self.stage.tokens, changed)
 
 
 class ToyState(SharedState):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from examples.backbones.operators import supply_torchvision_schemas
+from tests.zoo.operators import supply_torchvision_schemas
 
 LIBRARY = supply_torchvision_schemas()
 peft: Any = importlib.import_module("peft")

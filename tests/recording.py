@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from point_peft import PointPeftModel, context
+from point_peft import PointPeftModel
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.heads import PooledHead
 from point_peft.backbones import PointTransformer
-from point_peft.heads import PooledHead
-from point_peft.injection import get_adapter
+from point_peft.running.forward import current_forward
 
 
 class Sequences:
@@ -29,7 +30,7 @@ class Sequences:
     def _count(self, name: str, value: Tensor, peft: PointPeftModel) -> None:
         """The model's own call is the first in the official code; the adapter's may here come before it."""
         number = 0
-        if context.current_forward(peft).apart:
+        if current_forward(peft).apart:
             self.apart[name] += 1
             number = self.apart[name]
         self._keep(f"{name}.call{number}", value)
@@ -53,7 +54,7 @@ class Sequences:
             self._keep(f"block_in.{number}", torch.cat([prefix, own, further], dim=1))
 
         def leaves(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            (further,) = context.current_forward(peft).left(adapter, "prompts")
+            (further,) = current_forward(peft).left(adapter, "prompts")
             self._keep(f"block_out.{number}", torch.cat([output, further], dim=1))
 
         block.register_forward_pre_hook(enters)

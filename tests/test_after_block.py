@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import PointPeftModel
-from point_peft.injection import get_adapter
-from point_peft.tuners import quick_bottleneck
+from point_peft.adapting.adapter import get_adapter
+from point_peft.parts import quick_bottleneck as quick_bottleneck_module
 from point_peft.tuners.point_peft import parts
 from tests.test_point_peft import adapted, clouds
 
@@ -34,7 +34,7 @@ def trained(model: PointPeftModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parts, quick_bottleneck):
+    for module in (parts, quick_bottleneck_module):
         monkeypatch.setattr(module, "works_by_hand", lambda x, *modules: False)
 
 

@@ -13,10 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
-from examples.backbones.inputs import offset_list
-from examples.backbones.parts import GROUP_SIZE, GROUPS, Layer, PatchNet, Positions, first_and_largest
-from examples.backbones.pointcept import PointTransformerV3
 from point_peft import (
     AdapterError,
     AdapterFileError,
@@ -29,23 +25,20 @@ from point_peft import (
     PointPeftModel,
     describe,
     get_peft_model,
-    state,
 )
-from point_peft import tokens as token_ops
-from point_peft.anatomy import (
-    Anatomy,
-    Block,
-    Stage,
-    Tap,
-    check_anatomy,
-    find_blocks,
-    from_json,
-    linear_shape,
-    to_json,
-)
+from point_peft.anatomy.checking import check_anatomy
+from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
+from point_peft.anatomy.presets import known_anatomy
+from point_peft.anatomy.structure import find_blocks, linear_shape
+from point_peft.anatomy.values import from_json, to_json
 from point_peft.backbones.layers import Encoder, Group, sine_features
-from point_peft.presets import known_anatomy
-from point_peft.tracing import trace
+from point_peft.files.reading import read_folder
+from point_peft.running.nested import fetch, fetch_argument
+from point_peft.tracing.understanding import trace
+from tests.zoo import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
+from tests.zoo.inputs import offset_list
+from tests.zoo.parts import GROUP_SIZE, GROUPS, Layer, PatchNet, Positions, first_and_largest
+from tests.zoo.pointcept import PointTransformerV3
 
 FUSED, SPLIT, TORCH = "one fused projection", "split projections", "nn.MultiheadAttention"
 
@@ -376,10 +369,10 @@ def seen(model: nn.Module, args: tuple[Any, ...], tap: Tap) -> Tensor:
     found: list[Any] = []
 
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.append(token_ops.fetch_argument(inputs, named, tap.steps))
+        found.append(fetch_argument(inputs, named, tap.steps))
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        found.append(token_ops.fetch(output, tap.steps))
+        found.append(fetch(output, tap.steps))
 
     module = model.get_submodule(tap.module)
     into = tap.side == "input"
@@ -988,7 +981,7 @@ def test_what_a_preset_tells_is_not_saved_and_what_corrects_it_is(tmp_path):
     for name, config in {"found": LoraConfig(), "corrected": LoraConfig(anatomy=fewer)}.items():
         model = randomised(get_peft_model(backbone.build(), config))
         model.save_pretrained(tmp_path / name)
-        data = state.read_folder(tmp_path / name).record
+        data = read_folder(tmp_path / name).record
         assert data is not None and ("mine" in json.dumps(data)) == (name == "corrected") and "anatomy" not in data
         again = PointPeftModel.from_pretrained(backbone.build(), tmp_path / name).eval()
         assert again.anatomy == (fewer if name == "corrected" else anatomy)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from examples import any_backbone
-from examples.backbones import BACKBONES, Compact, clouds, register
-from examples.backbones.registry import linear_head
-from point_peft.presets import known_anatomy
+from point_peft.anatomy.presets import known_anatomy
+from tests.zoo import BACKBONES, Compact, clouds, register
+from tests.zoo.registry import linear_head
+from tools import any_backbone
 
 NAMES = ["point_m2ae", "pointgpt", "pyg_point_transformer"]
 

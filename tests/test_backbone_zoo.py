@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, TinyBackbone, clouds, register
-from examples.backbones.inputs import voxel_dict
-from examples.backbones.operators import supply_spconv_on_cpu
-from examples.backbones.pointcept import Point, SparseConv
+from tests.zoo import BACKBONES, TinyBackbone, clouds, register
+from tests.zoo.inputs import voxel_dict
+from tests.zoo.operators import supply_spconv_on_cpu
+from tests.zoo.pointcept import Point, SparseConv
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 

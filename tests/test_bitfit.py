@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES, clouds
-from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, reading
+from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
+from point_peft.running.reading import depth
+from tests.zoo import BACKBONES, clouds
 
 
 def randomise(model: PointPeftModel, scale: float = 1.0) -> None:
@@ -47,7 +48,7 @@ def test_in_plain_layers_its_tensors_stand_in_the_place_of_the_bases():
     randomise(model)
     tuned = {name: tensor.clone() for name, tensor in get_adapter(model, "default").tensors().items()}
     output = model(points)
-    assert reading.depth() == 0 and not torch.equal(output, base)
+    assert depth() == 0 and not torch.equal(output, base)
     with model.disable_adapter():
         assert torch.equal(model(points), base)
     plain: nn.Module = model.unload()
@@ -120,7 +121,7 @@ def test_an_error_in_a_layer_leaves_nothing_in_its_place():
     before = model(points)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model.get_submodule("base_model.blocks.blocks.0.mlp.fc1")(torch.zeros(2, 3))
-    assert reading.depth() == 0
+    assert depth() == 0
     assert torch.equal(model(points), before)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AdapterError, AnatomyError, BottleneckConfig, PointPeftError, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
+from tests.zoo import BACKBONES, clouds
 
 PLACEMENTS = ("houlsby", "pfeiffer", "adaptformer")
 

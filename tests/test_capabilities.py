@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from examples import capabilities
-from examples.backbones import BACKBONES
 from point_peft import METHODS
 from tests.methods import ToyConfig
+from tests.zoo import BACKBONES
+from tools import capabilities
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -17,7 +17,7 @@ def test_the_page_says_what_the_probes_say(name: str) -> None:
     found = {method: capabilities.probe(method, BACKBONES[name]) for method in sorted(METHODS)}
     page = capabilities.known()
     for method, (answer, why) in found.items():
-        assert (method, name) in page, "write the page anew: python -m examples.capabilities"
+        assert (method, name) in page, "write the page anew: python -m tools.capabilities"
         assert page[method, name] == (None if answer == "no" else answer), why
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from point_peft import METHODS, LoraConfig, PeftConfig, PointPeftError, PointPeftModel, get_peft_model
-from point_peft.card import About, citation, for_repository, kept, merged, render
+from point_peft.hub.card import About, citation, for_repository, kept, merged, render
 from tests.test_state import CONFIG, backbone
 
 ABOUT = About(

@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from torch import nn
 
-from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __version__, cli, get_peft_model, state
-from point_peft import hub as hub_module
+from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __version__, cli, get_peft_model
+from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, sha256
+from point_peft.files.reading import read_folder
+from point_peft.files.writing import copy_folder
 from tests.hub_server import HubServer
 from tests.test_state import CONFIG, adapted, backbone, logits
 
@@ -120,7 +122,7 @@ def test_inspect_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         name: tuple(tensor.shape) for name, tensor in expected.items()
     }
     assert report["parameters"] == sum(tensor.numel() for tensor in expected.values())
-    assert report["bytes"] == (folder / state.TENSOR_FILE).stat().st_size
+    assert report["bytes"] == (folder / TENSOR_FILE).stat().st_size
     assert report["methods"] == [{"method": "POINT_PEFT", "fields": {"memory_bank": False}}]
     assert report["base"]["name"] == "someone/base" and report["base"]["revision"] == "v1"
     assert report["base"]["fingerprint"]["tensors"] > 0
@@ -141,8 +143,8 @@ def test_inspect_in_words(lora: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_inspect_an_adapter_of_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["qkv"], "bias": "none", "modules_to_save": ["head"]}
-    (tmp_path / state.CONFIG_FILE).write_text(json.dumps(config))
-    safetensors.torch.save_file({"base_model.model.x.lora_A.weight": torch.ones(4, 2)}, tmp_path / state.TENSOR_FILE)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    safetensors.torch.save_file({"base_model.model.x.lora_A.weight": torch.ones(4, 2)}, tmp_path / TENSOR_FILE)
     assert run("inspect", tmp_path, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["methods"] == [{"method": "LORA", "fields": {k: v for k, v in config.items() if k != "peft_type"}}]
@@ -151,14 +153,14 @@ def test_inspect_an_adapter_of_peft(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def damaged(folder: Path, what: str) -> str:
     """Spoil an adapter, and say what `inspect` says of it."""
-    files = state.read_folder(folder)
+    files = read_folder(folder)
     tensors, config = dict(files.tensors), dict(files.config)
     name = next(iter(tensors))
     if what == "left":
         (folder / f".README.md.{'0' * 12}.tmp").write_text("x")
         return "an interrupted save has left .README.md.000000000000.tmp"
     if what == "edited":
-        path = folder / state.CONFIG_FILE
+        path = folder / CONFIG_FILE
         path.write_text(path.read_text().replace("v1", "v2"))
         return "adapter_config.json is another than the one that the tensors were saved with"
     if what == "nan":
@@ -172,10 +174,10 @@ def damaged(folder: Path, what: str) -> str:
     else:
         config["tuners"] = 3
     text = json.dumps(config).encode()
-    (folder / state.CONFIG_FILE).write_bytes(text)
-    plain = {state.KEY_PREFIX + key: tensor for key, tensor in tensors.items()}
-    metadata = {"format": "pt", "config_sha256": state._sha256(text)}
-    (folder / state.TENSOR_FILE).write_bytes(safetensors.torch.save(plain, metadata=metadata))
+    (folder / CONFIG_FILE).write_bytes(text)
+    plain = {KEY_PREFIX + key: tensor for key, tensor in tensors.items()}
+    metadata = {"format": "pt", "config_sha256": sha256(text)}
+    (folder / TENSOR_FILE).write_bytes(safetensors.torch.save(plain, metadata=metadata))
     return {
         "nan": f"the tensor '{name}' holds values that are not finite",
         "zero": "all tensors are zero",
@@ -199,7 +201,7 @@ def test_what_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.Captur
     failed(capsys, "there is no folder", "inspect", tmp_path / "none")
     failed(capsys, "there is no file", "inspect", tmp_path)
     failed(capsys, "--revision is for repositories of the Hub", "inspect", folder, "--revision", "v1")
-    (folder / state.CONFIG_FILE).write_text("{\n\n")
+    (folder / CONFIG_FILE).write_text("{\n\n")
     failed(capsys, "is not JSON", "inspect", folder)
 
 
@@ -207,7 +209,7 @@ def test_what_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.Captur
 def test_whatever_a_configuration_says(
     folder: Path, lora: Path, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in (folder / state.CONFIG_FILE, lora / state.CONFIG_FILE):
+    for path in (folder / CONFIG_FILE, lora / CONFIG_FILE):
         before = json.loads(path.read_text())
         for name in sorted(before):
             path.write_text(json.dumps({**before, name: value}))
@@ -221,9 +223,9 @@ def test_whatever_a_configuration_says(
 
 def test_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "b"
-    state.copy_folder(folder, other)
-    text = (other / state.CONFIG_FILE).read_text().replace(__version__, "0.0.0")
-    (other / state.CONFIG_FILE).write_text(text)
+    copy_folder(folder, other)
+    text = (other / CONFIG_FILE).read_text().replace(__version__, "0.0.0")
+    (other / CONFIG_FILE).write_text(text)
     assert run("diff", folder, folder) == run("diff", folder, other) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -241,7 +243,7 @@ def test_two_adapters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run("diff", folder, tmp_path / "b") == 1
     out = capsys.readouterr().out
     assert out.startswith(f'--- {folder}\n+++ {tmp_path / "b"}\nconfig revision: "v1" -> null\ntensor ')
-    first, second = (state.read_folder(path).tensors for path in (folder, tmp_path / "b"))
+    first, second = (read_folder(path).tensors for path in (folder, tmp_path / "b"))
     name = max(first, key=lambda name: first[name].numel())
     cosine = torch.cosine_similarity(first[name].double().flatten(), second[name].double().flatten(), dim=0)
     largest = (first[name] - second[name]).abs().max()
@@ -361,11 +363,11 @@ def test_push_and_pull(
         pushed.update(repo_id=repo_id, download=options)
         return folder / (options["subfolder"] or "")
 
-    monkeypatch.setattr(hub_module, "push", push)
-    monkeypatch.setattr(hub_module, "download", download)
+    monkeypatch.setattr(cli, "push", push)
+    monkeypatch.setattr(cli, "download", download)
     assert run("push", folder, "alice/x") == 0
     assert capsys.readouterr().out == "https://hub/alice/x/commit/1\n"
-    names = [state.CONFIG_FILE, state.TENSOR_FILE]
+    names = [CONFIG_FILE, TENSOR_FILE]
     assert set(pushed["files"]) == {*names, *(f"task/{name}" for name in names), "README.md"}
     assert all(pushed["files"][name] == (folder / name).read_bytes() for name in names)
     text = pushed["files"]["README.md"].decode()
@@ -398,13 +400,13 @@ def test_what_is_not_pushed(
     def refuse(*_: Any, **__: Any) -> str:
         raise AssertionError
 
-    monkeypatch.setattr(hub_module, "push", refuse)
+    monkeypatch.setattr(cli, "push", refuse)
     failed(capsys, "there is no folder", "push", tmp_path / "none", "alice/x")
     (tmp_path / "empty").mkdir()
     failed(capsys, "there is no adapter in", "push", tmp_path / "empty", "alice/x")
-    (folder / state.PENDING_CONFIG_FILE).write_text("{}")
+    (folder / PENDING_CONFIG_FILE).write_text("{}")
     failed(capsys, "was interrupted: load the adapter and save it again", "push", folder, "alice/x")
-    (folder / state.PENDING_CONFIG_FILE).unlink()
+    (folder / PENDING_CONFIG_FILE).unlink()
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to("/etc/hostname")
     failed(capsys, "README.md' is a link: only files are pushed", "push", folder, "alice/x")
@@ -413,7 +415,7 @@ def test_what_is_not_pushed(
     failed(capsys, "the YAML at the beginning of the card cannot be read", "push", folder, "alice/x")
     damaged(folder, "nan")
     failed(capsys, "holds values that are not finite", "push", folder, "alice/x")
-    (folder / state.TENSOR_FILE).write_bytes(b"x")
+    (folder / TENSOR_FILE).write_bytes(b"x")
     failed(capsys, "is not a safetensors file", "push", folder, "alice/x")
 
 
@@ -421,7 +423,7 @@ def test_errors_of_the_hub_are_one_line(capsys: pytest.CaptureFixture[str], monk
     def fail(*_: Any, **__: Any) -> Path:
         raise OSError("first line\nsecond line")
 
-    monkeypatch.setattr(hub_module, "download", fail)
+    monkeypatch.setattr(cli, "download", fail)
     failed(capsys, "first line second line", "pull", "alice/x", "somewhere")
 
 

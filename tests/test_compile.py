@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, gradients, loss_of, plain, run
+from tests.zoo import BACKBONES, clouds
 
 # As whole calls in the graph: to follow what is inside them takes half of a compilation.
 for function in (einops.rearrange, einops.reduce, einops.repeat):

@@ -12,7 +12,7 @@ import pytest
 from point_peft import METHODS, PeftConfig, PointPEFTConfig, TunerConfig
 from point_peft.config import MAX_INTEGER
 from point_peft.errors import PointPeftError
-from point_peft.tuners.base import Blueprint
+from point_peft.parts.base import Blueprint
 
 
 def again(config: PeftConfig) -> PeftConfig:

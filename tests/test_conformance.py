@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from examples.backbones import TinyBackbone
 from point_peft import AdapterError, PointPeftModel, get_peft_model
-from point_peft.injection import SITE, get_adapter
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.site import SITE
 from tests.adapting import (
     adapt,
     add,
@@ -36,6 +36,7 @@ from tests.adapting import (
     values,
 )
 from tests.methods import config
+from tests.zoo import TinyBackbone
 
 
 @every_pair

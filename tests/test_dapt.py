@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AdapterError, AnatomyError, DAPTConfig, PointPeftError, PointPeftModel, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
 from point_peft.tuners.dapt.parts import DynamicAdapter
 from tests import golden
 from tests.adapting import adapt, distance, run
 from tests.test_golden_base import Recorder, compare, grouping
+from tests.zoo import BACKBONES, clouds
 
 HEAD = "cls_head_finetune"
 PUBLISHED = {HEAD: "cls+prompt+max"}

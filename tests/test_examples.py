@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from examples import data, pretrain, quickstart, serve, shapes
+from examples import data, quickstart, serve
 from point_peft import LoraConfig, get_peft_model
 from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
 from point_peft.backbones.checkpoint import EMBEDDED
+from tools import pretrain, shapes
 
 TINY: dict[str, Any] = {
     "trans_dim": 24,

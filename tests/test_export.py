@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AdapterError, LoraConfig, get_peft_model
 from point_peft.geometry import farthest_point_sample
 from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, plain
+from tests.zoo import BACKBONES, clouds
 
 BACKBONE = BACKBONES["point_bert"]
 """With more than one block, because methods share and grow things from block to block."""

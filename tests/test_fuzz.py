@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from examples.backbones import BACKBONES
 from point_peft import (
     DAPTConfig,
     LoraConfig,
@@ -33,11 +32,13 @@ from point_peft import (
     PointPeftModel,
     VPTConfig,
     describe,
-    state,
 )
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
+from point_peft.files.format import CONFIG_FILE, DIGEST, KEY_PREFIX, LORA_TYPE, PEFT_TYPE, RECORD, SEAL, TENSOR_FILE
+from point_peft.files.reading import read_folder, seal_of
 from point_peft.model import Format
 from tests.adapting import adapt, assert_same_values, fingerprint
+from tests.zoo import BACKBONES
 
 BACKBONE = BACKBONES["compact"]
 LORA = LoraConfig(r=2, target_modules=["q", "v"], rank_pattern={"blocks.0.attention.q": 3}, lora_dropout=0.25)
@@ -100,8 +101,8 @@ def read(config: bytes, tensors: bytes, folder: Path) -> str | None:
 
     In both cases the model is afterwards as it was.
     """
-    (folder / state.CONFIG_FILE).write_bytes(config)
-    (folder / state.TENSOR_FILE).write_bytes(tensors)
+    (folder / CONFIG_FILE).write_bytes(config)
+    (folder / TENSOR_FILE).write_bytes(tensors)
     untouched()
     sentence = None
     with in_time(), warnings.catch_warnings():
@@ -123,14 +124,14 @@ def read(config: bytes, tensors: bytes, folder: Path) -> str | None:
 def check_loaded(text: bytes, data: bytes, folder: Path) -> None:
     """The loaded adapter has the tensors and the configuration of the files, and saves as such."""
     config, adapter = json.loads(text), get_adapter(target(), "fuzzed")
-    stated = {f"{state.KEY_PREFIX}{name}": tensor for name, tensor in adapter.tensors().items()}
+    stated = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.tensors().items()}
     assert_same_values(dict(sorted(stated.items())), values_of(data))
     found = adapter.config.to_json()
     metadata = parts(data)[0].get("__metadata__", {})
-    if config["peft_type"] == state.PEFT_TYPE:
+    if config["peft_type"] == PEFT_TYPE:
         assert_states(found, config)
-    elif state._RECORD in metadata and metadata.get(state._DIGEST) == hashlib.sha256(text).hexdigest():
-        assert_states(found, json.loads(metadata[state._RECORD]))
+    elif RECORD in metadata and metadata.get(DIGEST) == hashlib.sha256(text).hexdigest():
+        assert_states(found, json.loads(metadata[RECORD]))
     else:
         shared = {**found, **found["tuners"][0]}
         names = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "base_model_name_or_path", "revision"}
@@ -138,9 +139,9 @@ def check_loaded(text: bytes, data: bytes, folder: Path) -> None:
             name: config[name] for name in names & set(config)
         }
     target().save_pretrained(
-        folder / "again", "fuzzed", format="auto" if config["peft_type"] == state.LORA_TYPE else "point_peft"
+        folder / "again", "fuzzed", format="auto" if config["peft_type"] == LORA_TYPE else "point_peft"
     )
-    again = state.read_folder(folder / "again")
+    again = read_folder(folder / "again")
     assert_same_values(again.tensors, dict(sorted(adapter.tensors().items())))
     mine = again.record or again.config
     assert {name: mine[name] for name in found} == json.loads(json.dumps(found))
@@ -247,18 +248,18 @@ def often(examples: int) -> Callable[[Any], Any]:
 @often(150)
 @given(data=st.data())
 def test_a_changed_configuration(saved: dict[str, Path], tmp_path: Path, source: str, data: st.DataObject) -> None:
-    config = json.loads((saved[source] / state.CONFIG_FILE).read_bytes())
-    read(changed(config, data), (saved[source] / state.TENSOR_FILE).read_bytes(), tmp_path)
+    config = json.loads((saved[source] / CONFIG_FILE).read_bytes())
+    read(changed(config, data), (saved[source] / TENSOR_FILE).read_bytes(), tmp_path)
 
 
 @each_source
 @often(60)
 @given(data=st.data())
 def test_a_changed_header(saved: dict[str, Path], tmp_path: Path, source: str, data: st.DataObject) -> None:
-    header, values = parts((saved[source] / state.TENSOR_FILE).read_bytes())
+    header, values = parts((saved[source] / TENSOR_FILE).read_bytes())
     if data.draw(st.booleans()):
-        del header["__metadata__"][state._SEAL]
-    read((saved[source] / state.CONFIG_FILE).read_bytes(), joined(changed(header, data), values), tmp_path)
+        del header["__metadata__"][SEAL]
+    read((saved[source] / CONFIG_FILE).read_bytes(), joined(changed(header, data), values), tmp_path)
 
 
 @often(150)
@@ -266,10 +267,10 @@ def test_a_changed_header(saved: dict[str, Path], tmp_path: Path, source: str, d
 def test_a_changed_record(saved: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
     """What PEFT's format cannot say lies in the header, and a stranger may write it there as well."""
     folder = saved["LORA in PEFT's format"]
-    header, values = parts((folder / state.TENSOR_FILE).read_bytes())
-    del header["__metadata__"][state._SEAL]
-    header["__metadata__"][state._RECORD] = changed(json.loads(header["__metadata__"][state._RECORD]), data).decode()
-    read((folder / state.CONFIG_FILE).read_bytes(), joined(json.dumps(header).encode(), values), tmp_path)
+    header, values = parts((folder / TENSOR_FILE).read_bytes())
+    del header["__metadata__"][SEAL]
+    header["__metadata__"][RECORD] = changed(json.loads(header["__metadata__"][RECORD]), data).decode()
+    read((folder / CONFIG_FILE).read_bytes(), joined(json.dumps(header).encode(), values), tmp_path)
 
 
 # ---- changed bytes ---------------------------------------------------------------------------------------------------
@@ -297,10 +298,10 @@ def spoilt(data: bytes, size: int, choice: random.Random) -> bytes:
 def test_changed_bytes(saved: dict[str, Path], tmp_path: Path) -> None:
     """Two thousand files. What still loads has the very tensors that were saved."""
     choice, loaded, sentences = random.Random(0), 0, set()
-    originals = {name: values_of((folder / state.TENSOR_FILE).read_bytes()) for name, folder in saved.items()}
+    originals = {name: values_of((folder / TENSOR_FILE).read_bytes()) for name, folder in saved.items()}
     for number in range(2000):
         source = list(SOURCES)[number % len(SOURCES)]
-        config, tensors = ((saved[source] / name).read_bytes() for name in (state.CONFIG_FILE, state.TENSOR_FILE))
+        config, tensors = ((saved[source] / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE))
         if number % 3 == 0:
             config = spoilt(config, len(config), choice)
         else:
@@ -319,18 +320,18 @@ def test_changed_bytes(saved: dict[str, Path], tmp_path: Path) -> None:
 
 def test_every_flipped_bit_of_the_values_is_seen(saved: dict[str, Path]) -> None:
     folder = saved["VPT"]
-    data = (folder / state.TENSOR_FILE).read_bytes()
+    data = (folder / TENSOR_FILE).read_bytes()
     header, values = parts(data)
     start = len(data) - len(values)
     for at in range(start, len(data), 7):
         found = memoryview(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])[start:]
-        assert state._seal(header, found) != header["__metadata__"][state._SEAL]
+        assert seal_of(header, found) != header["__metadata__"][SEAL]
 
 
 def test_a_file_without_a_digest_is_read(saved: dict[str, Path], tmp_path: Path) -> None:
     """As the PEFT package writes them."""
     for folder in saved.values():
-        header, values = parts((folder / state.TENSOR_FILE).read_bytes())
-        del header["__metadata__"][state._SEAL]
-        text = (folder / state.CONFIG_FILE).read_bytes()
+        header, values = parts((folder / TENSOR_FILE).read_bytes())
+        del header["__metadata__"][SEAL]
+        text = (folder / CONFIG_FILE).read_bytes()
         assert read(text, joined(json.dumps(header).encode(), values), tmp_path) is None

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, Compact, clouds, compact_like
 from point_peft import (
     AdapterError,
     AnatomyError,
@@ -21,14 +20,15 @@ from point_peft import (
     geometry,
     get_peft_model,
 )
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
-from point_peft.heads import mlp_head
-from point_peft.injection import get_adapter
+from point_peft.parts.propagation import Neighbourhoods
 from point_peft.tuners.ga_prompt.parts import BlockPart, CloudPart
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
-from point_peft.tuners.propagation import Neighbourhoods
 from tests import golden
 from tests.test_golden_base import Recorder, grouping
+from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
 

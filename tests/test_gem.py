@@ -14,14 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES
-from examples.backbones.operators import supply_spconv_on_cpu
-from point_peft import AnatomyError, GEMConfig, PointPeftError, PointPeftModel, get_peft_model, ragged
+from point_peft import AnatomyError, GEMConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.gem.context_adapter import ContextAdapter, _scene_rows
 from tests.adapting import distance, rescramble
 from tests.methods import config
 from tests.test_packed import C, Dense, G, Packed, anatomy
+from tests.zoo import BACKBONES
+from tests.zoo.operators import supply_spconv_on_cpu
 
 PTV3 = {32: 2, 64: 2 + 2 + 2, 128: 2 + 2, 256: 6 + 2, 512: 2}
 """Width -> blocks of that width in the published Point Transformer V3, encoder and decoder; 46.2 M parameters."""
@@ -199,13 +199,13 @@ def test_rows_of_mingled_samples() -> None:
     """Each point once among the real ones, in rows of its own sample that are nearly as long as each other."""
     torch.manual_seed(0)
     samples = torch.tensor([0] * 5 + [2] * 23 + [3])[torch.randperm(29)]
-    order, ends = ragged.gathered(samples, 29)
+    order, ends = geometry.gathered(samples, 29)
     assert torch.equal(samples[order], samples.sort().values) and ends.tolist() == [5, 5, 28, 29]
-    index, real, sample = ragged.rows_of(ends, 29, 8)
+    index, real, sample = geometry.rows_of(ends, 29, 8)
     assert sample.tolist() == [0, 2, 2, 2, 3] and real.sum(1).tolist() == [5, 7, 8, 8, 1]
     assert index[real].tolist() == list(range(29))
     assert torch.equal(samples[order][index], sample[:, None].expand_as(index))
-    assert ragged.gathered(ends, 29)[0].tolist() == list(range(29))
+    assert geometry.gathered(ends, 29)[0].tolist() == list(range(29))
 
 
 # ---- packed tokens ---------------------------------------------------------------------------------------------------
@@ -401,13 +401,13 @@ def test_compiled_dense_tokens() -> None:
 def test_stages_on_the_same_points_share_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder is back on the points of the encoder: neighbours are found twice for three stages."""
     calls = []
-    knn = ragged.ragged_knn
+    knn = geometry.ragged_knn
 
     def counted(*args: Any) -> Tensor:
         calls.append(len(args[0]))
         return knn(*args)
 
-    monkeypatch.setattr("point_peft.ragged.ragged_knn", counted)
+    monkeypatch.setattr("point_peft.geometry.ragged_knn", counted)
     backbone = BACKBONES["pointcept_ptv3"]
     model = get_peft_model(backbone.build(), GEMConfig())
     model(*backbone.inputs(2, 0))
@@ -438,7 +438,7 @@ SCENE = """
 import resource
 import torch
 torch.set_num_threads(1)
-import examples.backbones.pointcept as pointcept
+import tests.zoo.pointcept as pointcept
 from point_peft import GEMConfig, get_peft_model
 pointcept.GRID, pointcept.PATCH = 512, 256
 sizes = torch.tensor([95_000, 4_000, 1_000])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from point_peft import geometry
 from point_peft.errors import PointPeftError
+from point_peft.geometry import eager
+from point_peft.geometry.eager import _farthest_by_torch_fps, farthest_in_loop
 
 
 def clouds(b: int, n: int, seed: int = 0) -> Tensor:
@@ -80,7 +82,7 @@ def test_torch_fps_takes_the_same_points(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch_fps.api._cpu, "get_module", lambda: None)
     points = uneven()
     for count in (1, 20, 60):
-        assert torch.equal(geometry._farthest_by_torch_fps(points, count), geometry._farthest(points, count))
+        assert torch.equal(_farthest_by_torch_fps(points, count), farthest_in_loop(points, count))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch_fps is used on a GPU")
@@ -88,7 +90,7 @@ def test_torch_fps_takes_the_same_points_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("torch_fps", reason="the extra 'fast' is not installed")
     points = uneven().cuda()
     fast = geometry.farthest_point_sample(points, 20)
-    monkeypatch.setattr(geometry, "torch_fps", None)
+    monkeypatch.setattr(eager, "torch_fps", None)
     assert torch.equal(fast, geometry.farthest_point_sample(points, 20))
 
 
@@ -130,7 +132,7 @@ def test_knn_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, points = clouds(2, 13, seed=1), clouds(2, 40)
     whole = geometry.knn(queries, points, 5)
     for elements in (1, 3 * 2 * 40, 12 * 2 * 40):
-        monkeypatch.setattr(geometry, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(eager, "CHUNK_ELEMENTS", elements)
         assert torch.equal(geometry.knn(queries, points, 5), whole)
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.backbones import BACKBONES, TinyBackbone
 from point_peft import PointPeftModel
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import (
     HierarchicalPointTransformer,
     HierarchicalPointTransformerPartSeg,
     PointTransformer,
     PointTransformerPartSeg,
 )
-from point_peft.injection import get_adapter
 from tests.adapting import PAIRS, adapt, assert_same_values, distance, each, gradients, loss_of
 from tests.test_representatives import few, representatives
+from tests.zoo import BACKBONES, TinyBackbone
 
 REFERENCES = (
     PointTransformer,

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES
 from point_peft import LinearProbeConfig, PointPEFTConfig, PointPeftModel, TunerConfig, VPTConfig, get_peft_model
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.heads import HeadSource, PooledHead, PooledModule, make_head, mlp_head
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError
-from point_peft.heads import HeadSource, PooledHead, PooledModule, build_head, describe_head, make_head, mlp_head
-from point_peft.injection import get_adapter
-from point_peft.tuners.base import Backbone
+from point_peft.files.head_description import build_head, describe_head
+from point_peft.parts.backbone import Backbone
+from tests.zoo import BACKBONES
 
 HEAD = "cls_head_finetune"
 CONFIG = PointPEFTConfig(memory_bank=False)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import enliven, supply_pyg_operators
 from point_peft import geometry
 from point_peft.backbones import HierarchicalPointTransformer, HierarchicalPointTransformerPartSeg, load_checkpoint
 from point_peft.backbones.hierarchical import IndexedGroup, distant
 from point_peft.backbones.layers import Attention, DropPath
 from point_peft.errors import PointPeftError
 from tests import golden
+from tests.zoo import enliven, supply_pyg_operators
 
 TOLERANCE = 1e-5
 SIZES: dict[str, Any] = {

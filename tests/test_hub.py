@@ -14,13 +14,13 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, scan_cache_dir
 from torch import Tensor
 
-from examples.backbones import BACKBONES, TinyBackbone
 from point_peft import BitFitConfig, HubError, PeftConfig, PointPeftModel, list_adapters
-from point_peft import hub as hub_module
-from point_peft.state import CARD_FILE, CONFIG_FILE, TENSOR_FILE
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE
+from point_peft.hub import pulling, pushing
 from tests.adapting import PAIRS, adapt, add, rescramble, run
 from tests.hub_server import HubServer
 from tests.peft_package import peft
+from tests.zoo import BACKBONES, TinyBackbone
 
 pytest_plugins = ["tests.hub_fixture"]
 
@@ -231,7 +231,7 @@ def test_a_commit_that_came_in_between_is_kept(
     hub: HubServer, model: PointPeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.push_to_hub(REPO)
-    asked = hub_module._info
+    asked = pulling.model_info
 
     def moved(*args: Any) -> Any:
         info = asked(*args)
@@ -239,7 +239,7 @@ def test_a_commit_that_came_in_between_is_kept(
             hub.put(REPO, {"theirs.txt": b"theirs", CARD_FILE: hub.files(REPO)[CARD_FILE] + b"\nTheirs.\n"})
         return info
 
-    monkeypatch.setattr(hub_module, "_info", moved)
+    monkeypatch.setattr(pushing, "model_info", moved)
     other().push_to_hub(REPO)
     assert committed(hub) == FILES | {"theirs.txt"}
     assert hub.files(REPO)[CARD_FILE].endswith(b"\nTheirs.\n")

@@ -22,12 +22,12 @@ import torch
 from huggingface_hub import HfApi, ModelInfo, constants, file_download
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES
 from point_peft import AdapterFileError, HubError, LoraConfig, PointPeftError, PointPeftModel, list_adapters
-from point_peft import hub as hub_module
-from point_peft.state import CARD_FILE, CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
+from point_peft.hub import asking, pulling
 from tests.adapting import adapt, assert_same_values, fingerprint, run, values
 from tests.hub_server import HubServer
+from tests.zoo import BACKBONES
 
 pytest_plugins = ["tests.hub_fixture"]
 
@@ -45,7 +45,7 @@ both = pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
 def naps_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the package would have slept between its tries; it does not."""
     slept: list[float] = []
-    monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(asking, "time", SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -120,7 +120,7 @@ class Fault:
 def provoke(hub: HubServer, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let it go wrong; nobody waits for long where an answer comes late."""
     if "delay" in fault.how:
-        monkeypatch.setattr(hub_module, "TIMEOUT", 0.3)
+        monkeypatch.setattr(pulling, "TIMEOUT", 0.3)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
         monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3)
     hub.fault(fault.method, fault.path, **fault.how)

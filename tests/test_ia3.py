@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AnatomyError, IA3Config, PointPeftModel, describe, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
+from tests.zoo import BACKBONES, clouds
 
 
 def adapted(name="point_mae", **fields):

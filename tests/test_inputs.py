@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.backbones import BACKBONES, Args, TinyBackbone
 from point_peft import AnatomyError, PointPeftError, PointPeftModel, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer, PointTransformerPartSeg
-from point_peft.injection import get_adapter
 from tests.adapting import (
     PAIRS,
     adapt,
@@ -35,6 +34,7 @@ from tests.adapting import (
 )
 from tests.methods import config
 from tests.test_representatives import a_few, few, representatives
+from tests.zoo import BACKBONES, Args, TinyBackbone
 
 
 def changed(args: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 import point_peft
-from examples import capabilities
-from examples.backbones import BACKBONES
-from examples.backbones.operators import supply_torchvision_schemas
 from point_peft import AdapterError, AdapterFileError, BitFitConfig, LoraConfig, PointPEFTConfig, PointPeftModel
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
 from tests.adapting import assert_same_values, banks, build_bank, fingerprint, plain, rescramble, run, unusual, values
 from tests.methods import config
+from tests.zoo import BACKBONES
+from tests.zoo.operators import supply_torchvision_schemas
+from tools import capabilities
 
 supply_torchvision_schemas()
 peft: Any = importlib.import_module("peft")

@@ -17,14 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from examples.backbones import BACKBONES
-from point_peft import LoraConfig, PointPeftModel, VPTConfig, state
-from point_peft.injection import get_adapter
+from point_peft import LoraConfig, PointPeftModel, VPTConfig
+from point_peft.adapting.adapter import get_adapter
+from point_peft.files import writing as writing_module
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE
+from point_peft.files.reading import leftovers, read_folder
+from point_peft.files.writing import write_folder
 from tests.adapting import adapt, assert_same_values
 from tests.forks import Server
+from tests.zoo import BACKBONES
 
 BACKBONE = BACKBONES["compact"]
-NAMES = [state.CARD_FILE, state.CONFIG_FILE, state.TENSOR_FILE]
+NAMES = [CARD_FILE, CONFIG_FILE, TENSOR_FILE]
 KILLS = 100
 
 
@@ -58,7 +62,7 @@ def names(folder: Path) -> list[str]:
 
 def which(folder: Path, saved: list[Path]) -> int:
     """The number of the adapter that a folder holds; it is complete, and read as what it is."""
-    found, originals = state.read_folder(folder), [state.read_folder(original) for original in saved]
+    found, originals = read_folder(folder), [read_folder(original) for original in saved]
     number = [original.config for original in originals].index(found.config)
     assert_same_values(found.tensors, originals[number].tensors)
     assert found.record == originals[number].record and not found.edited
@@ -148,7 +152,7 @@ def test_killed_at_random_moments(saved: list[Path], tmp_path: Path, server: Ser
         os.kill(child, signal.SIGKILL)
         assert server.wait(child) == signal.SIGKILL
         begun.unlink()
-        inside += bool(state.leftovers(folder))
+        inside += bool(leftovers(folder))
         seen.append(which(folder, saved))
         # Every other time the next save is by the next child, which may be killed as well.
         if number % 2:
@@ -168,7 +172,7 @@ class Crash(BaseException):
 def crash_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
     """The process is gone at the call of that number that changes a folder; nothing is tidied up after it."""
     left = [number]
-    names: list[tuple[Any, str]] = [(os, "replace"), (Path, "unlink"), (state, "_write")]
+    names: list[tuple[Any, str]] = [(os, "replace"), (Path, "unlink"), (writing_module, "_write")]
     real: dict[tuple[Any, str], Callable[..., Any]] = {(owner, name): getattr(owner, name) for owner, name in names}
 
     def watched(name: tuple[Any, str]) -> Any:
@@ -189,11 +193,11 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
 
 def write(folder: Path, value: int) -> None:
     config = {"peft_type": "POINT_PEFT", "format_version": 1, "value": value}
-    state.write_folder(folder, config, {"a": torch.full((3,), float(value))}, lambda existing, size: "card")
+    write_folder(folder, config, {"a": torch.full((3,), float(value))}, lambda existing, size: "card")
 
 
 def read(folder: Path) -> int:
-    found = state.read_folder(folder)
+    found = read_folder(folder)
     value = int(found.config["value"])
     assert torch.equal(found.tensors["a"], torch.full((3,), float(value)))
     return value
@@ -209,7 +213,7 @@ def test_two_crashes_wherever_they_come_leave_a_complete_adapter(
             folder = tmp_path / str(number)
             number += 1
             write(folder, 1)
-            (folder / state.CARD_FILE).unlink()
+            (folder / CARD_FILE).unlink()
             expected = {1}
             for value, step in ((2, first), (3, second)):
                 with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +229,7 @@ def test_two_crashes_wherever_they_come_leave_a_complete_adapter(
                 expected = {now}
             write(folder, 4)
             assert read(folder) == 4
-            assert names(folder) == ["README.md", state.CONFIG_FILE, state.TENSOR_FILE]
+            assert names(folder) == ["README.md", CONFIG_FILE, TENSOR_FILE]
 
 
 # ---- readers beside writers ------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from examples.backbones import BACKBONES
 from point_peft import AdapterError, LinearProbeConfig, PointPeftError, get_peft_model
 from point_peft.backbones import PointTransformer
+from tests.zoo import BACKBONES
 
 
 def test_only_the_head_is_trained():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import (
     AdapterError,
     AnatomyError,
@@ -26,6 +25,7 @@ from point_peft import (
 )
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.lora import pattern_values
+from tests.zoo import BACKBONES, clouds
 
 
 def adapted(**fields):

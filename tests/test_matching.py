@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from point_peft.errors import MatchError
-from point_peft.matching import match_names, nearest_names
+from point_peft.matching import match_names
+from point_peft.nearest import nearest_names
 
 PARTS = ("", ".attn", ".attn.qkv", ".attn.proj", ".mlp.fc1")
 BLOCKS = [f"blocks.blocks.{i}{part}" for i in range(12) for part in PARTS]

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES
 from point_peft import AdapterError, PointPEFTConfig, PointPeftError, PointPeftModel, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
-from point_peft.state import TENSOR_FILE
+from point_peft.files.format import TENSOR_FILE
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes
 from tests.adapting import banks, run
+from tests.zoo import BACKBONES
 
 
 def unit_rows(count: int, channels: int = 24, seed: int = 0) -> Tensor:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from examples import method_figures, method_pages, methods
-from examples.methods import BASE, PUBLISHED, QUICK, Row
 from point_peft import METHODS, PointPeftError
 from point_peft.backbones import PointTransformer
-from point_peft.card import markdown
+from point_peft.hub.card import markdown
 from tests.methods import ToyConfig
+from tools import method_figures, method_pages, methods
+from tools.methods import BASE, PUBLISHED, QUICK, Row
 
 ROOT = Path(__file__).parent.parent
 ROWS = methods.rows_of()
@@ -163,7 +163,7 @@ def test_every_method_has_its_page_and_its_figure_as_the_code_says(monkeypatch: 
         monkeypatch.setattr(methods, name, lambda *arguments: 0.0)
     present = {path.name: path.read_text(encoding="utf-8") for path in method_pages.FOLDER.glob("*")}
     wanted = {"README.md", *(f"{method.lower()}{ending}" for method in METHODS for ending in (".md", ".svg"))}
-    hint = "write them anew: python -m examples.method_pages"
+    hint = "write them anew: python -m tools.method_pages"
     assert set(present) == wanted, hint
     assert present["README.md"] == method_pages.index(), hint
     for method in METHODS:
@@ -244,7 +244,7 @@ def test_a_new_module_enters_registry_table_pages_and_figure(tmp_path: Path):
 import torch
 torch.set_num_threads(1)
 import imported
-from examples import method_pages, methods
+from tools import method_pages, methods
 methods.main(["--quick", "--methods", "SHIFT", "IMPORT", "--repeats", "1", "--batch", "2"])
 for method in ("SHIFT", "IMPORT"):
     print(method_pages.page(method, methods.QUICK))
@@ -298,7 +298,7 @@ def test_a_new_module_enters_the_conformance_matrix_and_files(tmp_path: Path):
     assert "3 passed" in done.stdout, done.stdout
     script = f"""
 import torch
-from examples.backbones import BACKBONES
+from tests.zoo import BACKBONES
 from point_peft import METHODS, PointPeftModel, get_peft_model
 backbone = BACKBONES["point_mae"]
 model = get_peft_model(backbone.build(), METHODS["SHIFT"]()).eval()

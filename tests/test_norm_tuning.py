@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.backbones import BACKBONES
 from point_peft import AnatomyError, NormTuningConfig, PeftConfig, SSFConfig, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
+from tests.zoo import BACKBONES
 
 
 def adapted(name, **fields):

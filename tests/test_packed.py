@@ -12,10 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES
 from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, describe, get_peft_model
-from point_peft.anatomy import Anatomy, Block, Stage, Tap
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
+from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
+from tests.zoo import BACKBONES
 
 G, C = 24, 12
 
@@ -204,7 +204,7 @@ SCENE = """
 import resource
 import torch
 torch.set_num_threads(1)
-import examples.backbones.pointcept as pointcept
+import tests.zoo.pointcept as pointcept
 from point_peft import PointPEFTConfig, get_peft_model
 pointcept.GRID, pointcept.PATCH = 512, 256
 sizes = torch.tensor([95_000, 4_000, 1_000])

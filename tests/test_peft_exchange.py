@@ -24,9 +24,9 @@ from point_peft import (
     PointPeftModel,
     get_peft_model,
     inject_adapter,
-    state,
 )
 from point_peft.backbones import PointTransformer
+from point_peft.files.format import CONFIG_FILE, TENSOR_FILE, sha256
 from tests.peft_package import peft
 
 SIZES: dict[str, Any] = {
@@ -138,7 +138,7 @@ def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
     base, fields = CASES[case]
     model = ours(base, LoraConfig(**fields))
     model.save_pretrained(tmp_path, format="peft")
-    assert json.loads((tmp_path / state.CONFIG_FILE).read_text())["peft_type"] == "LORA"
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["peft_type"] == "LORA"
     assert not torch.allclose(out(model), out(base()), atol=1e-3)
     close(out(read_by_peft(base, tmp_path)), out(model))
 
@@ -166,7 +166,7 @@ def test_we_read_what_we_write_for_peft(case: str, tmp_path: Path) -> None:
     assert torch.equal(out(loaded), out(model))
     assert loaded.adapters["default"].config == model.adapters["default"].config
     loaded.save_pretrained(tmp_path / "two")
-    for name in (state.CONFIG_FILE, state.TENSOR_FILE):
+    for name in (CONFIG_FILE, TENSOR_FILE):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -176,7 +176,7 @@ def test_patterns_that_overlap_go_by_their_order(tmp_path: Path) -> None:
     model = ours(net, LoraConfig(target_modules=["fc"], rank_pattern=ranks, modules_to_save=[]))
     model.save_pretrained(tmp_path / "ours", format="peft")
     close(out(read_by_peft(net, tmp_path / "ours")), out(model))
-    assert list(json.loads((tmp_path / "ours" / state.CONFIG_FILE).read_text())["rank_pattern"].values()) == [3, 5]
+    assert list(json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())["rank_pattern"].values()) == [3, 5]
     theirs(net, target_modules=["fc"], rank_pattern=ranks).save_pretrained(str(tmp_path / "theirs"))
     for read in (read_by_peft, lambda base, folder: PointPeftModel.from_pretrained(base(), folder)):
         with pytest.raises((RuntimeError, AdapterFileError), match=r"inner\.fc\.lora_A"):
@@ -197,7 +197,7 @@ def test_a_head_keeps_its_statistics(tmp_path: Path) -> None:
         model(clouds())
     model.eval()
     model.save_pretrained(tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / state.TENSOR_FILE)
+    tensors = safetensors.torch.load_file(tmp_path / TENSOR_FILE)
     assert int(tensors["base_model.model.head.1.num_batches_tracked"]) == 10
     close(out(read_by_peft(net, tmp_path)), out(model))
     assert torch.equal(out(PointPeftModel.from_pretrained(net(), tmp_path)), out(model))
@@ -295,7 +295,7 @@ def test_what_peft_cannot_say_is_saved_in_our_format(case: str, tmp_path: Path) 
         model.save_pretrained(tmp_path / "peft", format="peft")
     assert not (tmp_path / "peft").exists()
     model.save_pretrained(tmp_path / "auto")
-    assert json.loads((tmp_path / "auto" / state.CONFIG_FILE).read_text())["peft_type"] == "POINT_PEFT"
+    assert json.loads((tmp_path / "auto" / CONFIG_FILE).read_text())["peft_type"] == "POINT_PEFT"
     assert torch.equal(out(PointPeftModel.from_pretrained(base(), tmp_path / "auto")), out(model.eval()))
 
 
@@ -317,7 +317,7 @@ def test_a_saved_module_whose_name_ends_another_is_not_for_peft(tmp_path: Path) 
 def test_the_format_is_a_choice(tmp_path: Path) -> None:
     model = ours(net, LoraConfig(target_modules=["fc"], modules_to_save=[]))
     model.save_pretrained(tmp_path, format="point_peft")
-    assert json.loads((tmp_path / state.CONFIG_FILE).read_text())["peft_type"] == "POINT_PEFT"
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["peft_type"] == "POINT_PEFT"
     assert torch.equal(out(PointPeftModel.from_pretrained(net(), tmp_path)), out(model))
     with pytest.raises(PointPeftError, match="format is 'onnx'; allowed: 'auto', 'peft', 'point_peft'"):
         model.save_pretrained(tmp_path, format="onnx")  # type: ignore[arg-type]
@@ -336,10 +336,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(written: Path, tmp_path: Path, **fields: Any) -> Path:
     folder = tmp_path / "changed"
     folder.mkdir()
-    for file in (state.CONFIG_FILE, state.TENSOR_FILE):
+    for file in (CONFIG_FILE, TENSOR_FILE):
         (folder / file).write_bytes((written / file).read_bytes())
-    config = {**json.loads((folder / state.CONFIG_FILE).read_text()), **fields}
-    (folder / state.CONFIG_FILE).write_text(json.dumps(config))
+    config = {**json.loads((folder / CONFIG_FILE).read_text()), **fields}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     return folder
 
 
@@ -372,7 +372,7 @@ def test_what_is_not_implemented_is_refused_by_name(name: str, written: Path, tm
 
 def test_every_field_of_pefts_configuration_is_known(written: Path) -> None:
     PointPeftModel.from_pretrained(net(), written)
-    stated = set(json.loads((written / state.CONFIG_FILE).read_text()))
+    stated = set(json.loads((written / CONFIG_FILE).read_text()))
     assert stated >= set(ACTIVE) and "lora_ga_config" in stated
 
 
@@ -498,8 +498,8 @@ def test_an_adapter_in_another_type_takes_that_of_the_base(written: Path) -> Non
 
 
 def edited(folder: Path, **fields: Any) -> None:
-    config = {**json.loads((folder / state.CONFIG_FILE).read_text()), **fields}
-    (folder / state.CONFIG_FILE).write_text(json.dumps(config))
+    config = {**json.loads((folder / CONFIG_FILE).read_text()), **fields}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
 def test_a_configuration_edited_by_hand_counts(tmp_path: Path) -> None:
@@ -518,8 +518,8 @@ def test_a_configuration_edited_by_hand_counts(tmp_path: Path) -> None:
 
 def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
     ours(net, LoraConfig(target_modules=["fc"], modules_to_save=[])).save_pretrained(tmp_path)
-    digest = state._sha256((tmp_path / state.CONFIG_FILE).read_bytes())
-    tensors = safetensors.torch.load_file(tmp_path / state.TENSOR_FILE)
+    digest = sha256((tmp_path / CONFIG_FILE).read_bytes())
+    tensors = safetensors.torch.load_file(tmp_path / TENSOR_FILE)
     for record, match in (
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
@@ -527,6 +527,6 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
         ('{"peft_type": "POINT_PEFT", "format_version": 2}', "a newer point_peft is needed"),
     ):
         metadata = {"config_sha256": digest, "point_peft": record}
-        (tmp_path / state.TENSOR_FILE).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+        (tmp_path / TENSOR_FILE).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
         with pytest.raises(AdapterFileError, match=match):
             PointPeftModel.from_pretrained(net(), tmp_path)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, Compact, clouds, compact_like
 from point_peft import AnatomyError, PointGSTConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
 from point_peft.tuners.point_gst import graph
 from point_peft.tuners.point_gst.parts import SpectralPart
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
+from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from examples.backbones import BACKBONES, Compact, clouds, compact_like
 from point_peft import AdapterError, AnatomyError, PointLoRAConfig, PointPeftError, geometry, get_peft_model
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
-from point_peft.heads import mlp_head
-from point_peft.injection import get_adapter
 from point_peft.tuners.point_lora.low_rank import LowRankPart
 from point_peft.tuners.point_lora.selection import SelectedTokens, negative_entropy, straight_through
 from tests import golden
 from tests.adapting import gradients
 from tests.recording import Sequences
 from tests.test_golden_base import compare, grouping
+from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
 
 def small(**fields):

@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES
 from point_peft import (
     AdapterError,
     Anatomy,
@@ -25,17 +24,19 @@ from point_peft import (
     geometry,
     get_peft_model,
 )
-from point_peft.anatomy import Stage, Tap, find_blocks
+from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.anatomy.description import Stage, Tap
+from point_peft.anatomy.structure import find_blocks
 from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Block, Group
-from point_peft.injection import Adapter, get_adapter
+from point_peft.parts.propagation import Neighbourhoods, coordinates_of
 from point_peft.tuners.point_peft import prior
 from point_peft.tuners.point_peft.geometry_aware import LocalAttention, StageState
 from point_peft.tuners.point_peft.parts import BlockPart, MlpPart
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
-from point_peft.tuners.propagation import Neighbourhoods, coordinates_of
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
+from tests.zoo import BACKBONES
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
 

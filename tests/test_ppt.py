@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from examples.backbones import BACKBONES, Compact, clouds, compact_like
 from point_peft import AdapterError, AnatomyError, PointPeftError, PPTConfig, geometry, get_peft_model
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
-from point_peft.heads import mlp_head
-from point_peft.injection import get_adapter
 from tests import golden
 from tests.adapting import gradients
 from tests.recording import Sequences
 from tests.test_golden_base import compare, grouping
+from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
 
 def small(**fields):

@@ -16,9 +16,8 @@ from accelerate import PartialState
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from examples.backbones import TinyBackbone
 from point_peft import AdapterError, get_peft_model
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
 from tests.adapting import (
     PAIRS,
     adapt,
@@ -32,6 +31,7 @@ from tests.adapting import (
     values,
 )
 from tests.methods import config
+from tests.zoo import TinyBackbone
 
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 SPREAD = [(method, backbone) for method, backbone in PAIRS if backbone.name in ("point_mae", "compact")]

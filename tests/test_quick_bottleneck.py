@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from point_peft.tuners.base import Bottleneck
-from point_peft.tuners.quick_bottleneck import add_adapted, dropout, quick_bottleneck
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.quick_bottleneck import add_adapted, dropout, quick_bottleneck
 
 
 def adapter(rate: float = 0.0, *, identity: bool = False, channels: int = 6, width: int = 3) -> Bottleneck:

@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES, WIDTH, clouds, enliven
-from examples.backbones.parts import HEADS
-from examples.backbones.variants import Classifier
-from point_peft import (
-    AnatomyError,
-    BitFitConfig,
-    LoraConfig,
-    PointPeftModel,
-    TunerConfig,
-    get_peft_model,
-    reading,
-)
-from point_peft.injection import get_adapter
+from point_peft import AnatomyError, BitFitConfig, LoraConfig, PointPeftModel, TunerConfig, get_peft_model
+from point_peft.adapting.adapter import get_adapter
+from point_peft.running import reading
+from point_peft.running.reading import depth, enter, unwind
+from tests.zoo import BACKBONES, WIDTH, clouds, enliven
+from tests.zoo.parts import HEADS
+from tests.zoo.variants import Classifier
 
 
 class EvaAttention(nn.Module):
@@ -173,7 +167,7 @@ def test_the_output_is_that_of_changed_weights(kind, names):
         assert (output - plain).abs().max() > 0.01
         with model.disable_adapter():
             assert torch.equal(model(POINTS), plain)
-    assert reading.depth() == 0
+    assert depth() == 0
 
 
 @every_target
@@ -247,7 +241,7 @@ def test_gradient_checkpointing(kind, names, reentrant):
         gradients.append([parameter.grad for parameter in model.adapters.parameters()])
     for plain, again_ in zip(*gradients, strict=True):
         assert plain is not None and again_ is not None and torch.allclose(plain, again_, rtol=1e-4, atol=1e-5)
-    assert reading.depth() == 0
+    assert depth() == 0
 
 
 @every_target
@@ -368,7 +362,7 @@ def test_another_thread_sees_the_base_while_one_is_inside():
             with model.disable_adapter():
                 off = model(POINTS)
             on = model(POINTS)
-        assert reading.depth() == 0
+        assert depth() == 0
     finally:
         leave.set()
         worker.join(20)
@@ -385,12 +379,12 @@ def test_an_error_inside_leaves_nothing_behind(error):
     attention = model.base_model.get_submodule("blocks.1.attention")
 
     def fail(module: nn.Module, args: Any) -> None:
-        assert reading.depth() == 1
+        assert depth() == 1
         raise error("on purpose")
 
     with attention.get_submodule("proj").register_forward_pre_hook(fail), pytest.raises(error, match=r"on purpose"):
         model(POINTS)
-    assert reading.depth() == 0
+    assert depth() == 0
     weight = attention.get_parameter("qkv.weight")
     assert torch.equal(functional.linear(torch.eye(WIDTH), weight), weight.T)
     with torch.no_grad():
@@ -409,7 +403,7 @@ def test_an_error_of_a_module_that_is_called_alone():
         assert torch.allclose(attention(tokens), expected, atol=1e-5)
         with pytest.raises(RuntimeError):
             attention(tokens[..., :3])
-        assert reading.depth() == 0
+        assert depth() == 0
 
 
 # ---- substitutions themselves ----------------------------------------------------------------------------------------
@@ -424,23 +418,23 @@ def test_substitutions_nest_and_end():
     base, one, two = (nn.Parameter(torch.full((2, 2), value)) for value in (0.0, 1.0, 2.0))
     x = torch.eye(2)
     assert reading.leave(outer) is None
-    reading.enter(outer, {id(base): ("a", one)}, always)
+    enter(outer, {id(base): ("a", one)}, always)
     try:
         assert torch.equal(functional.linear(x, weight=base), one)
-        reading.enter(inner, {id(two): ("b", one)}, always)
-        assert reading.depth() == 2
+        enter(inner, {id(two): ("b", one)}, always)
+        assert depth() == 2
         assert reading.leave(outer) is None  # it is not the last that was entered
         assert reading.leave(inner) == set()  # whose tensor nobody asked for
         assert torch.equal(x @ base, one)
         assert reading.leave(outer) == {"a"}
     finally:
-        reading.unwind(0)
-    assert torch.equal(x @ base, base) and reading.depth() == 0
+        unwind(0)
+    assert torch.equal(x @ base, base) and depth() == 0
 
 
 def test_tensors_in_lists_are_given_too():
     reader, base, other = nn.Linear(2, 2), nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.full((1, 2), 3.0))
-    reading.enter(reader, {id(base): ("a", torch.ones(1, 2))}, always)
+    enter(reader, {id(base): ("a", torch.ones(1, 2))}, always)
     try:
         assert torch.equal(torch.cat([base, other]), torch.tensor([[1.0, 1.0], [3.0, 3.0]]))
         assert torch.equal(torch.stack((other, base), dim=1)[0], torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
@@ -452,20 +446,20 @@ def test_tensors_in_lists_are_given_too():
 def test_what_was_left_open_is_ended():
     reader, base = nn.Linear(2, 2), nn.Parameter(torch.zeros(2, 2))
     for _ in range(3):
-        reading.enter(reader, {id(base): ("a", torch.ones(2, 2))}, always)
-    reading.unwind(1)
-    assert reading.depth() == 1
-    reading.unwind(0)
+        enter(reader, {id(base): ("a", torch.ones(2, 2))}, always)
+    unwind(1)
+    assert depth() == 1
+    unwind(0)
     assert not (base + 0.0).any()
 
 
 def test_what_was_left_open_has_no_effect_once_it_is_over():
     reader, base = nn.Linear(2, 2), nn.Parameter(torch.zeros(2, 2))
     running = [True]
-    reading.enter(reader, {id(base): ("a", torch.ones(2, 2))}, lambda: running[0])
+    enter(reader, {id(base): ("a", torch.ones(2, 2))}, lambda: running[0])
     try:
         assert (base + 0.0).all()
         running[0] = False
         assert not (base + 0.0).any()
     finally:
-        reading.unwind(0)
+        unwind(0)

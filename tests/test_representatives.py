@@ -23,8 +23,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import capabilities
-from examples.backbones import BACKBONES, CLASSES, Args, Compact, TinyBackbone, compact_like, enliven
 from point_peft import (
     AdapterError,
     AnatomyError,
@@ -37,8 +35,8 @@ from point_peft import (
     get_peft_model,
     inject_adapter,
 )
-from point_peft.injection import get_adapter
-from point_peft.presets import known_anatomy
+from point_peft.adapting.adapter import get_adapter
+from point_peft.anatomy.presets import known_anatomy
 from tests.adapting import (
     PAIRS,
     Pair,
@@ -65,6 +63,8 @@ from tests.adapting import (
     values,
 )
 from tests.methods import ToyConfig, config
+from tests.zoo import BACKBONES, CLASSES, Args, Compact, TinyBackbone, compact_like, enliven
+from tools import capabilities
 
 # ---- which method on which backbone ----------------------------------------------------------------------------------
 

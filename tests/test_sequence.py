@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import (
     METHODS,
     AdapterError,
@@ -24,12 +23,14 @@ from point_peft import (
     VPTConfig,
     get_peft_model,
 )
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones.layers import TransformerEncoder
-from point_peft.context import Forward
-from point_peft.injection import get_adapter
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Backbone, Blueprint, Call, Part
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call, Part
+from point_peft.running.forward import Forward
+from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.point_peft.prior import MemoryBank
+from tests.zoo import BACKBONES, clouds
 
 SHALLOW = VPTConfig(mode="shallow", num_prompts=3, modules_to_save=[])
 

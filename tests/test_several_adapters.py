@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import capabilities
-from examples.backbones import BACKBONES, TinyBackbone, clouds
 from point_peft import METHODS, AdapterError, LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
 from tests.adapting import adapt, add, complete, rescramble
+from tests.zoo import BACKBONES, TinyBackbone, clouds
+from tools import capabilities
 
 
 def mixed_model(backbone: TinyBackbone, *methods: str) -> PointPeftModel:

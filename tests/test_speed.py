@@ -12,13 +12,12 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from examples import methods
-from examples.benchmarks import page, sections, speed
-from examples.benchmarks.as_published import as_published
-from examples.benchmarks.clock import take_turns
-from examples.benchmarks.memory import peak_bytes
-from examples.benchmarks.results import Measure, Results
-from examples.benchmarks.sections import (
+from benchmarks import page, sections, speed
+from benchmarks.as_published import as_published
+from benchmarks.clock import take_turns
+from benchmarks.memory import peak_bytes
+from benchmarks.results import Measure, Results
+from benchmarks.sections import (
     PEAK,
     PUBLISHED_FULL,
     PUBLISHED_PLAIN,
@@ -28,10 +27,11 @@ from examples.benchmarks.sections import (
     WITHOUT_BANK,
     head_bytes,
 )
-from examples.benchmarks.targets import TARGETS
-from examples.methods import FULL, INFERENCE, PLAIN, TRAINING
+from benchmarks.targets import TARGETS
 from point_peft import METHODS, PeftConfig, get_peft_model
-from point_peft.state import TENSOR_FILE
+from point_peft.files.format import TENSOR_FILE
+from tools import methods
+from tools.methods import FULL, INFERENCE, PLAIN, TRAINING
 
 CPU = torch.device("cpu")
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AdapterError, AnatomyError, PointPeftError, PointPeftModel, STAGConfig, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.geometry import squared_distance
-from point_peft.injection import get_adapter
+from point_peft.geometry.dense import squared_distance
 from point_peft.tuners.stag.side_network import SideNetwork
 from tests import golden
 from tests.adapting import adapt, distance
 from tests.test_golden_base import Recorder, compare, grouping
+from tests.zoo import BACKBONES, clouds
 
 HEAD = "cls_head_finetune"
 SIDE = "blocks.addparam_"

@@ -18,10 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model, state
+from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
-from point_peft.injection import get_adapter
+from point_peft.files import reading, writing
+from point_peft.files.fingerprint import fingerprint
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, TENSOR_FILE
+from point_peft.files.parsing import parse_config
+from point_peft.files.reading import read_folder
+from point_peft.files.writing import _sealed
 from point_peft.tuners.linear_probe import LinearProbeConfig
 from tests.adapting import every_method
 from tests.forks import Server
@@ -103,15 +109,15 @@ def copy_of(saved: Path, tmp_path: Path) -> Path:
 
 
 def set_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((folder / state.CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     result = change(config)
-    (folder / state.CONFIG_FILE).write_text(json.dumps(config if result is None else result))
+    (folder / CONFIG_FILE).write_text(json.dumps(config if result is None else result))
 
 
 def set_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = safetensors.torch.load((folder / state.TENSOR_FILE).read_bytes())
+    tensors = safetensors.torch.load((folder / TENSOR_FILE).read_bytes())
     change(tensors)
-    (folder / state.TENSOR_FILE).write_bytes(safetensors.torch.save(tensors))
+    (folder / TENSOR_FILE).write_bytes(safetensors.torch.save(tensors))
 
 
 def refused(folder: Path, match: str, **options: Any) -> None:
@@ -187,7 +193,7 @@ FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (b"garbage " * 100, "not a safetensors file, or it is cut off"),
         (pickle.dumps({"a": [1, 2, 3]}), "not a safetensors file, or it is cut off"),
         ((2**63).to_bytes(8, "little") + b"{}", "not a safetensors file, or it is cut off"),
-        (_header(b" " * (state.MAX_HEADER_BYTES + 1)), "a header of 8388609 bytes"),
+        (_header(b" " * (MAX_HEADER_BYTES + 1)), "a header of 8388609 bytes"),
         (_header(b'{"a": 1, "a": 2}'), "header is not JSON"),
         (_header(b"[" * 100_000), "header is not JSON"),
         (_header(b"\xff\xfe"), "header is not JSON"),
@@ -203,27 +209,27 @@ FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 )
 def test_what_is_not_a_safetensors_file_is_refused(saved: Path, tmp_path: Path, data: bytes, match: str) -> None:
     folder = copy_of(saved, tmp_path)
-    (folder / state.TENSOR_FILE).write_bytes(data)
+    (folder / TENSOR_FILE).write_bytes(data)
     with pytest.raises(AdapterFileError, match=match):
-        state.read_folder(folder)
+        read_folder(folder)
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
-    data = (folder / state.TENSOR_FILE).read_bytes()
+    data = (folder / TENSOR_FILE).read_bytes()
     for size in (1, 8, 9, 500, len(data) // 2, len(data) - 1):
-        (folder / state.TENSOR_FILE).write_bytes(data[:size])
+        (folder / TENSOR_FILE).write_bytes(data[:size])
         with pytest.raises(AdapterFileError, match="not a safetensors file"):
-            state.read_folder(folder)
-    (folder / state.TENSOR_FILE).write_bytes(data + b"\0")
+            read_folder(folder)
+    (folder / TENSOR_FILE).write_bytes(data + b"\0")
     refused(folder, "not a safetensors file")
 
 
 def test_a_changed_value_is_seen(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
-    data = bytearray((folder / state.TENSOR_FILE).read_bytes())
+    data = bytearray((folder / TENSOR_FILE).read_bytes())
     data[-100] ^= 1
-    (folder / state.TENSOR_FILE).write_bytes(data)
+    (folder / TENSOR_FILE).write_bytes(data)
     refused(folder, r"adapter_model\.safetensors' is damaged, or another program has changed it: its digest is not")
     # Without a digest, as PEFT writes files, it is an adapter like another.
     set_tensors(folder, lambda tensors: None)
@@ -236,30 +242,30 @@ def test_a_torch_pickle_is_not_opened(saved: Path, tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "owned"),)
 
     folder = copy_of(saved, tmp_path)
-    torch.save(Evil(), folder / state.TENSOR_FILE)
+    torch.save(Evil(), folder / TENSOR_FILE)
     refused(folder, "not a safetensors file")
-    (folder / state.TENSOR_FILE).rename(folder / "adapter_model.bin")
+    (folder / TENSOR_FILE).rename(folder / "adapter_model.bin")
     refused(folder, r"there is no file '.*adapter_model\.safetensors'")
     assert not (tmp_path / "owned").exists()
 
 
 def test_files_over_the_limits_are_not_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of(saved, tmp_path)
-    (folder / state.CONFIG_FILE).write_bytes(b" " * (state.MAX_CONFIG_BYTES + 1))
+    (folder / CONFIG_FILE).write_bytes(b" " * (MAX_CONFIG_BYTES + 1))
     refused(folder, r"adapter_config\.json' has 1048577 bytes, more than the 1048576 that are read")
-    monkeypatch.setattr(state, "MAX_TENSOR_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_TENSOR_BYTES", 1000)
     refused(folder, r"adapter_model\.safetensors' has \d+ bytes, more than the 1000 that are read")
 
 
 def test_missing_files_and_folders(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "nowhere", "there is no folder '.*nowhere'")
-    refused(saved / state.CONFIG_FILE, "there is no folder")
+    refused(saved / CONFIG_FILE, "there is no folder")
     refused(tmp_path, r"there is no file '.*adapter_model\.safetensors'")
     refused(tmp_path / ("x" * 300), "cannot read '.*': File name too long|there is no folder")
     folder = copy_of(saved, tmp_path)
-    (folder / state.CONFIG_FILE).unlink()
+    (folder / CONFIG_FILE).unlink()
     refused(folder, r"there is no file '.*adapter_config\.json'")
-    (folder / state.CONFIG_FILE).mkdir()
+    (folder / CONFIG_FILE).mkdir()
     refused(folder, r"there is no file '.*adapter_config\.json'")
 
     def deny(*_: Any, **__: Any) -> Any:
@@ -267,7 +273,7 @@ def test_missing_files_and_folders(saved: Path, tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch, pytest.raises(AdapterFileError, match="cannot read '.*': Permission denied"):
         patch.setattr(Path, "is_file", deny)
-        state.read_folder(saved)
+        read_folder(saved)
 
 
 # ---- strict reading: configuration -----------------------------------------------------------------------------------
@@ -297,16 +303,16 @@ def test_missing_files_and_folders(saved: Path, tmp_path: Path, monkeypatch: pyt
 )
 def test_what_is_not_a_configuration_is_refused(text: bytes, match: str) -> None:
     with pytest.raises(AdapterFileError, match=match):
-        state.parse_config(text, Path("adapter_config.json"))
+        parse_config(text, Path("adapter_config.json"))
 
 
 @pytest.mark.parametrize("version", [0, -1, 1.0, True, "1", [1], None])
 def test_only_the_known_format_is_read(version: Any) -> None:
     text = json.dumps({"peft_type": "POINT_PEFT", "format_version": version}).encode()
     with pytest.raises(AdapterFileError, match=r"has format version .*; point_peft \S+ reads version 1$"):
-        state.parse_config(text, Path("c"))
+        parse_config(text, Path("c"))
     with pytest.raises(AdapterFileError, match=r"has format version 2; .*: a newer point_peft is needed"):
-        state.parse_config(text.replace(json.dumps(version).encode(), b"2"), Path("c"))
+        parse_config(text.replace(json.dumps(version).encode(), b"2"), Path("c"))
 
 
 def _tuner(**values: Any) -> Callable[[dict[str, Any]], None]:
@@ -528,15 +534,15 @@ def test_values_written_past_autograd_are_noticed(saved: Path) -> None:
 
 def test_a_fingerprint_tells_any_changed_value() -> None:
     tensors = {"a": torch.randn(3, 999), "b": torch.randn(512).half()}
-    first = state.fingerprint(tensors)
+    first = fingerprint(tensors)
     generator = torch.Generator().manual_seed(0)
     for tensor in tensors.values():
         for place in torch.randint(tensor.numel(), (50,), generator=generator):
             kept = tensor.view(-1)[place].clone()
             tensor.view(-1)[place] = -kept
-            assert state.fingerprint(tensors) != first
+            assert fingerprint(tensors) != first
             tensor.view(-1)[place] = kept
-    assert state.fingerprint(tensors) == first
+    assert fingerprint(tensors) == first
 
 
 def test_fingerprints_of_all_kinds_of_tensors() -> None:
@@ -550,12 +556,12 @@ def test_fingerprints_of_all_kinds_of_tensors() -> None:
     }
     with torch.inference_mode():
         tensors["inference"] = torch.ones(2)
-    first = state.fingerprint(tensors)
+    first = fingerprint(tensors)
     copies = {name: tensor.clone().contiguous() for name, tensor in reversed(tensors.items())}
-    assert first == state.fingerprint(copies)
+    assert first == fingerprint(copies)
     assert first["tensors"] == 7
     copies["bool"][0] = False
-    assert first["sums_sha256"] != state.fingerprint(copies)["sums_sha256"]
+    assert first["sums_sha256"] != fingerprint(copies)["sums_sha256"]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -588,8 +594,8 @@ def test_the_bytes_are_the_same_in_another_process(saved: Path, tmp_path: Path) 
 
 def test_the_metadata_has_one_order() -> None:
     data = {safetensors.torch.save({"a": torch.ones(1)}, metadata={"x": "1", "y": "é", "z": "3"}) for _ in range(30)}
-    assert len({state._sealed(entry) for entry in data}) == 1
-    assert torch.equal(safetensors.torch.load(state._sealed(data.pop()))["a"], torch.ones(1))
+    assert len({_sealed(entry) for entry in data}) == 1
+    assert torch.equal(safetensors.torch.load(_sealed(data.pop()))["a"], torch.ones(1))
 
 
 def test_saving_and_loading_touch_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,11 +637,11 @@ def test_other_files_and_an_edited_card_stay(saved: Path, tmp_path: Path) -> Non
 def test_a_link_is_replaced_and_not_followed(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "links"
     folder.mkdir()
-    targets = {name: tmp_path / f"target_{name}" for name in (state.CONFIG_FILE, state.TENSOR_FILE)}
+    targets = {name: tmp_path / f"target_{name}" for name in (CONFIG_FILE, TENSOR_FILE)}
     for name, target in targets.items():
         target.write_bytes((saved / name).read_bytes())
         (folder / name).symlink_to(target)
-    (folder / state.CARD_FILE).symlink_to(tmp_path / "dangling")
+    (folder / CARD_FILE).symlink_to(tmp_path / "dangling")
     adapted(2).save_pretrained(folder)
     for name, target in targets.items():
         assert target.read_bytes() == (saved / name).read_bytes() and not (folder / name).is_symlink()
@@ -651,10 +657,10 @@ def test_where_nothing_can_be_saved(saved: Path, tmp_path: Path) -> None:
         adapted().save_pretrained(tmp_path / "file")
     with pytest.raises(AdapterFileError, match="cannot save to '.*': Not a directory"):
         adapted().save_pretrained(tmp_path / "file" / "below")
-    (tmp_path / "odd" / state.TENSOR_FILE).mkdir(parents=True)
+    (tmp_path / "odd" / TENSOR_FILE).mkdir(parents=True)
     with pytest.raises(AdapterFileError, match="cannot save to '.*': Is a directory"):
         adapted().save_pretrained(tmp_path / "odd")
-    assert [path.name for path in (tmp_path / "odd").iterdir()] == [state.TENSOR_FILE]
+    assert [path.name for path in (tmp_path / "odd").iterdir()] == [TENSOR_FILE]
 
 
 @pytest.mark.parametrize("what", ["replace", "fsync", "write"])
@@ -670,7 +676,7 @@ def test_a_full_disk_leaves_the_old_adapter(
 
     with monkeypatch.context() as patch:
         if what == "write":
-            patch.setattr(state, "_write", fail)
+            patch.setattr(writing, "_write", fail)
         else:
             patch.setattr(os, what, fail)
         for target in (folder, tmp_path / "new"):

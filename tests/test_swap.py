@@ -21,7 +21,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, TinyBackbone
 from point_peft import (
     AdapterError,
     AdapterFileError,
@@ -29,16 +28,16 @@ from point_peft import (
     LoraConfig,
     PeftConfig,
     PointPeftModel,
-    context,
-    exchange,
     get_peft_model,
     inject_adapter,
-    injection,
-    state,
 )
-from point_peft.anatomy import to_json
-from point_peft.injection import get_adapter
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.site import backbone_modules
+from point_peft.anatomy.values import to_json
+from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
+from point_peft.files.peft_format import to_peft
 from point_peft.model import AdapterSet
+from point_peft.running.forward import _active, _forward, _losses
 from tests.adapting import (
     adapt,
     add,
@@ -56,6 +55,7 @@ from tests.adapting import (
 )
 from tests.methods import config
 from tests.test_representatives import a_few
+from tests.zoo import BACKBONES, TinyBackbone
 
 REFERENCE = BACKBONES["point_mae"]
 HEAD = REFERENCE.heads[-1]
@@ -102,7 +102,7 @@ def test_a_swap_is_what_loading_gives_in_the_tensors_that_are_there(
     assert_same_values(values(model.base_model), base)
     # And it is the file's adapter in every other respect.
     saved(model, tmp_path / "again")
-    for name in (state.CONFIG_FILE, state.TENSOR_FILE):
+    for name in (CONFIG_FILE, TENSOR_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     untouched.swap_adapter_(tmp_path / "again")
     assert torch.equal(run(untouched, backbone), expected)
@@ -185,10 +185,10 @@ def test_files_of_the_peft_package(tmp_path: Path) -> None:
     how = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=[HEAD])
     source = adapt(REFERENCE, how, seed=7)
     adapter = get_adapter(source, "default")
-    about = exchange.to_peft(adapter, injection.backbone_modules(source))
-    (tmp_path / state.CONFIG_FILE).write_text(json.dumps(about))
-    tensors = {state.KEY_PREFIX + name: tensor.detach() for name, tensor in adapter.tensors().items()}
-    safetensors.torch.save_file(tensors, tmp_path / state.TENSOR_FILE)
+    about = to_peft(adapter, backbone_modules(source))
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(about))
+    tensors = {KEY_PREFIX + name: tensor.detach() for name, tensor in adapter.tensors().items()}
+    safetensors.torch.save_file(tensors, tmp_path / TENSOR_FILE)
     model = adapt(REFERENCE, how)
     model.swap_adapter_(tmp_path)
     assert torch.equal(run(model, REFERENCE), run(source, REFERENCE))
@@ -302,22 +302,22 @@ def test_another_base(tmp_path: Path) -> None:
 
 def test_another_anatomy_and_other_modules(tmp_path: Path) -> None:
     folder, model = other(tmp_path, BitFitConfig()), adapt(REFERENCE, BitFitConfig())
-    about = json.loads((folder / state.CONFIG_FILE).read_text())
+    about = json.loads((folder / CONFIG_FILE).read_text())
     assert model.anatomy is not None
     unlike = to_json(dataclasses.replace(model.anatomy, heads=()))
     for change, match in (
         ({"adapted_modules": about["adapted_modules"][1:]}, f"it adapts '{about['adapted_modules'][0]}' otherwise"),
         ({"anatomy": unlike}, "states another anatomy"),
     ):
-        (folder / state.CONFIG_FILE).write_text(json.dumps({**about, **change}))
+        (folder / CONFIG_FILE).write_text(json.dumps({**about, **change}))
         refused(model, folder, match)
 
 
 def test_a_value_that_is_not_finite_in_the_last_tensor(tmp_path: Path) -> None:
     folder, model = other(tmp_path, LORA), adapt(REFERENCE, LORA)
-    data = safetensors.torch.load((folder / state.TENSOR_FILE).read_bytes())
+    data = safetensors.torch.load((folder / TENSOR_FILE).read_bytes())
     data[max(data)].view(-1)[-1] = float("nan")
-    safetensors.torch.save_file(data, folder / state.TENSOR_FILE)
+    safetensors.torch.save_file(data, folder / TENSOR_FILE)
     refused(model, folder, "holds values that are not finite")
 
 
@@ -427,7 +427,7 @@ def _traces(model: PointPeftModel) -> dict[str, Any]:
         "tensors": len(found),
         "hooks": hooks,
         "fields": {name: len(value) for name, value in vars(model).items() if isinstance(value, (dict, set, tuple))},
-        "contexts": [len(each._values.get() or {}) for each in (context._active, context._forward, context._losses)],
+        "contexts": [len(each._values.get() or {}) for each in (_active, _forward, _losses)],
     }
 
 

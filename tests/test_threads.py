@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from examples.backbones import BACKBONES
 from point_peft import PointPeftModel
 from tests.adapting import METHOD_NAMES, adapt, add, distance, in_threads, run
+from tests.zoo import BACKBONES
 
 FORWARDS = int(os.environ.get("POINT_PEFT_FORWARDS", "240"))
 THREADS = 8

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from point_peft import AnatomyError
-from point_peft import tokens as ops
-from point_peft.anatomy import Stage, Steps, spell_steps
+from point_peft.anatomy.description import Stage, Steps, spell_steps
+from point_peft.running.nested import all_arguments, fetch, fetch_argument, leaves, put, put_argument
+from point_peft.running.tokens import (
+    as_layout,
+    batch_first,
+    block_tokens,
+    insert,
+    insert_prompts,
+    output_tokens,
+    put_output_tokens,
+    remove,
+    shift_rows,
+)
 
 WIDTH, LENGTH, BATCH, COUNT, AT = 4, 5, 3, 2, 1
 
@@ -76,30 +87,30 @@ def nested() -> tuple[dict[Steps, Tensor], Any]:
 
 def test_leaves_are_all_tensors_with_their_steps():
     places, value = nested()
-    found = list(ops.leaves(value))
+    found = list(leaves(value))
     assert [steps for steps, _ in found] == list(places)
     assert all(tensor is places[steps] for steps, tensor in found)
-    assert list(ops.leaves(places[0,])) == [((), places[0,])]
-    assert list(ops.leaves(value[0], (9,))) == [((9,), value[0])]
-    assert list(ops.leaves({"a": 1, "b": "c"})) == []
+    assert list(leaves(places[0,])) == [((), places[0,])]
+    assert list(leaves(value[0], (9,))) == [((9,), value[0])]
+    assert list(leaves({"a": 1, "b": "c"})) == []
 
 
 def test_fetch_finds_what_leaves_names_and_nothing_else():
     places, value = nested()
     for steps, tensor in places.items():
-        assert ops.fetch(value, steps) is tensor
-    assert ops.fetch(value, ()) is value
+        assert fetch(value, steps) is tensor
+    assert fetch(value, ()) is value
     nowhere: list[Steps] = [(9,), (0, 0), ("feat",), (1, 0, "tokens"), (2, "gone"), (2, "gone", 1), (3, "other")]
     for steps in nowhere:
-        assert ops.fetch(value, steps) is None
+        assert fetch(value, steps) is None
 
 
 @pytest.mark.parametrize("steps", nested()[0], ids=spell_steps)
 def test_put_replaces_one_tensor(steps):
     places, value = nested()
     new = tensor(2, seed=99)
-    changed = ops.put(value, steps, new)
-    for other, found in ops.leaves(changed):
+    changed = put(value, steps, new)
+    for other, found in leaves(changed):
         assert found is (new if other == steps else places[other])
     assert type(changed) is tuple and type(changed[1][0]) is Pair and type(changed[2]) is Attributes
     assert changed[1] is value[1] and changed[2] is value[2]  # others may hold them too
@@ -108,33 +119,33 @@ def test_put_replaces_one_tensor(steps):
 
 def test_put_without_steps_is_the_new_tensor():
     new = tensor(2)
-    assert ops.put({"x": 1}, (), new) is new
+    assert put({"x": 1}, (), new) is new
 
 
 def test_a_mapping_gives_its_attributes_as_before():
     value = Attributes(feat=tensor(2))
     new = tensor(2, seed=1)
-    assert ops.put(value, ("feat",), new) is value and value.feat is new
+    assert put(value, ("feat",), new) is value and value.feat is new
 
 
 @pytest.mark.parametrize("steps", [(0,), (1, "feat"), (2, 1), ("x",), ("y", "feat"), ("z", 0)], ids=spell_steps)
 def test_arguments_are_put_into_copies(steps):
     args = (tensor(2), {"feat": tensor(2, seed=1)}, [tensor(2, seed=2), tensor(2, seed=3)])
     kwargs = {"x": tensor(2, seed=4), "y": Attributes(feat=tensor(2, seed=5)), "z": (tensor(2, seed=6),)}
-    before = dict(ops.all_arguments(args, kwargs))
+    before = dict(all_arguments(args, kwargs))
     assert len(before) == 7
     new = tensor(2, seed=99)
-    assert ops.fetch_argument(args, kwargs, steps) is before[steps]
-    args_2, kwargs_2 = ops.put_argument(args, kwargs, steps, new)
-    assert all(value is before[other] for other, value in ops.all_arguments(args, kwargs))
-    assert all(value is (new if o == steps else before[o]) for o, value in ops.all_arguments(args_2, kwargs_2))
+    assert fetch_argument(args, kwargs, steps) is before[steps]
+    args_2, kwargs_2 = put_argument(args, kwargs, steps, new)
+    assert all(value is before[other] for other, value in all_arguments(args, kwargs))
+    assert all(value is (new if o == steps else before[o]) for o, value in all_arguments(args_2, kwargs_2))
     assert type(kwargs_2["y"]) is Attributes and isinstance(args_2[1], dict)
 
 
 def test_a_missing_argument_is_none():
-    assert ops.fetch_argument((), {}, (0,)) is None
-    assert ops.fetch_argument((), {}, ("x",)) is None
-    assert ops.fetch_argument((), {}, ("x", "feat")) is None
+    assert fetch_argument((), {}, (0,)) is None
+    assert fetch_argument((), {}, ("x",)) is None
+    assert fetch_argument((), {}, ("x", "feat")) is None
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -143,8 +154,8 @@ def test_a_missing_argument_is_none():
 def test_tokens_of_another_shape_are_refused():
     dense, packed = stage(), stage(layout="packed", tokens=(0, "feat"), outputs=(("feat",),))
     good = tensor(BATCH, LENGTH, WIDTH)
-    assert ops.block_tokens(dense, "b", (good,), {}) is good
-    assert ops.output_tokens(packed, "b", {"feat": good[0]}).shape == (LENGTH, WIDTH)
+    assert block_tokens(dense, "b", (good,), {}) is good
+    assert output_tokens(packed, "b", {"feat": good[0]}).shape == (LENGTH, WIDTH)
     cases: list[tuple[Any, str]] = [
         (good[0], r"block 'b' should get tokens \(b, g, c\), c = 4, at its input\[0\]; got \(5, 4\)"),
         (good[..., :3], r"got \(3, 5, 3\)"),
@@ -153,13 +164,13 @@ def test_tokens_of_another_shape_are_refused():
     ]
     for value, expected in cases:
         with pytest.raises(AnatomyError, match=expected):
-            ops.block_tokens(dense, "b", (value,), {})
+            block_tokens(dense, "b", (value,), {})
     with pytest.raises(AnatomyError, match=r"got NoneType"):
-        ops.block_tokens(dense, "b", (), {"x": good})
+        block_tokens(dense, "b", (), {"x": good})
     with pytest.raises(AnatomyError, match=r"should return tokens \(n, c\), c = 4, at its output.feat; got \(3, 5"):
-        ops.output_tokens(packed, "b", {"feat": good})
+        output_tokens(packed, "b", {"feat": good})
     with pytest.raises(AnatomyError, match=r"should get tokens \(g, b, c\)"):
-        ops.block_tokens(stage(layout="gbc"), "b", (good[0],), {})
+        block_tokens(stage(layout="gbc"), "b", (good[0],), {})
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -169,39 +180,39 @@ def test_tokens_of_another_shape_are_refused():
 @pytest.mark.parametrize("at", [0, 2, LENGTH])
 def test_inserting_and_removing_are_inverse(layout, at):
     tokens, prompts = tensor(BATCH, LENGTH, WIDTH), tensor(BATCH, COUNT, WIDTH, seed=1)
-    laid = ops.as_layout(tokens, layout)
-    longer = ops.insert(laid, prompts, at, layout)
-    rows = ops.batch_first(longer, layout)
+    laid = as_layout(tokens, layout)
+    longer = insert(laid, prompts, at, layout)
+    rows = batch_first(longer, layout)
     assert torch.equal(rows[:, at : at + COUNT], prompts)
     assert torch.equal(torch.cat([rows[:, :at], rows[:, at + COUNT :]], dim=1), tokens)
-    assert torch.equal(ops.remove(longer, COUNT, at, layout), laid)
-    half = ops.insert(laid.bfloat16(), prompts, at, layout)
+    assert torch.equal(remove(longer, COUNT, at, layout), laid)
+    half = insert(laid.bfloat16(), prompts, at, layout)
     assert half.dtype == torch.bfloat16
 
 
 def test_layouts_turn_and_return():
     for layout, shape in {"bgc": (3, 5, 4), "gbc": (5, 3, 4)}.items():
         tokens = tensor(*shape)
-        assert ops.batch_first(tokens, layout).shape == (3, 5, 4)  # type: ignore[arg-type]
-        assert torch.equal(ops.as_layout(ops.batch_first(tokens, layout), layout), tokens)  # type: ignore[arg-type]
-    assert ops.batch_first(tensor(7, 4), "packed").shape == (1, 7, 4)
-    assert torch.equal(ops.as_layout(ops.batch_first(tensor(7, 4), "packed"), "packed"), tensor(7, 4))
+        assert batch_first(tokens, layout).shape == (3, 5, 4)  # type: ignore[arg-type]
+        assert torch.equal(as_layout(batch_first(tokens, layout), layout), tokens)  # type: ignore[arg-type]
+    assert batch_first(tensor(7, 4), "packed").shape == (1, 7, 4)
+    assert torch.equal(as_layout(batch_first(tensor(7, 4), "packed"), "packed"), tensor(7, 4))
 
 
 def test_rows_are_shifted():
     tokens, shift = tensor(BATCH, LENGTH, WIDTH), tensor(2, WIDTH, seed=1)
     expected = tokens.clone()
     expected[:, 1:3] += shift
-    assert torch.equal(ops.shift_rows(tokens, shift, 1, "bgc"), expected)
-    assert torch.equal(ops.shift_rows(tokens.transpose(0, 1), shift, 1, "gbc"), expected.transpose(0, 1))
+    assert torch.equal(shift_rows(tokens, shift, 1, "bgc"), expected)
+    assert torch.equal(shift_rows(tokens.transpose(0, 1), shift, 1, "gbc"), expected.transpose(0, 1))
 
 
 def grown(value: Tensor, *, batch: int = BATCH, by: Stage | None = None) -> Tensor:
     """A second argument of a block, after prompts were put in."""
     chosen = stage() if by is None else by
-    laid = ops.as_layout(tensor(batch, LENGTH, WIDTH), chosen.layout)
-    args, _ = ops.insert_prompts(chosen, "b", (laid, value), {}, tensor(batch, COUNT, WIDTH, seed=1), AT)
-    assert ops.batch_first(args[0], chosen.layout).shape == (batch, LENGTH + COUNT, WIDTH)
+    laid = as_layout(tensor(batch, LENGTH, WIDTH), chosen.layout)
+    args, _ = insert_prompts(chosen, "b", (laid, value), {}, tensor(batch, COUNT, WIDTH, seed=1), AT)
+    assert batch_first(args[0], chosen.layout).shape == (batch, LENGTH + COUNT, WIDTH)
     found: Tensor = args[1]
     assert found.dtype == value.dtype
     return found
@@ -258,9 +269,9 @@ def test_a_square_mask_in_a_batch_of_as_many_samples_as_tokens():
 
 @pytest.mark.parametrize("layout", ["bgc", "gbc"])
 def test_positions_beside_the_tokens_are_zero_for_prompts(layout):
-    positions = ops.as_layout(tensor(BATCH, LENGTH, WIDTH, seed=2), layout)
-    longer = ops.batch_first(grown(positions, by=stage(layout=layout)), layout)
-    assert torch.equal(inner(longer, 1), ops.batch_first(positions, layout)) and not new(longer, 1).any()
+    positions = as_layout(tensor(BATCH, LENGTH, WIDTH, seed=2), layout)
+    longer = batch_first(grown(positions, by=stage(layout=layout)), layout)
+    assert torch.equal(inner(longer, 1), batch_first(positions, layout)) and not new(longer, 1).any()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +293,7 @@ def test_what_is_no_mask_stays(value):
 def test_other_arguments_stay():
     tokens, mask = tensor(BATCH, LENGTH, WIDTH), tensor(LENGTH, LENGTH)
     prompts = tensor(BATCH, COUNT, WIDTH, seed=1)
-    args, kwargs = ops.insert_prompts(stage(), "b", (tokens, None, "flash"), {"mask": mask, "drop": 0.1}, prompts, AT)
+    args, kwargs = insert_prompts(stage(), "b", (tokens, None, "flash"), {"mask": mask, "drop": 0.1}, prompts, AT)
     assert args[1:] == (None, "flash") and kwargs["drop"] == 0.1 and list(kwargs) == ["mask", "drop"]
     assert kwargs["mask"].shape == (LENGTH + COUNT, LENGTH + COUNT) and mask.shape == (LENGTH, LENGTH)
 
@@ -291,20 +302,20 @@ def test_tokens_given_by_name():
     tokens, prompts = tensor(BATCH, LENGTH, WIDTH), tensor(BATCH, COUNT, WIDTH, seed=1)
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     chosen = stage(tokens=("src",))
-    args, kwargs = ops.insert_prompts(chosen, "b", (padding,), {"src": tokens}, prompts, AT)
+    args, kwargs = insert_prompts(chosen, "b", (padding,), {"src": tokens}, prompts, AT)
     assert args[0].shape == (BATCH, LENGTH + COUNT)
-    assert torch.equal(kwargs["src"], ops.insert(tokens, prompts, AT, "bgc"))
-    assert ops.block_tokens(chosen, "b", args, kwargs) is kwargs["src"]
+    assert torch.equal(kwargs["src"], insert(tokens, prompts, AT, "bgc"))
+    assert block_tokens(chosen, "b", args, kwargs) is kwargs["src"]
     with pytest.raises(AnatomyError, match=r"at its input.src; got NoneType"):
-        ops.insert_prompts(chosen, "b", (tokens,), {}, prompts, AT)
+        insert_prompts(chosen, "b", (tokens,), {}, prompts, AT)
 
 
 def test_tokens_in_a_mapping():
     tokens, mask = tensor(BATCH, LENGTH, WIDTH), tensor(BATCH, LENGTH, LENGTH)
     prompts = tensor(BATCH, COUNT, WIDTH, seed=1)
     given = {"feat": tokens, "pos": tokens * 2, "size": LENGTH}
-    args, kwargs = ops.insert_prompts(stage(tokens=(0, "feat")), "b", (given, 1), {"mask": mask}, prompts, AT)
-    assert torch.equal(args[0]["feat"], ops.insert(tokens, prompts, AT, "bgc"))
+    args, kwargs = insert_prompts(stage(tokens=(0, "feat")), "b", (given, 1), {"mask": mask}, prompts, AT)
+    assert torch.equal(args[0]["feat"], insert(tokens, prompts, AT, "bgc"))
     assert torch.equal(inner(args[0]["pos"], 1), tokens * 2) and not new(args[0]["pos"], 1).any()
     assert args[0]["size"] == LENGTH and args[1] == 1
     assert kwargs["mask"].shape == (BATCH, LENGTH + COUNT, LENGTH + COUNT)
@@ -316,7 +327,7 @@ def test_masked_attention_sees_prompts():
     attention = torch.nn.MultiheadAttention(WIDTH, 2)
     tokens, prompts = tensor(LENGTH, BATCH, WIDTH), tensor(BATCH, COUNT, WIDTH, seed=1)
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    (x, mask), _ = ops.insert_prompts(stage(layout="gbc"), "b", (tokens, causal), {}, prompts, LENGTH)
+    (x, mask), _ = insert_prompts(stage(layout="gbc"), "b", (tokens, causal), {}, prompts, LENGTH)
     with torch.no_grad():
         _, weights = attention(x, x, x, attn_mask=mask)
     assert bool((weights[:, :, LENGTH:] > 0).all())
@@ -328,29 +339,29 @@ def test_masked_attention_sees_prompts():
 
 def test_a_plain_output_is_replaced():
     tokens = tensor(BATCH, LENGTH, WIDTH)
-    assert ops.put_output_tokens(stage(), tensor(BATCH, LENGTH + COUNT, WIDTH), tokens, inserted=COUNT, at=AT) is tokens
+    assert put_output_tokens(stage(), tensor(BATCH, LENGTH + COUNT, WIDTH), tokens, inserted=COUNT, at=AT) is tokens
 
 
 @pytest.mark.parametrize("layout", ["bgc", "gbc"])
 def test_what_a_block_returns_beside_its_tokens_loses_the_prompts(layout):
     length = LENGTH + COUNT
     chosen = stage(outputs=((0,),), layout=layout)
-    tokens = ops.as_layout(tensor(BATCH, length, WIDTH), layout)
+    tokens = as_layout(tensor(BATCH, length, WIDTH), layout)
     maps, mean = tensor(BATCH, 2, length, length, seed=1), tensor(BATCH, length, length, seed=2)
     score, other = tensor(BATCH, length, seed=3), tensor(BATCH, 9, seed=4)
     output = (tokens, {"maps": maps, "score": score}, [mean, other], tokens * 3, None)
-    kept = ops.remove(ops.output_tokens(chosen, "b", output), COUNT, AT, layout)
-    changed = ops.put_output_tokens(chosen, output, kept, inserted=COUNT, at=AT)
+    kept = remove(output_tokens(chosen, "b", output), COUNT, AT, layout)
+    changed = put_output_tokens(chosen, output, kept, inserted=COUNT, at=AT)
     assert changed[0] is kept and changed[4] is None
     assert torch.equal(changed[1]["maps"], inner(maps, -1, -2))
     assert torch.equal(changed[1]["score"], inner(score, -1))
     assert torch.equal(changed[2][0], inner(mean, -1, -2)) and changed[2][1] is other
-    assert torch.equal(changed[3], ops.remove(tokens * 3, COUNT, AT, layout))
+    assert torch.equal(changed[3], remove(tokens * 3, COUNT, AT, layout))
 
 
 def test_without_prompts_the_rest_of_an_output_stays():
     tokens, maps = tensor(BATCH, LENGTH, WIDTH), tensor(BATCH, LENGTH, LENGTH)
-    changed = ops.put_output_tokens(stage(outputs=((0,),)), Pair(tokens, maps), tokens + 1)
+    changed = put_output_tokens(stage(outputs=((0,),)), Pair(tokens, maps), tokens + 1)
     assert type(changed) is Pair and torch.equal(changed.tokens, tokens + 1) and changed.rest is maps
 
 
@@ -362,8 +373,8 @@ def test_copies_of_tokens_change_by_as_much(kind):
     output: Any = (tokens, sparse) if kind == "tuple" else Attributes(feat=tokens, sparse=sparse)
     places: tuple[Steps, ...] = ((0,), (1, "features")) if kind == "tuple" else (("feat",), ("sparse", "features"))
     chosen = stage(layout="packed", outputs=places)
-    changed = ops.put_output_tokens(chosen, output, tokens + 2)
-    assert torch.equal(ops.output_tokens(chosen, "b", changed), tokens + 2)
-    assert torch.allclose(ops.fetch(changed, places[1]), features + 2)
+    changed = put_output_tokens(chosen, output, tokens + 2)
+    assert torch.equal(output_tokens(chosen, "b", changed), tokens + 2)
+    assert torch.allclose(fetch(changed, places[1]), features + 2)
     assert sparse.features is features
     assert (changed is output) == (kind == "mapping")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.backbones import BACKBONES, clouds, enliven
 from point_peft import (
     AnatomyError,
     BitFitConfig,
@@ -23,9 +22,10 @@ from point_peft import (
     get_peft_model,
     inject_adapter,
 )
-from point_peft import reading as reading_module
+from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.injection import get_adapter
+from point_peft.running.reading import depth, unwind
+from tests.zoo import BACKBONES, clouds, enliven
 
 WIDTH = 24
 
@@ -345,11 +345,11 @@ def test_ctrl_c_inside_an_attention_leaves_no_adapted_weights_behind() -> None:
         with pytest.raises(KeyboardInterrupt, match="^$"):
             model(*args)
         handle.remove()
-        assert reading_module.depth() == 1  # which torch tells no hook of
+        assert depth() == 1  # which torch tells no hook of
         with holder.disable_adapter():
             assert torch.equal(model(*args), plain)
         assert torch.equal(model(*args), adapted)
-    reading_module.unwind(0)
+    unwind(0)
 
 
 def test_layers_chosen_from_the_end_get_their_prompts() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.backbones import BACKBONES, clouds
 from point_peft import AnatomyError, PointPeftError, VPTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
+from tests.zoo import BACKBONES, clouds
 
 
 @pytest.mark.parametrize(("mode", "count"), [("deep", 46_080), ("shallow", 3_840)])

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from point_peft import model as point_peft_model
-from point_peft.combining import Combination
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.combining import Combination
+from point_peft.adapting.site import SITE
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
-from point_peft.injection import SITE, get_adapter
+from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PEFT_TYPE, TENSOR_FILE
 from point_peft.model import LayerStatus, ModelStatus, PointPeftModel
-from point_peft.state import CONFIG_FILE, KEY_PREFIX, PEFT_TYPE, TENSOR_FILE
 
 try:
     import peft

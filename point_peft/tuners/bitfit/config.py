@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from point_peft.config import TunerConfig
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, block_biases, narrowed, tuned_biases
+from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.base import Blueprint
+from point_peft.parts.tuned import block_biases, tuned_biases
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from point_peft.anatomy import Anatomy, Block
+from point_peft.anatomy.description import Anatomy, Block
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint, Bottleneck
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.sequence import at_mlp, mlp_of
 from point_peft.tuners.bottleneck.parts import ParallelPart, SerialPart
-from point_peft.tuners.sequence import at_mlp, mlp_of
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 

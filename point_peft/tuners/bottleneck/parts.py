@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from point_peft import tokens as token_ops
-from point_peft.anatomy import Block
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Bottleneck, Call, Part
-from point_peft.tuners.sequence import EntrancePart
+from point_peft.anatomy.description import Block
+from point_peft.parts.base import Call, Part
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.sequence import EntrancePart
+from point_peft.running.nested import Args, Kwargs, fetch, put
 
 
 class SerialPart(Part):
@@ -23,8 +23,8 @@ class SerialPart(Part):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         steps = (0,) if isinstance(output, tuple) else ()
-        h = token_ops.fetch(output, steps)
-        return token_ops.put(output, steps, h + self.scale * self.adapter(h).to(h.dtype))
+        h = fetch(output, steps)
+        return put(output, steps, h + self.scale * self.adapter(h).to(h.dtype))
 
 
 class ParallelPart(EntrancePart):

@@ -8,9 +8,13 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from point_peft.anatomy import Anatomy, Block, Stage
+from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint, Part
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Part
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.scale_shift import block_sites, channels_of, key_layers, patch_taps
+from point_peft.parts.sequence import at_mlp, check_takes_prompts, mlp_of
 from point_peft.tuners.dapt.parts import (
     AdapterPart,
     DynamicAdapter,
@@ -19,9 +23,6 @@ from point_peft.tuners.dapt.parts import (
     PatchTFTS,
     PositionOnce,
 )
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.scale_shift import block_sites, channels_of, key_layers, patch_taps
-from point_peft.tuners.sequence import at_mlp, check_takes_prompts, mlp_of
 
 # The pools of a head of the adapter's own that read what becomes of the prompts.
 READS_PROMPTS = frozenset({"prompt", "all_max", "all_mean", "raw_mean"})

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from point_peft import tokens as token_ops
-from point_peft.anatomy import Block, Stage
+from point_peft.anatomy.description import Block, Stage
 from point_peft.errors import AdapterError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Bottleneck, Call
-from point_peft.tuners.scale_shift import LayerScaleShift, PatchScaleShift
-from point_peft.tuners.sequence import EntrancePart, LastingPrompts, SequencePart
+from point_peft.parts.base import Call
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.scale_shift import LayerScaleShift, PatchScaleShift
+from point_peft.parts.sequence import EntrancePart, LastingPrompts, SequencePart
+from point_peft.running.nested import Args, Kwargs, put_argument
+from point_peft.running.tokens import batch_first, block_tokens, output_tokens
 
 
 class LayerTFTS(LayerScaleShift):
@@ -69,7 +70,7 @@ class AdapterPart(EntrancePart):
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         adapted = self.adapter(self.entrance(call, args, kwargs))
         if self.prompted is not None:
-            mean = nn.functional.gelu(token_ops.batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
+            mean = nn.functional.gelu(batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
             # Left and not noted: a model that checkpoints the inside of its blocks may run it without gradient.
             call.forward.leave(adapted_key(call, self.tuner, self.block), mean)
         return output + adapted.to(output.dtype)
@@ -109,17 +110,17 @@ class PositionOnce(SequencePart):
         if self.first:
             return args, kwargs
         kept = call.forward.take(self._key(call), call.path)
-        tokens = token_ops.block_tokens(self.stage, call.path, args, kwargs)
+        tokens = block_tokens(self.stage, call.path, args, kwargs)
         if kept is None or kept.shape != tokens.shape:
             raise AdapterError(
                 f"position=\"once\" gives block '{call.path}' what the block before it returned, which was "
                 f"{'nothing' if kept is None else tuple(kept.shape)} where {tuple(tokens.shape)} is needed: call the "
                 "model, or all of its blocks in order, and do not combine it with prompts of other methods"
             )
-        return token_ops.put_argument(args, kwargs, self.stage.tokens, kept)
+        return put_argument(args, kwargs, self.stage.tokens, kept)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.leave(self._key(call), token_ops.output_tokens(self.stage, call.path, output))
+        call.forward.leave(self._key(call), output_tokens(self.stage, call.path, output))
         return output
 
     def _key(self, call: Call) -> tuple[str, int, str]:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from point_peft.anatomy import Anatomy, Block, Tap
+from point_peft.anatomy.description import Anatomy, Block, Tap
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.propagation import GeometryAwareAdapter
+from point_peft.parts.quick_bottleneck import quick_bottleneck
+from point_peft.parts.sequence import check_located, check_takes_prompts
 from point_peft.tuners.ga_prompt.parts import BlockPart, CloudPart, Geometry, StageState, shape_mlp
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.propagation import GeometryAwareAdapter
-from point_peft.tuners.quick_bottleneck import quick_bottleneck
-from point_peft.tuners.sequence import check_located, check_takes_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

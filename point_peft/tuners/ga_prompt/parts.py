@@ -9,15 +9,15 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft import tokens as token_ops
-from point_peft.anatomy import Stage, Tap
+from point_peft.anatomy.description import Stage, Tap
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Bottleneck, Call, Part, SharedState
+from point_peft.parts.base import Call, Part, SharedState
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.propagation import GeometryAwareAdapter, Neighbourhoods, neighbourhoods
+from point_peft.parts.second_grouping import run_apart
+from point_peft.parts.sequence import BlockTokens, SequencePart
+from point_peft.running.nested import Args, Kwargs, all_arguments, fetch_argument, put_argument
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
-from point_peft.tuners.propagation import GeometryAwareAdapter, Neighbourhoods, neighbourhoods
-from point_peft.tuners.second_grouping import run_apart
-from point_peft.tuners.sequence import BlockTokens, SequencePart
 
 Geometry = Literal["consistent", "replacement"]
 
@@ -72,15 +72,15 @@ class CloudPart(Part):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if call.forward.apart:
             return args, kwargs
-        points = token_ops.fetch_argument(args, kwargs, self.tap.steps)
+        points = fetch_argument(args, kwargs, self.tap.steps)
         if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[2] != 3:
             got = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
             raise AnatomyError(f"the {self.tap} should be clouds (b, n, 3) that GA_PROMPT can change; it is {got}")
-        beside = list(token_ops.all_arguments(args, kwargs)) if self.point_prompts is not None else []
-        args, kwargs = token_ops.put_argument(args, kwargs, self.tap.steps, self._changed(call, points))
+        beside = list(all_arguments(args, kwargs)) if self.point_prompts is not None else []
+        args, kwargs = put_argument(args, kwargs, self.tap.steps, self._changed(call, points))
         for steps, value in beside:
             if steps != self.tap.steps and value.ndim == 3 and value.shape[:2] == points.shape[:2]:
-                args, kwargs = token_ops.put_argument(args, kwargs, steps, self._with_means(value))
+                args, kwargs = put_argument(args, kwargs, steps, self._with_means(value))
         return args, kwargs
 
     def _changed(self, call: Call, points: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.tuners.batch_norm import BatchNorm
+from point_peft.parts.batch_norm import BatchNorm
 
 FREQUENCIES = 4
 # Channels of one centre of the second level in the code, and the channels inside.

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.sequence import check_located
 from point_peft.tuners.gem.context_adapter import ContextAdapter
 from point_peft.tuners.gem.parts import GEMPart
 from point_peft.tuners.gem.spatial_adapter import SpatialAdapter
-from point_peft.tuners.sequence import check_located
 
 
 @dataclass(frozen=True, kw_only=True)

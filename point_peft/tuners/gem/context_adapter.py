@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from point_peft import ragged
-from point_peft.context import Forward
+from point_peft import geometry
 from point_peft.errors import AdapterError
+from point_peft.running.forward import Forward
 
 # Tokens of packed scenes that attend together.
 ROW = 1024
@@ -42,8 +42,8 @@ def scene_rows(forward: Forward, stage: int) -> SceneRows | None:
 
 
 def _scene_rows(samples: Tensor, n: int) -> SceneRows:
-    order, ends = ragged.gathered(samples, n)
-    index, real, scene = ragged.rows_of(ends, n, ROW)
+    order, ends = geometry.gathered(samples, n)
+    index, real, scene = geometry.rows_of(ends, n, ROW)
     index = order[index]
     place = torch.empty_like(order)
     place[index[real]] = real.flatten().nonzero()[:, 0]

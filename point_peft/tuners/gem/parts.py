@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from einops import rearrange
 
-from point_peft.anatomy import Stage
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.sequence import SequencePart
+from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.gem.context_adapter import ContextAdapter, scene_rows
 from point_peft.tuners.gem.spatial_adapter import SpatialAdapter, kernel_cells
-from point_peft.tuners.sequence import SequencePart
 
 
 class GEMPart(SequencePart):

@@ -8,8 +8,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from point_peft import geometry, ragged
-from point_peft.context import Forward
+from point_peft import geometry
+from point_peft.running.forward import Forward
 
 CELLS = 27
 CENTRE = 13
@@ -82,13 +82,13 @@ def _kernel_cells(points: Tensor, samples: Tensor | None, k: int) -> KernelCells
             near, points = rearrange(near, "b g k -> (b g) k"), rearrange(points, "b g xyz -> (b g) xyz")
             samples = repeat(torch.arange(b, device=points.device), "b -> (b g)", g=g)
             return _in_cells(points, near, torch.ones_like(near, dtype=torch.bool), samples, first + g)
-        order, ends = ragged.gathered(samples, len(points))
+        order, ends = geometry.gathered(samples, len(points))
         points = points[order]
-        near = ragged.ragged_knn(points, ends, points, ends, k)
+        near = geometry.ragged_knn(points, ends, points, ends, k)
         # Where a sample has fewer points, its nearest is repeated.
         real = near != near[:, :1]
         real[:, 0] = True
-        found = _in_cells(points, near, real, ragged.samples_of(ends, len(points)), ends)
+        found = _in_cells(points, near, real, geometry.samples_of(ends, len(points)), ends)
         place = order.argsort()
         number, cell = found.index // CELLS, found.index % CELLS
         return KernelCells((order[number] * CELLS + cell)[place], found.weights[place]).kept()

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from point_peft import tokens as token_ops
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call, Part
+from point_peft.parts.base import Call, Part
+from point_peft.running.nested import Args, Kwargs, fetch_argument, put_argument
 
 
 class KeyValuePart(Part):
@@ -49,8 +48,8 @@ class HiddenPart(Part):
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         steps: tuple[int | str, ...] = (0,) if args else ("input",)
-        x = token_ops.fetch_argument(args, kwargs, steps)
-        return token_ops.put_argument(args, kwargs, steps, x * self.scale.to(x.dtype))
+        x = fetch_argument(args, kwargs, steps)
+        return put_argument(args, kwargs, steps, x * self.scale.to(x.dtype))
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         weight: Tensor = getattr(module, "weight")  # noqa: B009 - a replica's is a tensor

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.sequence import check_takes_prompts
 from point_peft.tuners.idpt.generator import PromptGenerator
 from point_peft.tuners.idpt.parts import FeaturePart, InstancePrompt, PromptPosition
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.sequence import check_takes_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.tuners.batch_norm import BatchNorm
+from point_peft.parts.batch_norm import BatchNorm
 
 SLOPE = 0.2
 """Of LeakyReLU, as in DGCNN."""

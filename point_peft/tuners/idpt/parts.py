@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from point_peft.anatomy import Stage
+from point_peft.anatomy.description import Stage
 from point_peft.errors import AdapterError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call, SharedState
+from point_peft.parts.base import Call, SharedState
+from point_peft.parts.sequence import LastingPrompts, SequencePart
+from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.idpt.generator import PromptGenerator
-from point_peft.tuners.sequence import LastingPrompts, SequencePart
 
 
 class PromptPosition(SharedState):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,14 @@ from typing import ClassVar, Literal, TypeVar
 
 from torch import nn
 
-from point_peft.anatomy import Block, linear_shape
+from point_peft.anatomy.description import Block
+from point_peft.anatomy.structure import linear_shape
 from point_peft.config import FrozenMapping, TunerConfig, require
 from point_peft.errors import AnatomyError, MatchError, quoted
-from point_peft.matching import match_names, nearest_names
-from point_peft.tuners.base import Backbone, Blueprint, narrowed
+from point_peft.matching import match_names
+from point_peft.nearest import nearest_names
+from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.base import Blueprint
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
 
 V = TypeVar("V")

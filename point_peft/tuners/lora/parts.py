@@ -9,8 +9,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from point_peft.errors import AnatomyError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call, Part
+from point_peft.parts.base import Call, Part
+from point_peft.running.nested import Args, Kwargs
 
 
 class LoraPart(Part):

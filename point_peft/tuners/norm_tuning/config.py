@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from point_peft.config import TunerConfig
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, narrowed, tuned_norms
+from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.base import Blueprint
+from point_peft.parts.tuned import tuned_norms
 
 
 @dataclass(frozen=True, kw_only=True)

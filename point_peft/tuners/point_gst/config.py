@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.sequence import check_located, note_stream
 from point_peft.tuners.point_gst.parts import SpectralAdapter, SpectralPart, Transform
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.sequence import check_located, note_stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from point_peft import geometry, ragged
-from point_peft.context import Forward
+from point_peft import geometry
+from point_peft.running.forward import Forward
 
 # Eigenvalues, all in 0 .. 2, that are no farther apart count as one that is repeated.
 SAME_EIGENVALUE = 1e-6
@@ -102,9 +102,9 @@ def z_order(points: Tensor) -> Tensor:
 
 def _packed_order(points: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """The order (n,) of packed points (n, 3) along the curve, sample by sample, and how many each sample has."""
-    order, ends = ragged.gathered(samples, len(points))
+    order, ends = geometry.gathered(samples, len(points))
     along = z_order(points[order][None])[0]
-    along = along[ragged.samples_of(ends, len(points))[along].argsort(stable=True)]
+    along = along[geometry.samples_of(ends, len(points))[along].argsort(stable=True)]
     return order[along], nn.functional.pad(ends, (1, 0)).diff()
 
 

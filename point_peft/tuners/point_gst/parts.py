@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from point_peft.anatomy import Stage
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.sequence import SequencePart, noted_stream
+from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.point_gst.graph import Graphs, graphs_of
-from point_peft.tuners.sequence import SequencePart, noted_stream
 
 Transform = Literal["fourier", "published"]
 

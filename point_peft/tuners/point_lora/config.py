@@ -8,21 +8,16 @@ from typing import ClassVar
 
 from torch import nn
 
-from point_peft.anatomy import Block, Stage, linear_shape
+from point_peft.anatomy.description import Block, Stage
+from point_peft.anatomy.structure import linear_shape
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.second_grouping import CarryingPart, Init, TokenMlps, modules_to_tune, stage_to_group, token_mlp
 from point_peft.tuners.point_lora.low_rank import LowRankPart, SharedMlps
 from point_peft.tuners.point_lora.selection import SelectedTokens, Selection
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.second_grouping import (
-    CarryingPart,
-    Init,
-    TokenMlps,
-    modules_to_tune,
-    stage_to_group,
-    token_mlp,
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.errors import AnatomyError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call, Part, SharedState
+from point_peft.parts.base import Call, Part, SharedState
+from point_peft.running.nested import Args, Kwargs
 
 
 class SharedMlps(SharedState):

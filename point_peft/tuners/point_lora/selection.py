@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.anatomy import Stage
-from point_peft.tuners.base import Call
-from point_peft.tuners.second_grouping import GroupingPart, farthest_points
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.second_grouping import GroupingPart, farthest_points
 
 
 @dataclass(frozen=True)

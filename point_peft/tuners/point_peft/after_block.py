@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from point_peft import tokens as token_ops
-from point_peft.tuners.base import Bottleneck
-from point_peft.tuners.propagation import GeometryAwareAdapter, Reach
-from point_peft.tuners.quick_bottleneck import Middle, dropout, tensors_of
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.propagation import GeometryAwareAdapter, Reach
+from point_peft.parts.quick_bottleneck import Middle, dropout, tensors_of
+from point_peft.running.tokens import insert, remove
 
 
 class Prompts(NamedTuple):
@@ -27,14 +27,14 @@ class Prompts(NamedTuple):
 
     def taken_from(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l, c) without the prompts."""
-        return token_ops.remove(tokens, self.length, self.at, "bgc") if self.length else tokens
+        return remove(tokens, self.length, self.at, "bgc") if self.length else tokens
 
     def zero_in(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l - p, c) with zeros in the place of the prompts, (b, l, c)."""
         if self.length == 0:
             return tokens
         b, _, c = tokens.shape
-        return token_ops.insert(tokens, tokens.new_zeros(b, self.length, c), self.at, "bgc")
+        return insert(tokens, tokens.new_zeros(b, self.length, c), self.at, "bgc")
 
 
 def propagate_and_adapt(

@@ -8,17 +8,19 @@ from typing import ClassVar, Literal
 
 import torch
 
-from point_peft.anatomy import Anatomy, Block, Stage
+from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, block_biases, tuned_biases, tuned_norms
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.propagation import GeometryAwareAdapter
+from point_peft.parts.quick_bottleneck import quick_bottleneck
+from point_peft.parts.tuned import block_biases, tuned_biases, tuned_norms
 from point_peft.tuners.point_peft.geometry_aware import StageState
 from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, Prompt
 from point_peft.tuners.point_peft.prior import MemoryBank
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.propagation import GeometryAwareAdapter
-from point_peft.tuners.quick_bottleneck import quick_bottleneck
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from point_peft.tuners.base import SharedState
+from point_peft.parts.base import SharedState
+from point_peft.parts.propagation import Neighbourhoods
 from point_peft.tuners.point_peft.local_attention import pooled_attention
-from point_peft.tuners.propagation import Neighbourhoods
 
 
 class StageState(SharedState):

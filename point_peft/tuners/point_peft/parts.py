@@ -8,15 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from point_peft import tokens as token_ops
-from point_peft.anatomy import Stage
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Bottleneck, Call, Part
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call, Part
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.propagation import GeometryAwareAdapter, neighbourhoods
+from point_peft.parts.quick_bottleneck import add_adapted, works_by_hand
+from point_peft.running.nested import Args, Kwargs
+from point_peft.running.tokens import (
+    as_layout,
+    batch_first,
+    block_tokens,
+    insert_prompts,
+    output_tokens,
+    put_output_tokens,
+    token_dim,
+)
 from point_peft.tuners.point_peft.after_block import Prompts, propagate_and_adapt
 from point_peft.tuners.point_peft.geometry_aware import StageState
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
-from point_peft.tuners.propagation import GeometryAwareAdapter, neighbourhoods
-from point_peft.tuners.quick_bottleneck import add_adapted, works_by_hand
 
 
 class MlpPart(Part):
@@ -85,21 +94,21 @@ class BlockPart(Part):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.prompt is None:
             return args, kwargs
-        at = self._prefix(call, token_ops.block_tokens(self.stage, call.path, args, kwargs), inserted=0)
+        at = self._prefix(call, block_tokens(self.stage, call.path, args, kwargs), inserted=0)
         prompts = self.prompt(call.forward.coordinates[self.number].shape[0], self._prior(call))
-        return token_ops.insert_prompts(self.stage, call.path, args, kwargs, prompts, at)
+        return insert_prompts(self.stage, call.path, args, kwargs, prompts, at)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        found = token_ops.output_tokens(self.stage, call.path, output)
-        tokens = token_ops.batch_first(found, self.stage.layout)
+        found = output_tokens(self.stage, call.path, output)
+        tokens = batch_first(found, self.stage.layout)
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
         prompts = Prompts(self._prefix(call, found, inserted=count), count)
         if self.geometry is None:
             adapted = add_adapted(prompts.taken_from(tokens), self.adapter, 1.0)
         else:
             adapted = self._aware(call, self.geometry, tokens, prompts)
-        adapted = token_ops.as_layout(adapted, self.stage.layout)
-        return token_ops.put_output_tokens(self.stage, output, adapted, inserted=count, at=prompts.at)
+        adapted = as_layout(adapted, self.stage.layout)
+        return put_output_tokens(self.stage, output, adapted, inserted=count, at=prompts.at)
 
     def _aware(self, call: Call, geometry: GeometryAwareAdapter, tokens: Tensor, prompts: Prompts) -> Tensor:
         """What the geometry-aware adapter and A make of tokens (b, l, c).
@@ -135,7 +144,7 @@ class BlockPart(Part):
         """How many prefix tokens there are: those that are neither prompts nor patches."""
         if self.stage.layout == "packed":
             return 0
-        length = tokens.shape[token_ops.token_dim(self.stage.layout)]
+        length = tokens.shape[token_dim(self.stage.layout)]
         return length - inserted - call.forward.coordinates[self.number].shape[1]
 
     def _prior(self, call: Call) -> Tensor | None:

@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError
-from point_peft.tuners.base import Bank
+from point_peft.parts.base import Bank
 
 # Rows that are widened to float32 and compared at a time, about 3 MB of them: what lies in a core's cache is read five
 # times as fast, and memory stays bounded whatever the size of the bank.

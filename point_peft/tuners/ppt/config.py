@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.second_grouping import Init, modules_to_tune, stage_to_group
+from point_peft.parts.sequence import note_stream
 from point_peft.tuners.ppt.parts import PositionMlps, PromptedBlock, PromptGrouping
-from point_peft.tuners.prefix import tune_prefix
-from point_peft.tuners.second_grouping import Init, modules_to_tune, stage_to_group
-from point_peft.tuners.sequence import note_stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from point_peft.anatomy import Stage
-from point_peft.tuners.base import Call
-from point_peft.tuners.second_grouping import (
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.second_grouping import (
     CarryingPart,
     GroupingPart,
     Init,
@@ -15,7 +15,7 @@ from point_peft.tuners.second_grouping import (
     split_like,
     token_mlp,
 )
-from point_peft.tuners.sequence import BlockTokens, noted_stream
+from point_peft.parts.sequence import BlockTokens, noted_stream
 
 
 class PromptGrouping(GroupingPart):

@@ -9,8 +9,9 @@ from typing import ClassVar
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.tuners.base import Backbone, Blueprint, narrowed
-from point_peft.tuners.scale_shift import block_sites, channels_of, key_layers, patch_taps
+from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.base import Blueprint
+from point_peft.parts.scale_shift import block_sites, channels_of, key_layers, patch_taps
 from point_peft.tuners.ssf.parts import PatchPart, ScaleShiftPart
 
 

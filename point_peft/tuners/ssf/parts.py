@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from point_peft.tuners.scale_shift import LayerScaleShift, PatchScaleShift
+from point_peft.parts.scale_shift import LayerScaleShift, PatchScaleShift
 
 
 class ScaleShiftPart(LayerScaleShift):

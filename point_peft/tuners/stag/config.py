@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from point_peft.anatomy import Block, Stage
+from point_peft.anatomy.description import Block, Stage
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.tuners.base import Backbone, Blueprint
-from point_peft.tuners.sequence import check_located
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.sequence import check_located
 from point_peft.tuners.stag.parts import SidePart
 from point_peft.tuners.stag.side_network import SideNetwork
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from point_peft.anatomy import Stage
+from point_peft.anatomy.description import Stage
 from point_peft.errors import AdapterError
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call
-from point_peft.tuners.sequence import SequencePart
+from point_peft.parts.base import Call
+from point_peft.parts.sequence import SequencePart
+from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.stag.side_network import GraphModule, SideNetwork, neighbours
 
 

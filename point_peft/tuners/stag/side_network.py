@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from point_peft import geometry, ragged
-from point_peft.context import Forward
-from point_peft.tuners.base import SharedState
+from point_peft import geometry
+from point_peft.parts.base import SharedState
+from point_peft.running.forward import Forward
 
 
 class SideNetwork(SharedState):
@@ -53,7 +53,7 @@ def neighbours(forward: Forward, stage: int, k: int) -> Tensor:
 
 
 def _packed(points: Tensor, samples: Tensor, k: int) -> Tensor:
-    order, ends = ragged.gathered(samples, len(points))
+    order, ends = geometry.gathered(samples, len(points))
     points = points.detach()[order]
-    nearest = order[ragged.ragged_knn(points, ends, points, ends, k)]
+    nearest = order[geometry.ragged_knn(points, ends, points, ends, k)]
     return nearest[order.argsort()][None]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from point_peft.config import TunerConfig, require
-from point_peft.tuners.base import Backbone, Blueprint
-from point_peft.tuners.sequence import check_takes_prompts
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint
+from point_peft.parts.sequence import check_takes_prompts
 from point_peft.tuners.vpt.parts import DeepPrompts, ShallowPrompts
 
 

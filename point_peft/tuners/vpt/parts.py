@@ -8,10 +8,10 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from point_peft.anatomy import Stage
-from point_peft.tokens import Args, Kwargs
-from point_peft.tuners.base import Call
-from point_peft.tuners.sequence import LastingPrompts, SequencePart
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.sequence import LastingPrompts, SequencePart
+from point_peft.running.nested import Args, Kwargs
 
 
 def embeddings(count: int, channels: int) -> nn.Parameter:

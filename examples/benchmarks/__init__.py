@@ -1,1 +1,0 @@
-"""One benchmark of speed, memory and file sizes that anyone can run: `python -m examples.benchmarks.speed`."""

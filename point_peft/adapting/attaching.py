@@ -1,0 +1,101 @@
+"""Attach hooks to the modules of a backbone, and take them off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.coordinates import check_tokens, tap_input, tap_output
+from point_peft.adapting.hooks import PLAIN, after_parts, before_parts, enter_model, leave_model
+from point_peft.adapting.second_pass import end_at_last_block, keep_stem, reuse_stem
+from point_peft.adapting.site import CHILD, HOOKS, SITE, backbone_modules, hook, marked, remove_hooks, strip
+from point_peft.adapting.weights import begin_reading, end_reading
+from point_peft.running.forward import Root
+from point_peft.running.nested import Args
+
+
+def attach_model(root: Root) -> None:
+    """Hook what every adapter needs: the model, where coordinates are seen, the stem, the blocks, frozen norms."""
+    base = root.base_model
+    marked(root, "")
+    base.register_load_state_dict_post_hook(_allow_base_alone)  # type: ignore[no-untyped-call]
+    base.register_forward_pre_hook(enter_model, with_kwargs=True)
+    base.register_forward_hook(leave_model, with_kwargs=True, always_call=True)
+    for module in frozen_norms(root).values():
+        module.register_forward_pre_hook(hold_eval)
+    anatomy = root.anatomy
+    if anatomy is None:
+        return
+    for path in anatomy.stem:
+        module = marked(root, path)
+        module.register_forward_pre_hook(reuse_stem, with_kwargs=True)
+        module.register_forward_hook(keep_stem, with_kwargs=True)
+    for path in dict.fromkeys(tap.module for stage in anatomy.stages for tap in stage.taps):
+        module = marked(root, path)
+        module.register_forward_pre_hook(tap_input, with_kwargs=True)
+        module.register_forward_hook(tap_output)
+    for block in anatomy.blocks:
+        marked(root, block.path).register_forward_pre_hook(check_tokens, with_kwargs=True)
+    marked(root, anatomy.stages[anatomy.queried].blocks[-1].path).register_forward_hook(end_at_last_block)
+
+
+def attach_sites(root: Root, adapter: Adapter) -> None:
+    """Hook what an adapter needs hooks at, unless it is hooked already."""
+    for path in adapter.called():
+        module = marked(root, path)
+        if before_parts not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(before_parts, with_kwargs=True)
+            # After an exception too, what a plain module was given in the place of its tensors is taken away.
+            module.register_forward_hook(after_parts, with_kwargs=True, always_call=type(module) in PLAIN)
+    for path in adapter.readers:
+        module = marked(root, path)
+        if begin_reading not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(begin_reading)
+            module.register_forward_hook(end_reading, always_call=True)
+
+
+def detach_sites(root: Root, gone: Adapter, others: Sequence[Adapter]) -> None:
+    """Unhook what only an adapter that is gone needed hooks at."""
+    called = {path for other in others for path in other.called()}
+    read = {path for other in others for path in other.readers}
+    for path in {*gone.called(), *gone.readers}:
+        module = root.base_model.get_submodule(path)
+        remove_hooks(module, () if path in called else (before_parts, after_parts))
+        remove_hooks(module, () if path in read else (begin_reading, end_reading))
+        left = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {hold_eval}
+        if left.isdisjoint(HOOKS):
+            module.__dict__.pop(SITE, None)
+
+
+def detach_model(root: Root) -> None:
+    """Take every hook and reference off the backbone."""
+    for module in backbone_modules(root).values():
+        strip(module)
+    hooks = root.base_model._load_state_dict_post_hooks
+    for number in [number for number, function in hooks.items() if function is _allow_base_alone]:
+        del hooks[number]
+
+
+def frozen_norms(root: Root) -> dict[str, nn.Module]:
+    """Modules of the backbone that keep running statistics, which training must not move."""
+    return {path: module for path, module in backbone_modules(root).items() if isinstance(module, _NormBase)}
+
+
+def _allow_base_alone(module: nn.Module, incompatible: Any) -> None:
+    """A checkpoint of the backbone alone loads into a model that also holds adapters."""
+    if CHILD not in module._modules:
+        return
+    own = [key for key, _ in module.named_parameters() if key.startswith(CHILD + ".")]
+    missing = incompatible.missing_keys
+    if set(own) <= set(missing):
+        missing[:] = [key for key in missing if not key.startswith(CHILD + ".")]
+
+
+@hook
+def hold_eval(module: nn.Module, args: Args) -> None:
+    """The statistics of a frozen backbone do not move, whoever has called train() on it."""
+    module.training = False

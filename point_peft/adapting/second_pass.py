@@ -1,0 +1,215 @@
+"""The second pass: the frozen backbone run for a prior, on what the stem has computed already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.site import SITE, Site, anatomy_of, backbone_modules, hook
+from point_peft.errors import AdapterError, AnatomyError
+from point_peft.parts.prefix import TunedTokens
+from point_peft.running.forward import (
+    Forward,
+    Root,
+    Stop,
+    current_forward,
+    end_second_pass,
+    eval_mode,
+    open_forward,
+    opened,
+    reopen,
+)
+from point_peft.running.nested import Args, Kwargs
+from point_peft.running.stem import StemCall
+from point_peft.running.tokens import batch_first, output_tokens
+
+
+def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> Tensor:
+    """Patch tokens (b, g, c) of the frozen backbone without adapters, once per forward.
+
+    `source` is "stem" for the patch embedding, "backbone" for the tokens of the last block after the final norm; those
+    take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block. An
+    adapter that was made for other random values of prefix tokens gets a second pass with those.
+    """
+    if source == "stem" and 0 in forward.patches and not _changes_stem(forward):
+        return forward.patches[0].detach()
+    tokens = [state for state in get_adapter(forward.root, adapter).shared_states() if isinstance(state, TunedTokens)]
+    owner = adapter if any(state.other_base(forward.root.base_model) for state in tokens) else None
+    key = "tokens", source, owner
+    if forward.inputs is None and key not in forward.cache:
+        hint = ', or use prior="stem"' if source == "backbone" else ", or run its patch embedding first"
+        raise AdapterError(
+            f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a "
+            f"direct call of a part of it: call the model{hint}"
+        )
+
+    def take() -> Tensor:
+        batch = forward.whole
+        if batch is None:
+            return _second_pass(root, forward, source, owner)
+        found = batch.once(key, lambda: _second_pass(root, batch, source, owner))
+        return found if forward.rows is None else found[forward.rows]
+
+    return forward.once(key, take)
+
+
+def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor:
+    tokens = run_plain(root, forward, source, owner)
+    if tokens is None:
+        raise AdapterError(f"the second pass for the prior never came to what tells the tokens of the {source}")
+    return tokens
+
+
+def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor | None:
+    """Run the model without adapters as far as the stem or the last block; the tokens there, if they are known."""
+    assert forward.inputs is not None
+    args, kwargs = forward.inputs
+    with _second(root, forward, source, owner), answering(root), torch.no_grad():
+        try:
+            if forward.method is None:
+                root.base_model(*args, **kwargs)
+            else:
+                open_forward(root, args, kwargs)
+                getattr(root.base_model, forward.method)(*args, **kwargs)
+        except Stop as stop:
+            forward.reached = stop.args[0]
+    reached, forward.reached = forward.reached, None
+    return reached
+
+
+@contextmanager
+def _second(root: Root, forward: Forward, source: str, owner: str | None) -> Iterator[None]:
+    """In here, the model runs without adapters and, but for the stem, in eval mode."""
+    stem = {m for path in anatomy_of(root).stem for m in root.base_model.get_submodule(path).modules()}
+    others = [module for module in backbone_modules(root).values() if module not in stem]
+    before = opened(root)
+    forward.stop_at, forward.stop_owner = source, owner
+    reopen(forward.root, forward)
+    try:
+        with eval_mode(others), _own_random_numbers(root):
+            yield
+    finally:
+        forward.stop_at, forward.stop_owner = None, None
+        reopen(forward.root, before)
+
+
+def _own_random_numbers(root: Root) -> AbstractContextManager[None]:
+    """In here, drawing random numbers leaves the generators as they were.
+
+    Gradient checkpointing may run a block again, but not the second pass that ran within it.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    devices = {parameter.device for parameter in root.base_model.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(sorted(devices, key=str))
+
+
+@hook
+def end_at_last_block(module: nn.Module, args: Args, output: Any) -> None:
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    if forward.parent is None or forward.parent.stop_at != "backbone":
+        return
+    anatomy = anatomy_of(site.root)
+    forward.ended += 1
+    if forward.ended < anatomy.last_block_calls:
+        return
+    stage = anatomy.stages[anatomy.queried]
+    tokens = batch_first(output_tokens(stage, site.path, output), stage.layout)
+    if stage is anatomy.stages[-1]:
+        for path in anatomy.final_norms:
+            tokens = forward.root.base_model.get_submodule(path)(tokens)
+    if anatomy.queried not in forward.coordinates:
+        raise AnatomyError(
+            forward.misplaced.get(anatomy.queried)
+            or f"the coordinates of the tokens of '{site.path}' were not seen at the {stage.coordinates}"
+        )
+    g = forward.coordinates[anatomy.queried].shape[1]
+    end_second_pass(forward.parent, tokens[:, tokens.shape[1] - g :])
+
+
+@hook
+def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Remember what a module of the stem computed, for forwards that ask it the same; give what was remembered."""
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    if torch.compiler.is_compiling() and site.path in forward.stem and forward.parent is not None:
+        return forward.stem[site.path].output
+    second = forward.parent is not None and forward.parent.stop_at is not None
+    wanted = second or forward.active or forward.whole is not None
+    if wanted and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
+        call = forward.known_stem.get(site.path)
+        if call is None or call.output is not output:
+            call = StemCall.of(args, output)
+        if second and forward.parent is not None:
+            forward.parent.stem.setdefault(site.path, call)
+        forward.stem[site.path] = call
+    return None
+
+
+def _changes_stem(forward: Forward, path: str | None = None) -> bool:
+    """Whether an active adapter has a part in a module of the stem, or in any."""
+    changed = [get_adapter(forward.root, name).in_stem for name in forward.active]
+    return any(paths if path is None else path in paths for paths in changed)
+
+
+@hook
+def reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    """In compiled code, a module of the stem runs in the second pass on one sample only; `_keep_stem` does the rest.
+
+    A hook cannot keep a module from running, but it can give it next to nothing to do.
+    """
+    if not torch.compiler.is_compiling():
+        return None
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    call = forward.known_stem.get(site.path)
+    if call is None or kwargs or not args or not call.answers(args):
+        return None
+    if any(value.shape[0] != args[0].shape[0] for value in args):
+        return None
+    forward.stem[site.path] = call
+    return tuple(value[:1] for value in args), kwargs
+
+
+@contextmanager
+def answering(root: Root) -> Iterator[None]:
+    """In here, a module of the stem need not compute what the forward that it runs in knows.
+
+    No hook can keep a module from running. So its `forward` is set for a while, to what runs the module's own unless
+    the answer is known; that is right in every other forward and thread as well.
+    """
+    modules = [] if root.anatomy is None else [root.base_model.get_submodule(path) for path in root.anatomy.stem]
+    # Not where compiled code cannot follow, nor where another thread has done it already.
+    own = {} if torch.compiler.is_compiling() else {module: module.__dict__.get("forward") for module in modules}
+    own = {module: set_by_user for module, set_by_user in own.items() if not _answers(set_by_user)}
+    for module, set_by_user in own.items():
+        module.__dict__["forward"] = partial(_answer, module, set_by_user)
+    try:
+        yield
+    finally:
+        for module, set_by_user in own.items():
+            if set_by_user is not None:  # as accelerate's are, which moves weights between devices
+                module.__dict__["forward"] = set_by_user
+            else:
+                module.__dict__.pop("forward", None)
+
+
+def _answers(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _answer
+
+
+def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """What a module of the stem gives: what is known, else what it computes."""
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    call = forward.known_stem.get(site.path)
+    if call is not None and not kwargs and not _changes_stem(forward, site.path) and call.answers(args):
+        return call.output
+    return type(module).forward(module, *args, **kwargs) if set_by_user is None else set_by_user(*args, **kwargs)

@@ -1,0 +1,100 @@
+"""What an adapted module knows of itself, and how the modules of a backbone are reached."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from point_peft.anatomy.description import Anatomy, Stage
+from point_peft.running.forward import Root
+
+SITE = "_point_peft_site"
+CHILD = "point_peft"
+"""The name under which a model that keeps its own class holds its adapters."""
+
+
+HOOKS: set[Callable[..., Any]] = set()
+"""Every function that is put on modules of a backbone as a hook."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def hook(function: F) -> F:
+    """Mark a function as a hook, so that it is found on a module again and taken off."""
+    HOOKS.add(function)
+    return function
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an adapted module knows of itself: its path in the backbone and who holds the adapters."""
+
+    path: str
+    root: Root
+
+
+def floating_parameter(modules: Mapping[str, nn.Module]) -> Tensor | None:
+    """A parameter of a backbone whose type and device its adapters take; None if it has none."""
+    return next((p for p in modules[""].parameters() if p.is_floating_point()), None)
+
+
+def backbone_modules(root: Root) -> dict[str, nn.Module]:
+    """Every module of the backbone by path, under each of its names, without the adapters that it may hold."""
+    found = {"": root.base_model}
+    for name, child in root.base_model._modules.items():
+        if child is not None and name != CHILD:
+            found |= child.named_modules(prefix=name, remove_duplicate=False)
+    return found
+
+
+def clean_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module of the backbone without the hooks of this library."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        site = child.__dict__.get(SITE)
+        if site is not None:
+            memo[id(site)] = site
+    copied = copy.deepcopy(module, memo)
+    for child in copied.modules():
+        strip(child)
+    return copied
+
+
+def marked(root: Root, path: str) -> nn.Module:
+    """The module at a path of the backbone, which from now on knows its site."""
+    module = root.base_model.get_submodule(path)
+    if SITE not in module.__dict__:
+        module.__dict__[SITE] = Site(path, root)
+    return module
+
+
+def strip(module: nn.Module) -> None:
+    """Take every hook and reference of this library off a module."""
+    module.__dict__.pop(SITE, None)
+    remove_hooks(module, HOOKS)
+
+
+def remove_hooks(module: nn.Module, hooks: Collection[Callable[..., Any]]) -> None:
+    """Take hooks off a module, by function and not by handle: a handle knows one model, and models are copied."""
+    for registered, flags in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for number in [number for number, hook in registered.items() if hook in hooks]:
+            del registered[number]
+            for flag in flags:
+                flag.pop(number, None)
+
+
+def anatomy_of(root: Root) -> Anatomy:
+    """The anatomy that the adapters of a model go by, for hooks that are attached by what it says."""
+    assert root.anatomy is not None
+    return root.anatomy
+
+
+def stage_at(anatomy: Anatomy, path: str) -> tuple[int, Stage]:
+    """The number and the stage of the block at a path."""
+    return next((i, stage) for i, stage in enumerate(anatomy.stages) if any(b.path == path for b in stage.blocks))

@@ -1,0 +1,65 @@
+"""Adapted weights in the place of the base's, while a module runs that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from point_peft.adapting.adapter import calls_at, get_adapter
+from point_peft.adapting.site import SITE, Site, hook
+from point_peft.parts.base import Call, Part
+from point_peft.running.forward import Forward, Root, current_forward
+from point_peft.running.nested import Args
+from point_peft.running.reading import enter, leave
+
+
+@hook
+def begin_reading(module: nn.Module, args: Args) -> None:
+    """While this module runs, it reads the adapted weights of others."""
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    adapted = _read_weights(forward, site)
+    if adapted:
+        read_adapted(module, forward, site.root, adapted)
+
+
+def read_adapted(module: nn.Module, forward: Forward, root: Root, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
+    """While the module runs, it reads the adapted tensors. What Ctrl-C leaves behind dies with its forward."""
+    enter(module, adapted, lambda: current_forward(root) is forward)
+
+
+@hook
+def end_reading(module: nn.Module, args: Args, output: Any) -> None:
+    site: Site = module.__dict__[SITE]
+    used = leave(module) or ()
+    forward = current_forward(site.root)
+    if forward.ran is None or output is None:
+        return
+    for name in forward.active:
+        read = get_adapter(forward.root, name).readers.get(site.path, ())
+        forward.ran.update((name, path) for path in read if path in used)
+
+
+def _read_weights(forward: Forward, site: Site) -> dict[int, tuple[str, Tensor]]:
+    """What the module of a site reads of others: by the identity of the base's tensor, the module and the adapted."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path in dict.fromkeys(
+        p for n in forward.active for p in get_adapter(forward.root, n).readers.get(site.path, ())
+    ):
+        module = forward.root.base_model.get_submodule(path)
+        calls = [(part, call) for part, call in calls_at(forward, forward.active, path, module) if part.by_weight]
+        found |= {id(base): (path, value) for base, value in adapted_tensors(module, calls).values()}
+    return found
+
+
+def adapted_tensors(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A module's tensors by name, those of the base and with parts folded in, for those that they change."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for part, _ in calls:
+        for name, value in part.weights(module).items():
+            base = getattr(module, name)
+            before, value = found.get(name, (base, base))[1], value.to(base.dtype)
+            found[name] = base, value if before is base else before + (value - base)
+    return found

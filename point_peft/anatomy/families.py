@@ -1,0 +1,378 @@
+"""What the structure of known families of models does not tell, as data: one `Preset` a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from point_peft.anatomy.description import Layout, Steps, Tap
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePreset:
+    """One or more stages of a family.
+
+    In paths, `{stage}` is the stage's number, `{first}` its first block and `{above}` what holds the list of blocks.
+    """
+
+    blocks: str
+    """A regular expression for the paths of the blocks."""
+    coordinates: Tap
+    embedding: str | None = None
+    """A positional embedding. If it is made from coordinates, it gets them in the order of the tokens, and they are
+    seen there."""
+    samples: tuple[Tap, ...] = ()
+    """The last whose module exists counts."""
+    points: Tap | None = None
+    patch_tokens: tuple[str, ...] = ()
+    """Modules that make the patch embedding; those that exist run one after another, the output of the last is it."""
+    neighbourhoods: bool = False
+    """Whether the first of them gets nothing but neighbourhoods (b, g, k, 3)."""
+    layout: Layout = "bgc"
+    tokens: Steps = (0,)
+    outputs: tuple[Steps, ...] = ((),)
+    position: Literal["every_block", "once"] = "every_block"
+    masks: tuple[Steps, ...] = ()
+    mlp_norm: str | None = None
+    """The norm ahead of the MLP in each block, where it is not the second of the block's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A family of models, told by modules that it has and has not. Paths that a model lacks are left out.
+
+    The modules may lie under a common prefix, as in a model that wraps the backbone.
+    """
+
+    name: str
+    requires: tuple[str, ...]
+    """Modules that a model must have to be of this family."""
+    absent: tuple[str, ...] = ()
+    stages: tuple[StagePreset, ...]
+    stem: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    """Parameters of the prefix tokens, in the order of their rows."""
+    positions: tuple[str, ...] = ()
+    """Parameters of their positions, in the order of their rows."""
+    final_norms: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    patches_read: bool = True
+    """Whether the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
+    reads: str | None = None
+    """A regular expression for modules that are not called: their parent reads their weights."""
+
+
+_PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
+_HIERARCHICAL_PARTS = (
+    "label_conv",
+    *(f"propagations.{level}" for level in range(3)),
+    "convs1",
+    "bns1",
+    "convs2",
+    "bns2",
+    "convs3",
+    "bns3",
+    "convs4",
+)
+_GROUPED = Tap(module="group_divider", side="output", steps=(1,))
+_CLOUD = Tap(module="group_divider", side="input")
+_BESIDE = Tap(module="{first}", side="input", steps=(1,))
+_GRAPH_ENCODER = StagePreset(
+    blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
+    coordinates=_BESIDE,
+    samples=(
+        Tap(module="{above}", side="input", steps=(2,)),
+        Tap(module="{above}.downsample", side="output", steps=(2,)),
+    ),
+    layout="packed",
+)
+_SCENE_HEADS = ("seg_head", "cls_head")
+_EMBEDDED = Tap(module="pos_embed", side="input")
+PRESETS: tuple[Preset, ...] = (
+    # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
+    Preset(
+        name="Point-MAE family",
+        requires=("blocks.blocks.0", "group_divider", "encoder", "pos_embed", "norm"),
+        absent=("h_encoder", "generator_blocks"),
+        stages=(
+            StagePreset(
+                blocks=r"blocks\.blocks\.\d+",
+                coordinates=_GROUPED,
+                points=_CLOUD,
+                embedding="pos_embed",
+                patch_tokens=("encoder", "reduce_dim"),
+                neighbourhoods=True,
+            ),
+        ),
+        stem=("group_divider", "encoder", "reduce_dim"),
+        tokens=("cls_token", "img_token", "text_token"),
+        positions=("cls_pos", "img_pos", "text_pos"),
+        final_norms=("norm",),
+        heads=(
+            "cls_head_finetune",
+            "label_conv",
+            "propagation_0",
+            "convs1",
+            "bns1",
+            "convs2",
+            "bns2",
+            "convs3",
+            "convs1_cls",
+            "bns1_cls",
+            "convs2_cls",
+            "bns2_cls",
+            "convs3_cls",
+        ),
+    ),
+    # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
+    Preset(
+        name="PointGPT",
+        requires=("blocks.layers.0", "blocks.ln_f", "group_divider", "encoder", "pos_embed"),
+        stages=(
+            StagePreset(
+                blocks=r"blocks\.layers\.\d+",
+                coordinates=_GROUPED,
+                points=_CLOUD,
+                patch_tokens=("encoder",),
+                neighbourhoods=True,
+                layout="gbc",
+                masks=((1,),),
+            ),
+        ),
+        stem=("group_divider", "encoder"),
+        # As in the original, the positions of the two tokens are exchanged.
+        tokens=("blocks.sos", "cls_token"),
+        positions=("cls_pos", "sos_pos"),
+        final_norms=("blocks.ln_f",),
+        heads=("blocks.cls_norm", "blocks.cls_head_finetune", "cls_norm", "cls_head_finetune", *_PART_SEGMENTATION),
+    ),
+    # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
+    Preset(
+        name="Point-M2AE family",
+        requires=("h_encoder.encoder_blocks.0.blocks.0", "group_dividers.0", "h_encoder.token_embed.0"),
+        stages=(
+            StagePreset(
+                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
+                embedding="h_encoder.encoder_pos_embeds.{stage}",
+                points=Tap(module="group_dividers.{stage}", side="input"),
+                patch_tokens=("h_encoder.token_embed.{stage}",),
+                masks=((1,),),
+            ),
+        ),
+        stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
+        final_norms=("norm", "h_encoder.encoder_norms.2"),
+        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
+    ),
+    # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
+    Preset(
+        name="Uni3D",
+        requires=("visual.blocks.0", "group_divider", "encoder", "pos_embed", "visual.fc_norm"),
+        stages=(
+            StagePreset(
+                blocks=r"visual\.blocks\.\d+",
+                coordinates=_GROUPED,
+                points=_CLOUD,
+                embedding="pos_embed",
+                patch_tokens=("encoder", "encoder2trans"),
+                position="once",
+            ),
+        ),
+        stem=("group_divider", "encoder", "encoder2trans"),
+        tokens=("cls_token",),
+        positions=("cls_pos",),
+        final_norms=("visual.norm", "visual.fc_norm"),
+        heads=("trans2embed",),
+        patches_read=False,
+        reads=r"visual\.blocks\.\d+\.attn\.qkv",
+    ),
+    # openpoints' PointViT.
+    Preset(
+        name="openpoints PointViT",
+        requires=("encoder.blocks.0", "encoder.patch_embed", "encoder.proj", "encoder.pos_embed", "encoder.norm"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+",
+                coordinates=Tap(module="encoder.patch_embed", side="output", steps=(0, 1)),
+                embedding="encoder.pos_embed",
+                patch_tokens=("encoder.proj",),
+            ),
+        ),
+        stem=("encoder.patch_embed", "encoder.proj"),
+        tokens=("encoder.cls_token",),
+        positions=("encoder.cls_pos",),
+        final_norms=("encoder.norm",),
+        heads=("prediction",),
+    ),
+    # torch-pointcloud's Point-MAE: grouping is a function, what it gives is first seen as the input of pos_embed.
+    Preset(
+        name="torch-pointcloud Point-MAE",
+        requires=("blocks.blocks.0", "encoder", "pos_embed", "norm_f", "head"),
+        absent=("group_divider",),
+        stages=(
+            StagePreset(
+                blocks=r"blocks\.blocks\.\d+",
+                coordinates=_EMBEDDED,
+                embedding="pos_embed",
+                patch_tokens=("encoder",),
+                neighbourhoods=True,
+            ),
+        ),
+        stem=("encoder",),
+        tokens=("cls_token",),
+        positions=("cls_pos",),
+        final_norms=("norm_f",),
+        heads=("label_conv", "propagation_0", "head"),
+    ),
+    Preset(
+        name="torch-pointcloud Point-BERT",
+        requires=("encoder.blocks.0", "encoder.encoder", "encoder.reduce_dim", "encoder.pos_embed", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"encoder\.blocks\.\d+",
+                coordinates=Tap(module="encoder.pos_embed", side="input"),
+                embedding="encoder.pos_embed",
+                patch_tokens=("encoder.encoder", "encoder.reduce_dim"),
+                neighbourhoods=True,
+            ),
+        ),
+        stem=("encoder.encoder", "encoder.reduce_dim"),
+        tokens=("encoder.cls_token",),
+        positions=("encoder.cls_pos",),
+        final_norms=("encoder.norm",),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PointGPT",
+        requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
+        absent=("group_divider",),
+        stages=(
+            StagePreset(
+                blocks=r"blocks\.layers\.\d+",
+                coordinates=_EMBEDDED,
+                patch_tokens=("encoder",),
+                neighbourhoods=True,
+                layout="gbc",
+                masks=((1,),),
+            ),
+        ),
+        stem=("encoder",),
+        tokens=("blocks.sos", "cls_token"),
+        positions=("cls_pos", "sos_pos"),
+        final_norms=("blocks.ln_f",),
+        heads=("cls_norm", "head"),
+    ),
+    Preset(
+        name="torch-pointcloud Point-M2AE",
+        requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
+        absent=("group_dividers",),
+        stages=(
+            StagePreset(
+                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
+                patch_tokens=("h_encoder.token_embed.{stage}",),
+                masks=((1,),),
+            ),
+        ),
+        stem=("h_encoder.token_embed.0",),
+        final_norms=("norm", "h_encoder.encoder_norms.2"),
+        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
+    ),
+    # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.
+    Preset(
+        name="PTv3 family",
+        requires=("enc.enc0.block0", "embedding"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:enc\.enc|dec\.dec)\d+\.block\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, "coord")),
+                samples=(Tap(module="{first}", side="input", steps=(0, "batch"), else_steps=(0, "offset")),),
+                layout="packed",
+                tokens=(0, "feat"),
+                outputs=(("feat",), ("sparse_conv_feat", "features")),
+            ),
+        ),
+        stem=("embedding",),
+        heads=_SCENE_HEADS,
+    ),
+    # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
+    Preset(
+        name="PTv1",
+        requires=("enc1.1.transformer2", "enc1.0"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:enc|dec)\d+\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
+                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+                layout="packed",
+                tokens=(0, 1),
+                outputs=((1,),),
+            ),
+        ),
+        heads=("cls",),
+    ),
+    Preset(
+        name="PTv2",
+        requires=("patch_embed.blocks.blocks.0", "enc_stages.0.blocks.blocks.0"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
+                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+                layout="packed",
+                tokens=(0, 1),
+                outputs=((1,),),
+            ),
+        ),
+        heads=_SCENE_HEADS,
+    ),
+    Preset(
+        name="torch-pointcloud PTv3",
+        requires=("encoder.blocks.0.blocks.0.cpe_conv", "encoder.stem", "head"),
+        stages=(
+            StagePreset(
+                blocks=r"(?:encoder|decoder)\.blocks\.\d+\.blocks\.\d+",
+                coordinates=Tap(module="{first}", side="input", steps=(2,)),
+                samples=(Tap(module="{first}", side="input", steps=(3,)),),
+                layout="packed",
+                outputs=((0,), (1, "features")),
+                mlp_norm="norm2",
+            ),
+        ),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PTv2",
+        requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
+        stages=(
+            _GRAPH_ENCODER,
+            StagePreset(
+                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=(Tap(module="{above}", side="input", steps=(3,)),),
+                layout="packed",
+            ),
+        ),
+        heads=("head",),
+    ),
+    Preset(
+        name="torch-pointcloud PTv1",
+        requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
+        stages=(
+            _GRAPH_ENCODER,
+            StagePreset(
+                blocks=r"decoder\.global_block",
+                coordinates=_BESIDE,
+                samples=(Tap(module="decoder.global_transition", side="input", steps=(1,)),),
+                layout="packed",
+            ),
+            StagePreset(
+                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
+                coordinates=_BESIDE,
+                samples=(Tap(module="{above}.upsample", side="input", steps=(5,)),),
+                layout="packed",
+            ),
+        ),
+        heads=("head",),
+    ),
+)

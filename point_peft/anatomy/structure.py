@@ -1,0 +1,201 @@
+"""Blocks found by their structure: an attention, a norm and a linear layer outside the attention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from point_peft.anatomy.description import Block
+from point_peft.errors import AnatomyError
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer, None for anything else.
+
+    A linear layer is what has a two-dimensional weight and no children: `nn.Linear`, PyG's `Linear` and the like.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)):
+        return None
+    return None if any(module.children()) else (weight.shape[0], weight.shape[1])
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: it says so by its class name and has no children."""
+    return "norm" in type(module).__name__.lower() and not any(module.children())
+
+
+_SPLIT = frozenset({"q", "k", "v", "kv", "qk", "src", "dst", "query", "key", "value", "queries", "keys", "values"})
+
+
+def _attentions(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Paths of the attention modules, each with the paths of its query, key and value projections."""
+    for path, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            yield path, ()
+            continue
+        linears = {name: shape for name, child in module.named_children() if (shape := linear_shape(child))}
+        # An MLP that widens threefold is told from a fused projection by the layer that narrows again.
+        widths = {width for _, width in linears.values()}
+        fused = [name for name, (out, width) in linears.items() if out == 3 * width and out not in widths]
+        split = [name for name, child in module.named_children() if _SPLIT & set(name.split("_")) and _linears(child)]
+        if len(fused) == 1 and len(_linears(module)) >= 2:
+            yield path, (f"{path}.{fused[0]}",)
+        elif not fused and len(split) >= 2:
+            # In torch_geometric's convolutions the layer for the values has no name but `lin`.
+            values = [name for name in linears if name == "lin" and {"lin_src", "lin_dst"} <= set(split)]
+            projections = [child for name in (*split, *values) for child in _linears(module.get_submodule(name), name)]
+            yield path, tuple(f"{path}.{name}" for name in projections)
+
+
+def _linears(module: nn.Module, path: str = "") -> list[str]:
+    """The paths of the linear layers of a module, itself among them, which has the path `path`."""
+    return [name for name, child in module.named_modules(prefix=path) if linear_shape(child)]
+
+
+def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
+    """The transformer blocks among modules by path: the smallest ancestor of an attention with a norm and a linear."""
+    every_norm = [path for path, module in modules.items() if is_norm(module)]
+    every_linear = [path for path, module in modules.items() if linear_shape(module)]
+    blocks: dict[str, Block] = {}
+    attentions = dict(_attentions(modules))
+
+    def outside(paths: Sequence[str], block: str, attention: str) -> tuple[str, ...]:
+        within, without = block + "." if block else "", attention + "."
+        return tuple(path for path in paths if path.startswith(within) and not (path + ".").startswith(without))
+
+    for attention, qkv in attentions.items():
+        flat = _flat_block(modules, attention, qkv)
+        if flat is not None:
+            blocks[attention] = flat
+            continue
+        path = attention
+        while path:
+            path = path.rpartition(".")[0]
+            norms, linears = outside(every_norm, path, attention), outside(every_linear, path, attention)
+            if norms and linears:
+                break
+        else:
+            continue
+        if not path or path in blocks:
+            continue
+        inside = [name for name in _linears(modules[attention], attention) if name not in qkv]
+        direct = [name for name in inside if name.rpartition(".")[0] == attention]
+        projection = direct if len(direct) == 1 else inside
+        mlp = _mlp(modules, path, linears, attentions)
+        blocks[path] = Block(
+            path=path,
+            attention=attention,
+            qkv=qkv,
+            projection=projection[0] if len(projection) == 1 else None,
+            norms=norms,
+            mlp=mlp,
+            linears=linears,
+            mlp_norm=_mlp_norm(modules, path, norms, mlp),
+        )
+    # A block inside another block's attention search is the container of several blocks, not a block.
+    return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
+
+
+def _flat_block(modules: Mapping[str, nn.Module], path: str, qkv: Sequence[str]) -> Block | None:
+    """A block, one of a list, that has its query, key and value layers itself, beside norms and other layers."""
+    if not qkv or not isinstance(modules[path.rpartition(".")[0]], (nn.ModuleList, nn.ModuleDict)):
+        return None
+    width = (linear_shape(modules[qkv[0]]) or (0, 0))[1]
+    norms = tuple(name for name, child in modules[path].named_modules(prefix=path) if is_norm(child))
+    weights = [modules[name]._parameters.get("weight") for name in norms]
+    linears = tuple(name for name in _linears(modules[path], path) if name not in qkv)
+    if not linears or not any(weight is not None and weight.shape[0] == width for weight in weights):
+        return None
+    mlp = _mlp(modules, path, linears, {})
+    return Block(
+        path=path,
+        attention=path,
+        qkv=tuple(qkv),
+        projection=None,
+        norms=norms,
+        mlp=mlp,
+        linears=linears,
+        mlp_norm=_mlp_norm(modules, path, norms, mlp),
+    )
+
+
+def _mlp(
+    modules: Mapping[str, nn.Module], block: str, linears: Sequence[str], attentions: Mapping[str, Any]
+) -> str | None:
+    """The first child of a block whose linear layers widen and narrow again; or the layer that ends such a pair."""
+    for name, _ in modules[block].named_children():
+        child = f"{block}.{name}"
+        shapes = [linear_shape(modules[path]) for path in linears if path.startswith(child + ".")]
+        first, last = (shapes[0], shapes[-1]) if shapes else (None, None)
+        attends = any((path + ".").startswith(child + ".") for path in attentions)
+        if len(shapes) >= 2 and first and last and first[1] == last[0] and not attends:
+            return _innermost(modules, child)
+    own = [path for path in linears if path.rpartition(".")[0] == block]
+    for one, two in pairwise(own):
+        (wide, width), (out, hidden) = linear_shape(modules[one]) or (0, 0), linear_shape(modules[two]) or (0, 0)
+        if wide == hidden and width == out and wide > width:
+            return two
+    return None
+
+
+def mlp_linears(block: Block) -> tuple[str, str] | None:
+    """The first and the last linear layer of a block's MLP; None if it has none that was found."""
+    if block.mlp is None:
+        return None
+    inside = [path for path in block.linears if path.startswith(block.mlp + ".")]
+    if inside:
+        return inside[0], inside[-1]
+    # The MLP is then the second of two layers side by side.
+    beside = [path for path in block.linears if path.rpartition(".")[0] == block.mlp.rpartition(".")[0]]
+    at = beside.index(block.mlp) if block.mlp in beside else 0
+    return (beside[at - 1], block.mlp) if at else None
+
+
+def mlp_entrance(block: Block) -> str | None:
+    """The module whose input is that of a block's MLP: the MLP itself, or its first layer where it is not a module."""
+    ends = mlp_linears(block)
+    return ends[0] if ends is not None and ends[1] == block.mlp else block.mlp
+
+
+def _mlp_norm(modules: Mapping[str, nn.Module], block: str, norms: Sequence[str], mlp: str | None) -> str | None:
+    """The second of a block's own norms, as pre-norm blocks have it; a traced forward verifies it."""
+    # What stands beside layers in a child of the block, as in a positional encoding, is not the block's own.
+    own = [path for path in norms if not _linears(modules[f"{block}.{path[len(block) + 1 :].split('.')[0]}"])]
+    return own[1] if mlp is not None and len(own) > 1 else None
+
+
+def _innermost(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Down from containers of one module: those of some models do not return tokens as a tensor."""
+    inner = [name for name, child in modules[path].named_children() if _linears(child)]
+    if len(inner) != 1 or isinstance(modules[f"{path}.{inner[0]}"], (nn.ModuleList, nn.ModuleDict)):
+        return path
+    return _innermost(modules, f"{path}.{inner[0]}")
+
+
+def block_width(model: nn.Module, block: Block) -> int:
+    """The number of channels c of a block's tokens, read from its norms, its own before those of its children."""
+    for path in sorted(block.norms, key=lambda path: path.count(".")):
+        weight = model.get_submodule(path)._parameters.get("weight")
+        if weight is not None:
+            return weight.shape[0]
+    raise AnatomyError(f"cannot tell the token width of block '{block.path}': none of its norms has a weight")
+
+
+def stage_groups(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """Blocks in order, grouped into stages: neighbours of one container, class and width."""
+
+    def kind(block: Block) -> tuple[str, type[nn.Module], int]:
+        container = re.sub(r"\d+$", "", block.path)
+        return container, type(model.get_submodule(block.path)), block_width(model, block)
+
+    return [tuple(group) for _, group in groupby(blocks, kind)]
+
+
+def prefix_rows(tensor: Tensor) -> int:
+    """How many token rows a prefix tensor (1, rows, c), (rows, c) or (c,) stands for."""
+    return tensor.numel() // tensor.shape[-1]

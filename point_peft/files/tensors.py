@@ -1,0 +1,115 @@
+"""Tensors of a file checked against those of an adapter, and put in their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from point_peft.errors import AdapterFileError, quoted
+from point_peft.nearest import nearest_names
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], free_rows: frozenset[str], where: str
+) -> None:
+    """Every name, shape, type and value must fit; the first that does not is named."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise AdapterFileError(f"{where} lacks the tensor {quoted(missing[0])}{more}")
+    unexpected = [name for name in tensors if name not in expected]
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        near = nearest_names(unexpected[0], list(expected), what="tensor")
+        raise AdapterFileError(
+            f"{where} has a tensor {quoted(unexpected[0])}{more} that the adapter has not; nearest: {near}"
+        )
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        shape, wanted_shape = tuple(tensor.shape), tuple(wanted.shape)
+        free = name in free_rows and tensor.ndim == wanted.ndim > 0
+        if shape[free:] != wanted_shape[free:]:
+            shown = ("any", *wanted_shape[1:]) if name in free_rows else wanted_shape
+            raise AdapterFileError(f"{where}: '{name}' is {_shape(shape)}, this model needs {_shape(shown)}")
+        if tensor.dtype != wanted.dtype and not (tensor.dtype in _FLOATS and wanted.dtype in _FLOATS):
+            raise AdapterFileError(f"{where}: '{name}' is {dtype_name(tensor)}, this model needs {dtype_name(wanted)}")
+    check_finite(tensors, where)
+
+
+def _shape(shape: tuple[Any, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinity."""
+    for name, tensor in tensors.items():
+        # The largest is not finite if any is not, and found in fewer steps.
+        if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.detach().abs().amax()):
+            raise AdapterFileError(f"{where}: '{name}' holds values that are not finite")
+
+
+def copy_tensors(
+    source: Mapping[str, Tensor],
+    target: nn.Module,
+    names: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    keep_types: bool = True,
+) -> None:
+    """Put checked tensors in the place of the tensors `names` of a module that is not attached yet, on a device.
+
+    They keep the types that they have in the file, or take those of the tensors that they replace, which may be without
+    memory.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in target.modules():
+        for key, tensor in _own_tensors(module):
+            owners.setdefault(id(tensor), []).append((module, key))
+    for name, tensor in source.items():
+        wanted = names[name]
+        placed = tensor.to(device, tensor.dtype if keep_types else wanted.dtype)
+        parameter = nn.Parameter(placed, wanted.requires_grad) if isinstance(wanted, nn.Parameter) else None
+        for module, key in owners[id(wanted)]:
+            if parameter is not None:
+                module._parameters[key] = parameter
+            else:
+                module._buffers[key] = placed
+
+
+def why_not_in_place(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, keep_types: bool = True
+) -> str | None:
+    """Why checked tensors cannot be put into the memory of others of their names; None if they can.
+
+    As `copy_tensors` says, they may have to keep their types.
+    """
+    for name, tensor in source.items():
+        there = target[name]
+        if tensor.shape != there.shape:
+            return f"its '{name}' has {len(tensor)} rows, and the memory that is there is for {len(there)}"
+        if keep_types and tensor.dtype != there.dtype:
+            return f"its '{name}' is {dtype_name(tensor)}, what is there {dtype_name(there)}"
+    return None
+
+
+def overwrite_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Put values into tensors of the same names and shapes, which stay where they are. All or none."""
+    # What can fail or be interrupted comes first: the copies are one call, in which Ctrl-C is not heard.
+    placed = [tensor.to(target[name].device, target[name].dtype) for name, tensor in source.items()]
+    with torch.inference_mode():  # which may also write to tensors that were made in it, and counts as a change too
+        torch._foreach_copy_([target[name] for name in source], placed)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = [*module._parameters.items(), *module._buffers.items()]
+    return [(key, tensor) for key, tensor in own if tensor is not None]

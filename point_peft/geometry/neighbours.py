@@ -1,0 +1,89 @@
+"""Farthest points and nearest neighbours of dense clouds, whoever runs: eager mode, a compiler or an exporter."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from point_peft.errors import PointPeftError
+from point_peft.geometry.checks import check_points, check_same_batch, wide
+from point_peft.geometry.compiled import CAN_SCAN, farthest_by_scan, farthest_op, nearest_op
+from point_peft.geometry.dense import gather, rows_of_all
+from point_peft.geometry.eager import farthest_in_loop, nearest_in_chunks
+
+
+def farthest_point_sample(points: Tensor, count: int) -> Tensor:
+    """Indices (b, count) of `count` points of each cloud (b, n, 3), each the farthest from those chosen before it.
+
+    The first is always point 0; of equally far points the one with the lowest index is taken. No gradient.
+    """
+    check_points(points, "points")
+    if not 1 <= count <= points.shape[1]:
+        raise PointPeftError(f"farthest_point_sample: cannot choose {count} of {points.shape[1]} points")
+    points = wide(points.detach())
+    if torch.compiler.is_dynamo_compiling():
+        # One call in the graph: unrolled, the loop takes long to compile, and inductor of torch 2.13 gets it wrong.
+        sampled: Tensor = farthest_op(points, count)
+        return sampled
+    if torch.compiler.is_compiling() and CAN_SCAN:
+        return farthest_by_scan(points, count)
+    return farthest_in_loop(points, count)
+
+
+def knn(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    """Indices (b, m, k) of the `k` points (b, n, 3) nearest to each query (b, m, 3), nearest first. No gradient.
+
+    Works through the queries in chunks, so memory grows with m * k + n and not with m * n.
+    """
+    check_points(queries, "queries")
+    check_points(points, "points")
+    check_same_batch(queries, points, "queries", "points")
+    if not 1 <= k <= points.shape[1]:
+        raise PointPeftError(f"knn: cannot choose {k} of {points.shape[1]} points")
+    return _nearest(queries, points, k)
+
+
+def feature_knn(features: Tensor, k: int) -> Tensor:
+    """Indices (b, g, k) of the `k` features (b, g, c) nearest to each of them, nearest first. No gradient."""
+    if features.ndim != 3 or not 1 <= k <= features.shape[1]:
+        raise PointPeftError(f"feature_knn: cannot choose {k} of features (b, g, c) of shape {tuple(features.shape)}")
+    return _nearest(features, features, k)
+
+
+def _nearest(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    queries, points = wide(queries.detach()), wide(points.detach())
+    if torch.compiler.is_dynamo_compiling():
+        nearest: Tensor = nearest_op(queries, points, k)
+        return nearest
+    if torch.compiler.is_compiling():
+        # By torch.export: ONNX has no cdist, and the number of chunks would fix that of the clouds.
+        with torch.no_grad():
+            distance = torch.linalg.vector_norm(queries[:, :, None] - points[:, None], dim=3)
+            index: Tensor = distance.topk(k, largest=False).indices
+            return index
+    return nearest_in_chunks(queries, points, k)
+
+
+def nearest_interpolate(features: Tensor, sources: Tensor, queries: Tensor, k: int = 3, eps: float = 1e-8) -> Tensor:
+    """Features (b, m, c) at queries (b, m, 3) from the `k` nearest of the sources (b, s, 3) with features (b, s, c).
+
+    The neighbours are weighted by `1 / (d^2 + eps)`, scaled to sum to one, as in PointNet++. Differentiable in all.
+    """
+    if features.ndim != 3 or features.shape[:2] != sources.shape[:2]:
+        raise PointPeftError(
+            "nearest_interpolate: features must be (b, s, c) and sources (b, s, 3), "
+            f"got {tuple(features.shape)} and {tuple(sources.shape)}"
+        )
+    index = knn(queries, sources, k)
+    offset = wide(gather(sources, index)) - wide(queries)[:, :, None]
+    weights = (offset.square().sum(dim=3) / eps + 1.0).reciprocal()
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    # The weighted sum over rows in one fused step: no copy of c channels per neighbour.
+    summed = nn.functional.embedding_bag(
+        rearrange(rows_of_all(index, sources.shape[1]), "b m k -> (b m) k"),
+        rearrange(features, "b s c -> (b s) c"),
+        mode="sum",
+        per_sample_weights=rearrange(weights, "b m k -> (b m) k").to(features.dtype),
+    )
+    return rearrange(summed, "(b m) c -> b m c", m=queries.shape[1])

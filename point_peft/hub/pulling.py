@@ -1,0 +1,221 @@
+"""Adapters on the Hugging Face Hub: what one load downloads and checks, what one push commits.
+
+The client is huggingface_hub's. What it does not check is checked here: that a revision is a name and not a path, that
+files have the size and the digest that the Hub states, that both come from one commit, and that they are small enough
+before a byte is fetched. What can be tried again is tried again; all else is a `HubError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+
+from point_peft.errors import HubError, quoted
+from point_peft.files.format import CONFIG_FILE, TENSOR_FILE
+from point_peft.hub.asking import TIMEOUT, Unreachable, ask, first_line, no_hub
+from point_peft.hub.place import COMMIT, LIBRARY, LIMITS, HubFile, Token, check_names
+from point_peft.version import __version__
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """A folder of the cache with the files of an adapter, all of the same commit, checked against what the Hub states.
+
+    Where the Hub cannot be reached, what the cache holds is used, with a warning; where it refuses, nothing is.
+    """
+    check_names(repo_id, revision, subfolder, token)
+    prefix = f"{subfolder}/" if subfolder else ""
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return _cached(repo_id, revision, prefix, cache_dir, "local_files_only or HF_HUB_OFFLINE is set")
+    try:
+        info = ask(repo_id, revision, lambda: model_info(repo_id, revision, token))
+    except Unreachable as error:
+        if force_download:
+            raise HubError(f"'{repo_id}' could not be downloaded: {error}. Try again") from error
+        folder = _cached(repo_id, revision, prefix, cache_dir, str(error))
+        sha = _snapshot(folder, prefix).name
+        warnings.warn(f"{error}: '{repo_id}' is taken from the cache, commit {sha}", stacklevel=3)
+        return folder
+    files = _files(info, repo_id, prefix)
+    paths = [
+        fetched(repo_id, str(info.sha), file, token=token, cache_dir=cache_dir, force=force_download) for file in files
+    ]
+    _remember(_snapshot(paths[0].parent, prefix), revision)
+    return paths[0].parent
+
+
+def model_info(repo_id: str, revision: str | None, token: Token) -> huggingface_hub.ModelInfo:
+    """What the Hub says of a repository at a revision; its answer may be any."""
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    try:
+        info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise Unreachable(f"{no_hub()}: its answer lacks {first_line(error)}") from error
+    if not COMMIT.fullmatch(str(info.sha)):
+        raise Unreachable(f"{no_hub()}: its commit is {quoted(info.sha)}")
+    return info
+
+
+def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[HubFile]:
+    """What the Hub says of the files that are read, which must be there and small enough."""
+    stated = {entry.rfilename: entry for entry in info.siblings or ()}
+    found = []
+    for name, limit in LIMITS.items():
+        entry = stated.get(prefix + name)
+        if entry is None:
+            folders = sorted({path.rpartition("/")[0] for path in stated if path.endswith("/" + CONFIG_FILE)})
+            other = f"; it has adapters in the subfolders {', '.join(map(quoted, folders[:10]))}" if folders else ""
+            unsafe = sorted(p for p in stated if p.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
+            if name == TENSOR_FILE and unsafe:
+                other = f"; it has {quoted(unsafe[0])}, but only safetensors are read"
+            raise HubError(f"'{repo_id}' has no file '{prefix + name}' at commit {info.sha}{other}")
+        if entry.size is None or entry.size > limit:
+            size = "an unknown number of" if entry.size is None else f"{entry.size:,}"
+            raise HubError(
+                f"'{prefix + name}' of '{repo_id}' has {size} bytes, at most {limit:,} are read: nothing was downloaded"
+            )
+        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+        found.append(HubFile(name=prefix + name, size=entry.size, sha256=sha256, blob=entry.blob_id))
+    return found
+
+
+def fetched(repo_id: str, sha: str, file: HubFile, *, token: Token, cache_dir: str | Path | None, force: bool) -> Path:
+    """A file in the cache; what is there and is not what the Hub states is fetched again, once."""
+
+    def fetch(again: bool) -> Path | None:
+        path = Path(
+            huggingface_hub.hf_hub_download(
+                repo_id,
+                file.name,
+                revision=sha,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=again,
+                etag_timeout=TIMEOUT,
+                library_name=LIBRARY,
+                library_version=__version__,
+            )
+        )
+        if _is_what_is_stated(path, file):
+            return path
+        _forget(path, cache=Path(cache_dir or constants.HF_HUB_CACHE))
+        return None
+
+    for again in (force, True):
+        try:
+            path = ask(repo_id, sha, partial(fetch, again))
+        except Unreachable as error:
+            raise HubError(f"'{file.name}' of '{repo_id}' could not be downloaded: {error}. Try again") from error
+        if path is not None:
+            return path
+    raise HubError(
+        f"'{file.name}' of '{repo_id}' arrived damaged twice: it is not what the Hub states at commit {sha}. It was "
+        "taken out of the cache; try again, or ask the owner to push it again"
+    )
+
+
+def _is_what_is_stated(path: Path, file: HubFile) -> bool:
+    if path.stat().st_size != file.size:
+        return False
+    if file.sha256 is not None:
+        return _sha256(path) == file.sha256
+    return file.blob is None or _git_digest(path) == file.blob
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _git_digest(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _forget(path: Path, cache: Path) -> None:
+    """Take a file out of the cache: the entry of the snapshot and what it links to, but nothing outside."""
+    targets = [path]
+    while targets[-1].is_symlink():
+        targets.append(targets[-1].parent / os.readlink(targets[-1]))
+    for target in targets:
+        if target.parent.resolve().is_relative_to(cache.resolve()):
+            target.unlink(missing_ok=True)
+
+
+def _snapshot(folder: Path, prefix: str) -> Path:
+    """The folder of the cache, named by its commit, that a folder of an adapter is in."""
+    return folder.parents[prefix.count("/") - 1] if prefix else folder
+
+
+def _remember(snapshot: Path, revision: str | None) -> None:
+    """Note in the cache, as the client does, which commit a revision is: there the cache is asked without the Hub.
+
+    The client does so for a revision that it is given; here it is given the commit.
+    """
+    if revision == snapshot.name:
+        return
+    note = snapshot.parents[1] / "refs" / (revision or constants.DEFAULT_REVISION)
+    # A cache may be read-only.
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+        temporary.write_text(snapshot.name, encoding="utf-8")
+        os.replace(temporary, note)
+
+
+def _cached(repo_id: str, revision: str | None, prefix: str, cache_dir: str | Path | None, why: str) -> Path:
+    """The folder of the cache that holds both files of one commit; they must be what their names in it say."""
+    found = [huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, cache_dir, revision) for name in LIMITS]
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    if len(paths) < len(LIMITS) or len({path.parent for path in paths}) > 1:
+        at = f" at revision {quoted(revision)}" if revision else ""
+        raise HubError(
+            f"'{prefix}{CONFIG_FILE}' of '{repo_id}'{at} is not in the cache, and was not asked for on the Hub: {why}"
+        )
+    for path in paths:
+        # The cache names what it holds by its digest, so that damage shows without the Hub. Where there are no links,
+        # it has copies under the files' own names, of which nothing can be said.
+        if not path.is_symlink():
+            continue
+        name = Path(os.readlink(path)).name
+        actual = {64: _sha256, 40: _git_digest}.get(len(name))
+        if actual is None or actual(path) != name:
+            raise HubError(
+                f"'{prefix}{path.name}' of '{repo_id}' is damaged in the cache ('{path}'), and the Hub was not asked: "
+                f"{why}. Load it with force_download=True once the Hub can be reached"
+            )
+    return paths[0].parent
+
+
+def list_adapters(base_model: str, *, token: Token = None) -> list[huggingface_hub.ModelInfo]:
+    """The repositories of the Hub with adapters of point_peft for a base, those most downloaded first.
+
+    A base is named as the adapters name it: `base_model_name_or_path`, a repository of the Hub.
+    """
+    check_names(base_model, None, None, token)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"adapters of '{base_model}' cannot be listed: HF_HUB_OFFLINE is set")
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    tags = [LIBRARY, f"base_model:adapter:{base_model}"]
+    try:
+        return ask(base_model, None, lambda: list(api.list_models(filter=tags, sort="downloads")))
+    except Unreachable as error:
+        raise HubError(f"adapters of '{base_model}' could not be listed: {error}. Try again") from error

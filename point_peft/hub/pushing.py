@@ -1,0 +1,142 @@
+"""Push adapters: one commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+)
+
+from point_peft.errors import HubError, quoted
+from point_peft.files.format import CARD_FILE
+from point_peft.hub.asking import T, Unreachable, ask, first_line
+from point_peft.hub.place import COMMIT, LIBRARY, PULL_REQUEST, HubFile, Token, check_names, is_path
+from point_peft.hub.pulling import fetched, model_info
+from point_peft.version import __version__
+
+
+def push(
+    files: Mapping[str, bytes],
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: Token = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    merge_card: Callable[[str | None, str], str] | None = None,
+) -> str:
+    """Commit files, by their paths in the repository, all in one commit, and return its address.
+
+    The repository and the branch are made if need be. `merge_card(existing, new)` gives the text of a `README.md` that
+    goes over an existing one. A commit that came in between is taken in, so that nothing of it is lost.
+    """
+    check_names(repo_id, revision, None, token)
+    for name in files:
+        if not is_path(name):
+            raise HubError(
+                f"{quoted(name)} cannot be a path in a repository: name the adapter with letters, digits, '.', '_', '-'"
+            )
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"nothing was pushed to '{repo_id}': HF_HUB_OFFLINE is set")
+    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+
+    def asked(request: Callable[[], T]) -> T:
+        try:
+            return ask(repo_id, revision, request)
+        except Unreachable as error:
+            raise HubError(
+                f"the push to '{repo_id}' failed: {error}. Push again; nothing is committed twice"
+            ) from error
+
+    asked(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if revision is not None and not create_pr:
+        asked(lambda: _make_branch(api, repo_id, revision))
+
+    def prepare() -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
+        info = model_info(repo_id, revision, token)
+        if private and info.private is False:
+            raise HubError(f"nothing was pushed: private is asked for, and '{repo_id}' exists and is public")
+        contents = dict(files)
+        for entry in info.siblings or ():
+            name = entry.rfilename
+            if merge_card is None or name not in files or name.rpartition("/")[2] != CARD_FILE:
+                continue
+            sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+            present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
+            path = fetched(repo_id, str(info.sha), present, token=token, cache_dir=None, force=False)
+            contents[name] = _over(path.read_bytes(), files[name], merge_card)
+        added = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
+            for name in sorted(contents)
+        ]
+        return str(info.sha), added
+
+    def send(parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
+        try:
+            made = api.create_commit(
+                repo_id,
+                added,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+        except (HfHubHTTPError, json.JSONDecodeError):  # some are ValueErrors, but say nothing of what is pushed
+            raise
+        except ValueError as error:
+            raise HubError(f"nothing was pushed to '{repo_id}': the Hub refuses it: {first_line(error)}") from error
+        return str(made.pr_url or made.commit_url)
+
+    for _ in range(3):
+        try:
+            if not create_pr:
+                # Prepared anew each time: if only the answer was lost, nothing is left to commit.
+                return asked(lambda: send(*prepare()))
+            prepared = asked(prepare)
+            try:
+                # Not sent again: a pull request whose answer is lost would be opened twice.
+                return ask(repo_id, revision, partial(send, *prepared), pauses=())
+            except Unreachable as error:
+                raise HubError(
+                    f"whether a pull request was opened is not known: {error}. Look at "
+                    f"{constants.ENDPOINT}/{repo_id}/discussions before you push again"
+                ) from error
+        except HubError as error:
+            # 412: somebody else has committed since; what is there now is read again.
+            if not isinstance(error.__cause__, HfHubHTTPError) or error.__cause__.response.status_code != 412:
+                raise
+    raise HubError(f"nothing was pushed to '{repo_id}': others commit to it all the time. Push again")
+
+
+def _make_branch(api: huggingface_hub.HfApi, repo_id: str, revision: str) -> None:
+    """Make a branch if need be; what is none and cannot become one is refused."""
+    if PULL_REQUEST.fullmatch(revision):
+        return
+    refs = api.list_repo_refs(repo_id)
+    if revision in {ref.name for ref in refs.branches}:
+        return
+    tag = revision in {ref.name for ref in refs.tags}
+    if tag or COMMIT.fullmatch(revision) or revision.startswith("refs/"):
+        kind = "a tag" if tag else "a commit" if COMMIT.fullmatch(revision) else "neither a branch nor a pull request"
+        raise HubError(
+            f"nothing was pushed to '{repo_id}': {quoted(revision)} is {kind}; push to a branch or refs/pr/N"
+        )
+    api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _over(present: bytes, new: bytes, merge: Callable[[str | None, str], str]) -> bytes:
+    """The card that goes over the present one."""
+    try:
+        text = present.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # The client sends no other card, and what its owner wrote is not to be lost.
+        raise HubError(f"nothing was pushed: the repository's {CARD_FILE} is not in UTF-8; save it so first") from error
+    return merge(text, new.decode("utf-8")).encode("utf-8")

@@ -1,0 +1,129 @@
+"""What every method is made of: parts at sites of the backbone, state that a method's parts share, and their plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from point_peft.errors import AdapterError, AnatomyError
+from point_peft.running.forward import Forward
+from point_peft.running.nested import Args, Kwargs
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of an adapted module, as a part sees it."""
+
+    path: str
+    """The site: the path of the module in the backbone."""
+    module: nn.Module
+    forward: Forward
+    adapter: str
+    shared: nn.ModuleDict
+    """The state that the parts of one method in one adapter share, by name."""
+
+    def state(self, name: str, kind: type[M]) -> M:
+        """The shared state of that name, which must be of that kind."""
+        module = self.shared[name]
+        if not isinstance(module, kind):
+            raise AdapterError(f"shared state '{name}' is a {type(module).__name__}, not a {kind.__name__}")
+        return module
+
+
+class Part(nn.Module):
+    """What a method does at one site: it may change the module's inputs, its output, or both.
+
+    A part holds the trainable tensors of its site and nothing about the forward it is in; that comes with the `Call`.
+    The parts of several active adapters nest: `before` runs in the order of the adapters, `after` in reverse.
+    """
+
+    prefix: ClassVar[str] = ""
+    """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
+    mergeable: bool = False
+    """Whether the part is a change of the module's own tensors, which `weights` gives."""
+    needs_coordinates: ClassVar[bool] = False
+    """Whether the part, at a block, needs one patch token for each of the coordinates that were seen."""
+    in_second_pass: ClassVar[bool] = False
+    """Whether the part acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
+    tuner: int = 0
+    """Which of the adapter's methods it belongs to; set when the adapter is built."""
+    by_weight: bool = False
+    """Whether its module is not called: another reads its tensors, and gets those of `weights` instead."""
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The inputs that the module gets instead of `args` and `kwargs`."""
+        return args, kwargs
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """The output that the caller gets instead of `output`; `args` and `kwargs` are what the module got."""
+        return output
+
+    def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The inputs that the module gets in the second pass, for parts that act in it."""
+        return args, kwargs
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's own tensors, by name, with this part folded in; with gradient to the part."""
+        raise AdapterError(f"{type(self).__name__} is not a change of its module's tensors")
+
+    def act_by_weight(self, path: str) -> None:
+        """From now on, act through the tensors of the module at `path`, which is not called; or refuse to."""
+        if not self.mergeable:
+            raise AnatomyError(
+                f"'{path}' is not called, another module reads its weights; a {type(self).__name__} there would have "
+                "no effect: leave it out with exclude_modules or modules_to_save, or use a method that changes weights"
+            )
+        self.by_weight = True
+
+    def file_name(self, name: str) -> str:
+        """The name in a file of the tensor that this module's state dict calls `name`."""
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+
+class SharedState(nn.Module):
+    """State of a method in one adapter that does not belong to one site, such as a memory bank."""
+
+    prefix: str = ""
+    free_rows: ClassVar[frozenset[str]] = frozenset()
+    """Buffers whose number of rows is not told by the configuration."""
+
+    def file_name(self, name: str) -> str:
+        """The name in a file of the tensor that this module's state dict calls `name`."""
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+    def check(self, base_model: nn.Module) -> None:
+        """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with on this backbone."""
+        return
+
+
+class Bank(SharedState):
+    """State that `build_memory_bank` fills with features of training clouds."""
+
+    source: str
+    """Which tokens the features come from: "backbone" or "stem"."""
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """The features (b, c) of clouds with patch tokens (b, g, c)."""
+        raise NotImplementedError
+
+    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
+        """Take features (rows, c); more than `size` are reduced, None: as the configuration says.
+
+        Labels (rows,) say which class each is of.
+        """
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Blueprint:
+    """Everything that a method wants to add to a backbone, built but not attached."""
+
+    parts: list[tuple[str, Part]] = field(default_factory=list)
+    """(site path, part)"""
+    modules: list[str] = field(default_factory=list)
+    """Modules of the backbone that the method trains as a whole, which the adapter then has copies of."""
+    shared: dict[str, SharedState] = field(default_factory=dict)

@@ -1,0 +1,171 @@
+"""Training the prefix tokens of a backbone (CLS and the like) and their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from point_peft.anatomy.description import PrefixParameter, Stage
+from point_peft.errors import AdapterError
+from point_peft.matching import match_names
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call, Part, SharedState
+from point_peft.running.nested import Args, Kwargs, put_argument
+from point_peft.running.tokens import block_tokens, shift_rows
+
+
+def tune_prefix(
+    plan: Blueprint,
+    backbone: Backbone,
+    method: str,
+    names: str | Sequence[str] | None = None,
+    *,
+    field: str = "tuned_tokens",
+    keep_base: bool = False,
+) -> None:
+    """Add to a method's plan that the backbone's prefix tokens and positions are trained: all, or those of `names`.
+
+    What an earlier method of the adapter trains is trained by that one. `keep_base` keeps the values of the base too.
+    """
+    anatomy = backbone.known_anatomy(method)
+    parameters = anatomy.prefix_parameters
+    if names is not None:
+        known = [parameter.name for parameter in parameters]
+        chosen = match_names(names, known, what="prefix parameter", field=field)
+        parameters = tuple(parameter for parameter in parameters if parameter.name in chosen)
+    values = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in parameters}
+    tuned = {name: value for name, value in values.items() if name not in backbone.tuned_tokens}
+    kept = values if keep_base else {}
+    if not tuned and not kept:
+        return
+    plan.shared["tokens"] = TunedTokens(tuned, kept)
+    stage = anatomy.stages[0]
+    # A token is added once, before the first block; a position before every block, where the backbone does so. They
+    # act before the method's other parts do: prompts do not count among the prefix then.
+    for number, block in enumerate(stage.blocks):
+        added = parameters if number == 0 else tuple(p for p in parameters if p.role == "position")
+        if added and (number == 0 or stage.position == "every_block"):
+            plan.parts.insert(number, (block.path, PrefixPart(added, stage)))
+
+
+class TunedTokens(SharedState):
+    """Trained copies of prefix tokens and positions (1, rows, c) of the base, by their names there.
+
+    A checkpoint may lack them, and then they are other random numbers in every process. So the values that the base had
+    may be kept as well: then what the frozen backbone makes of a cloud is the same everywhere.
+    """
+
+    prefix = "point_peft.base"
+
+    def __init__(self, tuned: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # A parameter's name may not hold a dot.
+        for name, tensor in tuned.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor.detach().clone()))
+        for name, tensor in kept.items():
+            self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
+        self.tuned = frozenset(tuned)
+        self.kept = frozenset(kept)
+        self.compared: tuple[tuple[int, int], ...] = ()
+        """Where the tensors lay, and how often each had been written to, when they were last compared."""
+        self.differs = False
+
+    def file_name(self, name: str) -> str:
+        known = name.replace("/", ".")
+        return f"{self.prefix}.{known.removeprefix('base:')}" if known.startswith("base:") else known
+
+    def other_base(self, base_model: nn.Module) -> bool:
+        """Whether the adapter was made for a base that had other values here; told without stopping a GPU each time."""
+        if torch.compiler.is_compiling():
+            return self.differs
+        names = [name.removeprefix("base:").replace("/", ".") for name, _ in self.named_buffers()]
+        pairs = list(zip(self.buffers(), [_found(base_model, name) for name in names], strict=True))
+        places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for pair in pairs for t in pair)
+        if places != self.compared:
+            self.differs = any(bool((kept != base).any()) for kept, base in pairs)
+            self.compared = places
+        return self.differs
+
+    def check(self, base_model: nn.Module) -> None:
+        """Compare anew: the tensors have been read from a file, perhaps into the places of others."""
+        self.compared = ()
+        self.other_base(base_model)
+
+    def difference(self, name: str, base_model: nn.Module) -> Tensor:
+        """What training has added to the base's tensor of that name, as (rows, c)."""
+        return self._less_base(getattr(self, name.replace(".", "/")), name, base_model)
+
+    def base_difference(self, name: str, base_model: nn.Module) -> Tensor:
+        """What the base that the adapter was made for had more than this one, as (rows, c); for those that are kept."""
+        return self._less_base(getattr(self, "base:" + name.replace(".", "/")), name, base_model)
+
+    @staticmethod
+    def _less_base(value: Tensor, name: str, base_model: nn.Module) -> Tensor:
+        difference = value - _found(base_model, name)
+        return difference.reshape(-1, value.shape[-1])
+
+
+def _found(base_model: nn.Module, name: str) -> Tensor:
+    """A tensor by its dotted name; those of DataParallel's replicas are no parameters."""
+    found: Any = base_model
+    for component in name.split("."):
+        found = getattr(found, component)
+    tensor: Tensor = found
+    return tensor
+
+
+class PrefixPart(Part):
+    """Adds what training has changed of prefix tokens and positions to the tokens that a block gets.
+
+    In the second pass it adds what the base that the adapter was made for had there more than this one.
+    """
+
+    in_second_pass = True
+
+    def __init__(self, parameters: tuple[PrefixParameter, ...], stage: Stage) -> None:
+        super().__init__()
+        self.parameters_of_prefix = parameters
+        self.stage = stage
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        state = call.state("tokens", TunedTokens)
+        return self._shift(call, args, kwargs, state.tuned, state.difference)
+
+    def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        state = call.state("tokens", TunedTokens)
+        return self._shift(call, args, kwargs, state.kept, state.base_difference)
+
+    def _shift(
+        self,
+        call: Call,
+        args: Args,
+        kwargs: Kwargs,
+        names: frozenset[str],
+        difference: Callable[[str, nn.Module], Tensor],
+    ) -> tuple[Args, Kwargs]:
+        tokens = block_tokens(self.stage, call.path, args, kwargs)
+        later = self._called_before(call)
+        for parameter in self.parameters_of_prefix:
+            if parameter.name not in names:
+                continue
+            if later and (parameter.role == "token" or self.stage.position == "once"):
+                continue
+            shift = difference(parameter.name, call.forward.root.base_model)
+            tokens = shift_rows(tokens, shift, parameter.row, self.stage.layout)
+        return put_argument(args, kwargs, self.stage.tokens, tokens)
+
+    def _called_before(self, call: Call) -> bool:
+        """Whether this block has run in this forward already, as one that is used for several layers does."""
+        key = call.adapter, call.path
+        if call.forward.recomputing:
+            if call.forward.calls[key] > 1:
+                raise AdapterError(
+                    f"block '{call.path}' runs several times in a forward, and checkpointing runs it again: which of "
+                    "its runs that is cannot be told, so its prefix tokens cannot be tuned; set tuned_tokens=[]"
+                )
+            return False
+        call.forward.calls[key] += 1
+        return call.forward.calls[key] > 1

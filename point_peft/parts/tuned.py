@@ -1,0 +1,137 @@
+"""Trained copies of the backbone's own tensors and modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from point_peft.anatomy.description import Block
+from point_peft.anatomy.structure import is_norm
+from point_peft.errors import AnatomyError
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Call, Part
+from point_peft.running.nested import Args, Kwargs
+
+
+def _copy(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone())
+
+
+class TunedCopy(Part):
+    """A part whose tensors are trained copies of the module's, by the same names.
+
+    Where such parts are all that acts on a plain linear layer or LayerNorm, it runs with their tensors in the place of
+    its own; elsewhere `after` adds the difference. Where two methods of one adapter tune the same tensor, it is tuned
+    once.
+    """
+
+    mergeable = True
+    tuned: tuple[str, ...]
+    """The names of the tensors, which DataParallel's replicas do not have as parameters."""
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.tuned}
+
+
+class TunedModule(Part):
+    """A module of the adapter's own, whose output replaces that of the base's module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def file_name(self, name: str) -> str:
+        return name.removeprefix("module.")
+
+
+class TunedBias(TunedCopy):
+    """A trained copy of a module's bias, for a module that adds its bias to the channels of its output.
+
+    The base keeps its own, and several adapters can be active: what each has changed adds up.
+    """
+
+    tuned = ("bias",)
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = _copy(bias)
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        shift = self.bias - getattr(call.module, "bias")  # noqa: B009 - a replica's is a tensor
+        return output + per_channel(shift, call.module, output).to(output.dtype)
+
+
+def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
+    """One value a channel (c,), shaped so that it meets the channels of what a norm or a linear layer returns."""
+    # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
+    second = isinstance(module, _BatchNorm) and output.ndim > 2
+    return values.reshape(-1, *[1] * (output.ndim - 2)) if second else values
+
+
+class TunedNorm(TunedCopy):
+    """Trained copies of a norm's weight and, if it has one, bias; `after` knows norms that torch has a function for."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.tuned = tuple(name for name in ("weight", "bias") if norm._parameters.get(name) is not None)
+        for name in self.tuned:
+            self.register_parameter(name, _copy(norm.get_parameter(name)))
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        norm, x = call.module, args[0] if args else kwargs["input"]
+        change = {name: per_channel(getattr(self, name) - getattr(norm, name), norm, output) for name in self.tuned}
+        changed = _normalised(norm, x) * change["weight"]
+        return output + (changed + change["bias"] if "bias" in change else changed).to(output.dtype)
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm gives before its weight and bias; a BatchNorm's frozen statistics do not move."""
+    if isinstance(norm, nn.LayerNorm):
+        return nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return nn.functional.rms_norm(x, norm.normalized_shape, eps=norm.eps)
+    assert isinstance(norm, _BatchNorm)
+    mean, var = norm.running_mean, norm.running_var
+    return nn.functional.batch_norm(x, mean, var, training=mean is None, eps=norm.eps)
+
+
+def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
+    """A `TunedBias` for each of the modules; each must have a bias."""
+    parts: list[tuple[str, Part]] = []
+    for path in paths:
+        module = backbone.modules[path]
+        bias = module._parameters.get("bias")
+        if bias is None:
+            raise AnatomyError(f"'{path}' ({type(module).__name__}) has no bias to tune")
+        parts.append((path, TunedBias(bias)))
+    return parts
+
+
+def block_biases(backbone: Backbone, blocks: Sequence[Block]) -> list[str]:
+    """The norms, attention projections and MLP layers of blocks that have a bias."""
+    return [
+        path
+        for block in blocks
+        for path in (*block.norms, *filter(None, [block.projection]), *block.linears)
+        if backbone.modules[path]._parameters.get("bias") is not None
+    ]
+
+
+def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:
+    """A `TunedNorm` for each of the modules; each must be a norm with a weight."""
+    parts: list[tuple[str, Part]] = []
+    for path in paths:
+        norm = backbone.modules[path]
+        if not is_norm(norm) or norm._parameters.get("weight") is None:
+            raise AnatomyError(f"'{path}' is a {type(norm).__name__}; only a norm with a weight can be tuned")
+        part = TunedNorm(norm)
+        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, _BatchNorm)):
+            part.act_by_weight(path)  # how it normalises is not known
+        parts.append((path, part))
+    return parts

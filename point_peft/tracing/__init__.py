@@ -1,0 +1,1 @@
+"""Understanding a backbone by running it."""

@@ -1,0 +1,143 @@
+"""The anatomy of a backbone that no preset describes, from one traced forward; what is not verified is refused.
+
+Names play no part. Coordinates of dense tokens are a tensor (b, g, 3) whose points are all points of the input cloud.
+That they are in the order of the tokens is verified: they are what the positional embedding is made from, whose sum
+with the patch embedding is what the first block gets, or else the gradient of each token to the coordinates lies on its
+own. What is added to prefix tokens is told by its gradient too. Then prompts are tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from point_peft.anatomy.description import Anatomy, Block, Stage
+from point_peft.anatomy.structure import block_width, find_blocks, mlp_entrance, stage_groups
+from point_peft.errors import AnatomyError
+from point_peft.running.forward import eval_mode
+from point_peft.tracing.dense import dense_stage
+from point_peft.tracing.observing import (
+    Trace,
+    gradients,
+    observe,
+    reaching,
+)
+from point_peft.tracing.packed import packed_stage
+from point_peft.tracing.surroundings import whole_anatomy
+from point_peft.tracing.trial import Probe, probed, with_prompts
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+    """Run the model a few times in eval mode and say how it is built; the model is not changed.
+
+    The example should hold two or more different clouds. What cannot be established raises `AnatomyError`.
+    """
+    name = type(model).__name__
+    blocks = find_blocks(dict(model.named_modules()))
+    if not blocks:
+        raise AnatomyError(
+            f"no transformer block was found in {name}: no module has an attention, a norm and a linear layer outside "
+            "the attention"
+        )
+    devices = sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
+    with gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
+        state = torch.random.get_rng_state()
+        seen = observe(model, args, kwargs, {block_width(model, block) for block in blocks.values()})
+        called = [path for path in seen.calls if path in blocks]
+        if not called:
+            raise AnatomyError(
+                f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are called one by one"
+            )
+        live = reaching(seen, called)
+        if not live:
+            raise AnatomyError(f"no block of {name} ('{called[0]}' …) has an influence on what the model returns")
+        groups = stage_groups(model, [blocks[path] for path in live])
+        stages = [_stage(model, group, seen) for group in groups]
+        order = [seen.first(stage.blocks[0].path).when for stage in stages]
+        stages = [stage for _, stage in sorted(zip(order, stages, strict=True), key=lambda pair: pair[0])]
+
+        def again(probe: Probe) -> None:
+            torch.random.set_rng_state(state)
+            with torch.no_grad():
+                probed(model, args, kwargs, probe)
+
+        stages = [with_prompts(stage, again) for stage in stages]
+        return whole_anatomy(model, stages, seen, dead=[path for path in called if path not in live])
+
+
+def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
+    """What a preset says of a model, as far as a traced forward bears it out; where it does not, what was traced."""
+    packed = all(stage.layout == "packed" for stage in known.stages)
+    if [_skeleton(stage) for stage in known.stages] != [_skeleton(stage) for stage in traced.stages]:
+        # Of packed tokens an example of one cloud does not tell enough.
+        return known if packed and any(stage.unknown for stage in traced.stages) else traced
+    names = {parameter.name for parameter in traced.prefix_parameters}
+    return replace(
+        known,
+        stages=tuple(
+            replace(
+                stage,
+                blocks=tuple(
+                    replace(block, mlp_norm=seen.mlp_norm)
+                    for block, seen in zip(stage.blocks, found.blocks, strict=True)
+                ),
+            )
+            for stage, found in zip(known.stages, traced.stages, strict=True)
+        ),
+        prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
+        heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
+        patches_read=traced.patches_read,
+        last_block_calls=traced.last_block_calls,
+    )
+
+
+def _skeleton(stage: Stage) -> tuple[Any, ...]:
+    """What must be right of a stage for anything to be put into it."""
+    blocks = tuple(block.path for block in stage.blocks)
+    position = stage.position if stage.prefix_tokens and len(blocks) > 1 else None
+    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
+
+
+def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
+    path, width = blocks[0].path, block_width(model, blocks[0])
+    call = seen.first(path)
+    candidates = [
+        (steps, value)
+        for steps, value in call.inputs.items()
+        if value.is_floating_point() and value.ndim in (2, 3) and value.shape[-1] == width
+    ]
+    if not candidates:
+        raise AnatomyError(
+            f"block '{path}' gets no tokens of its width {width}, neither (b, g, {width}) nor packed (n, {width})"
+        )
+    steps, tokens = candidates[0]
+    outputs = tuple(
+        found for found, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
+    )
+    if not outputs:
+        raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
+    # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
+    outputs = (outputs[0], *(found for found in outputs[1:] if found[-1:] == ("features",)))
+    stage = Stage(
+        blocks=tuple(_with_mlp_norm(block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
+    )
+    return packed_stage(stage, seen, tokens) if tokens.ndim == 2 else dense_stage(stage, seen, tokens)
+
+
+def _with_mlp_norm(block: Block, seen: Trace) -> Block:
+    """A block with the norm whose output its MLP gets, if there is one."""
+    fed = mlp_entrance(block)
+    if fed is None or fed not in seen.calls:
+        return replace(block, mlp_norm=None)
+    given = list(seen.first(fed).inputs.values())
+    feeding = [
+        path
+        for path in block.norms
+        if path in seen.calls and not path.startswith(fed + ".")
+        for made in seen.first(path).outputs.values()
+        if given and made.shape == given[0].shape and torch.equal(made, given[0])
+    ]
+    return replace(block, mlp_norm=feeding[-1] if feeding else None)

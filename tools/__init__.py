@@ -1,0 +1,1 @@
+"""Makers of pages, figures and pre-trained files."""
