@@ -10,15 +10,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from point_peft.anatomy.description import Anatomy
-from point_peft.hub.pulling import list_adapters
-
 # Before anything of the package is imported: see point_peft.tuners.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from point_peft import tuners
+from point_peft.anatomy.description import Anatomy
 from point_peft.config import METHODS, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, HubError, MatchError, PointPeftError
+from point_peft.hub.pulling import list_adapters
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.tuners.bitfit import BitFitConfig
 from point_peft.tuners.bottleneck import BottleneckConfig
