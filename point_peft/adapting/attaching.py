@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.coordinates import check_tokens, tap_input, tap_output
@@ -16,6 +15,7 @@ from point_peft.adapting.site import CHILD, HOOKS, SITE, backbone_modules, hook,
 from point_peft.adapting.weights import begin_reading, end_reading
 from point_peft.running.forward import Root
 from point_peft.running.nested import Args
+from point_peft.torch_private import NormBase
 
 
 def attach_model(root: Root) -> None:
@@ -82,7 +82,7 @@ def detach_model(root: Root) -> None:
 
 def frozen_norms(root: Root) -> dict[str, nn.Module]:
     """Modules of the backbone that keep running statistics, which training must not move."""
-    return {path: module for path, module in backbone_modules(root).items() if isinstance(module, _NormBase)}
+    return {path: module for path, module in backbone_modules(root).items() if isinstance(module, NormBase)}
 
 
 def _allow_base_alone(module: nn.Module, incompatible: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from point_peft.errors import AdapterFileError, quoted
 from point_peft.nearest import nearest_names
+from point_peft.torch_private import overwrite
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -104,10 +105,10 @@ def why_not_in_place(
 
 def overwrite_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Put values into tensors of the same names and shapes, which stay where they are. All or none."""
-    # What can fail or be interrupted comes first: the copies are one call, in which Ctrl-C is not heard.
+    # What can fail or be interrupted comes first.
     placed = [tensor.to(target[name].device, target[name].dtype) for name, tensor in source.items()]
     with torch.inference_mode():  # which may also write to tensors that were made in it, and counts as a change too
-        torch._foreach_copy_([target[name] for name in source], placed)
+        overwrite([target[name] for name in source], placed)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

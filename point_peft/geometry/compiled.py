@@ -7,11 +7,8 @@ from einops import rearrange
 from torch import Tensor
 
 from point_peft.geometry.eager import farthest_in_loop, nearest_in_chunks
+from point_peft.torch_private import scan
 
-try:
-    from torch._higher_order_ops.scan import scan
-except ImportError:  # torch 2.4 and 2.5
-    scan = None  # type: ignore[assignment]
 CAN_SCAN = scan is not None
 
 

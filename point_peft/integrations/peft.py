@@ -24,7 +24,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from point_peft import model as point_peft_model
 from point_peft.adapting.adapter import get_adapter
@@ -34,6 +33,7 @@ from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PEFT_TYPE, TENSOR_FILE
 from point_peft.model import LayerStatus, ModelStatus, PointPeftModel
+from point_peft.torch_private import IncompatibleKeys
 
 try:
     import peft
@@ -324,7 +324,7 @@ class PeftModelForPointCloud(peft.PeftModel):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> _IncompatibleKeys:
+    ) -> IncompatibleKeys:
         """Add the adapter of a folder or of a repository, or put it in the place of the one of this name.
 
         Everything is checked first, see `point_peft.PointPeftModel.load_adapter`; the tensors go to the backbone's
@@ -342,7 +342,7 @@ class PeftModelForPointCloud(peft.PeftModel):
             raise
         if not is_trainable:
             self.eval()
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
 
     def save_pretrained(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from point_peft.anatomy.description import Block
 from point_peft.anatomy.structure import is_norm
@@ -14,6 +13,7 @@ from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Call, Part
 from point_peft.running.nested import Args, Kwargs
+from point_peft.torch_private import BatchNorm
 
 
 def _copy(tensor: Tensor) -> nn.Parameter:
@@ -70,7 +70,7 @@ class TunedBias(TunedCopy):
 def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
     """One value a channel (c,), shaped so that it meets the channels of what a norm or a linear layer returns."""
     # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
-    second = isinstance(module, _BatchNorm) and output.ndim > 2
+    second = isinstance(module, BatchNorm) and output.ndim > 2
     return values.reshape(-1, *[1] * (output.ndim - 2)) if second else values
 
 
@@ -96,7 +96,7 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
     if isinstance(norm, nn.RMSNorm):
         return nn.functional.rms_norm(x, norm.normalized_shape, eps=norm.eps)
-    assert isinstance(norm, _BatchNorm)
+    assert isinstance(norm, BatchNorm)
     mean, var = norm.running_mean, norm.running_var
     return nn.functional.batch_norm(x, mean, var, training=mean is None, eps=norm.eps)
 
@@ -131,7 +131,7 @@ def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Par
         if not is_norm(norm) or norm._parameters.get("weight") is None:
             raise AnatomyError(f"'{path}' is a {type(norm).__name__}; only a norm with a weight can be tuned")
         part = TunedNorm(norm)
-        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, _BatchNorm)):
+        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, BatchNorm)):
             part.act_by_weight(path)  # how it normalises is not known
         parts.append((path, part))
     return parts

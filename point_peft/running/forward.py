@@ -25,6 +25,7 @@ from point_peft.anatomy.description import Anatomy
 from point_peft.errors import AdapterError
 from point_peft.running.nested import leaves
 from point_peft.running.stem import StemCall
+from point_peft.torch_private import graph_task
 
 T = TypeVar("T")
 _NO_GRADIENT = (
@@ -209,14 +210,6 @@ def end_second_pass(forward: Forward, tokens: Tensor | None) -> None:
     # torch.export loses its place in the model by an exception. The rest of the pass will not be in its graph.
     if forward.reached is None:
         forward.reached = tokens
-
-
-def graph_task() -> int:
-    """The number of the backward pass that this thread is in, -1 outside of any."""
-    if torch.compiler.is_compiling():
-        return -1
-    number: int = torch._C._current_graph_task_id()
-    return number
 
 
 class _PerModel(Generic[T]):

@@ -1,0 +1,37 @@
+"""Every name that torch calls private and point_peft uses all the same, each with its reason.
+
+A release of torch may change them without notice; this file is then the only one to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+
+try:
+    from torch._higher_order_ops.scan import scan
+except ImportError:  # torch 2.4 and 2.5
+    scan = None  # type: ignore[assignment]
+
+__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "overwrite", "scan"]
+# BatchNorm and NormBase are what batch norms, and all norms with running statistics, are known by: users' own as well.
+# IncompatibleKeys is the type that Module.load_state_dict returns.
+# scan is a loop in an exported graph, where Python's would be unrolled.
+
+
+def graph_task() -> int:
+    """The number of the backward pass that this thread is in, -1 outside of any."""
+    if torch.compiler.is_compiling():
+        return -1
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def overwrite(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target in one call, in which Ctrl-C is not heard: all of them or none."""
+    torch._foreach_copy_(list(targets), list(sources))
