@@ -691,8 +691,8 @@ class AdapterSet(nn.Module):
 
     def _bank_of(self, adapter: Adapter, name: str) -> Bank:
         for shared in adapter.shared_states():
-            if isinstance(shared, Bank):
-                return shared
+            if shared.bank is not None:
+                return shared.bank
         methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
         raise AdapterError(
             f"adapter '{name}' ({methods}) has no memory bank: its configuration asks for none, or no block that is as "

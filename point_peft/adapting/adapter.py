@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from point_peft.adapting.heads import OwnModule
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError
-from point_peft.parts.base import Bank, Call, Part, SharedState
+from point_peft.parts.base import Call, Part, SharedState
 from point_peft.running.forward import Forward, Root
 
 
@@ -61,13 +60,13 @@ class Adapter(nn.Module):
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(module path, module) of the modules that the adapter has to itself."""
         for path, part in self.all_parts():
-            if isinstance(part, OwnModule):
-                yield path, part.module
+            if path in self.saved and part.own_module is not None:
+                yield path, part.own_module
 
     @property
     def asks_backbone(self) -> bool:
         """Whether it asks for the tokens of the last block, which take a second pass."""
-        return any(isinstance(state, Bank) and state.source == "backbone" for state in self.shared_states())
+        return any(state.bank is not None and state.bank.source == "backbone" for state in self.shared_states())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""

@@ -11,7 +11,6 @@ from point_peft.adapting.adapter import adapters_by_name, calls_at, get_adapter
 from point_peft.adapting.site import CHILD, SITE, Site, hook
 from point_peft.adapting.weights import adapted_tensors, read_adapted
 from point_peft.errors import AdapterError
-from point_peft.parts.tuned import TunedCopy
 from point_peft.running.forward import Forward, close_forward, current_forward, mark, open_forward
 from point_peft.running.nested import Args, Kwargs
 from point_peft.running.reading import leave
@@ -81,7 +80,7 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
     if not forward.active:
         return None
     calls = calls_at(forward, forward.active, site.path, module)
-    if calls and _is_plain(module) and all(isinstance(part, TunedCopy) and not part.by_weight for part, _ in calls):
+    if calls and _is_plain(module) and all(part.tuned and not part.by_weight for part, _ in calls):
         # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
         adapted = adapted_tensors(module, calls)
         read_adapted(module, forward, site.root, {id(base): (site.path, value) for base, value in adapted.values()})

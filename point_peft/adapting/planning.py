@@ -18,9 +18,8 @@ from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone
-from point_peft.parts.base import Bank, Part
-from point_peft.parts.prefix import TunedTokens
-from point_peft.parts.tuned import TunedCopy, TunedModule
+from point_peft.parts.base import Part
+from point_peft.parts.tuned import TunedModule
 
 
 def build_adapter(
@@ -84,7 +83,7 @@ def _assemble(
     planned: dict[str, list[Part]] = {}
     for number, tuner in enumerate(config.tuners):
         blueprint = tuner.build(backbone)
-        names = [name for state in blueprint.shared.values() if isinstance(state, TunedTokens) for name in state.tuned]
+        names = [name for state in blueprint.shared.values() for name in state.tuned_tokens]
         backbone = replace(backbone, tuned_tokens=backbone.tuned_tokens.union(names))
         adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
         whole = [(path, TunedModule(clean_copy(modules[path]).requires_grad_(True))) for path in blueprint.modules]
@@ -123,7 +122,7 @@ def _check_inside(adapter: Adapter, planned: Mapping[str, Sequence[Part]]) -> No
     trained = dict.fromkeys(adapter.saved, "modules_to_save")
     for path, parts in planned.items():
         for part in parts:
-            if isinstance(part, TunedModule):
+            if part.own_module is not None:
                 trained[path] = methods[part.tuner]
     for path, by in trained.items():
         for other, parts in planned.items():
@@ -137,14 +136,13 @@ def _check_inside(adapter: Adapter, planned: Mapping[str, Sequence[Part]]) -> No
 
 def _plan(parts: list[Part], part: Part) -> None:
     """Add a part to those of its site; what is tuned already is not tuned again."""
-    if isinstance(part, TunedModule) and any(isinstance(other, TunedModule) for other in parts):
+    if part.own_module is not None and any(other.own_module is not None for other in parts):
         return
-    if isinstance(part, TunedCopy):
-        own = set(part.state_dict())
-        copies = [other for other in parts if isinstance(other, TunedCopy)]
-        if any(own <= set(other.state_dict()) for other in copies):
+    if part.tuned:
+        own = set(part.tuned)
+        if any(own <= set(other.tuned) for other in parts):
             return
-        parts[:] = [other for other in parts if other not in copies or not set(other.state_dict()) < own]
+        parts[:] = [other for other in parts if not other.tuned or not set(other.tuned) < own]
     parts.append(part)
 
 
@@ -188,7 +186,7 @@ def _take_type(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     like = floating_parameter(modules)
     if like is None:
         return
-    banks = {id(tensor) for state in adapter.shared_states() if isinstance(state, Bank) for tensor in state.buffers()}
+    banks = {id(tensor) for state in adapter.shared_states() if state.bank is not None for tensor in state.buffers()}
     for tensor in (*adapter.parameters(), *adapter.buffers()):
         if tensor.is_floating_point() and tensor.dtype != like.dtype and id(tensor) not in banks:
             tensor.data = tensor.data.to(like.dtype)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE, Site, anatomy_of, backbone_modules, hook
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.parts.prefix import TunedTokens
 from point_peft.running.forward import (
     Forward,
     Root,
@@ -39,8 +38,8 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
     """
     if source == "stem" and 0 in forward.patches and not _changes_stem(forward):
         return forward.patches[0].detach()
-    tokens = [state for state in get_adapter(forward.root, adapter).shared_states() if isinstance(state, TunedTokens)]
-    owner = adapter if any(state.other_base(forward.root.base_model) for state in tokens) else None
+    states = get_adapter(forward.root, adapter).shared_states()
+    owner = adapter if any(state.other_base(forward.root.base_model) for state in states) else None
     key = "tokens", source, owner
     if forward.inputs is None and key not in forward.cache:
         hint = ', or use prior="stem"' if source == "backbone" else ", or run its patch embedding first"

@@ -35,24 +35,32 @@ class Call:
 
 
 class Part(nn.Module):
-    """What a method does at one site: it may change the module's inputs, its output, or both.
+    """A method at one site of the backbone: it may change the module's inputs, its output, or both.
 
     A part holds the trainable tensors of its site and nothing about the forward it is in; that comes with the `Call`.
-    The parts of several active adapters nest: `before` runs in the order of the adapters, `after` in reverse.
+    The parts of several active adapters nest: `before` runs in the order of the adapters, `after` in reverse. What
+    kind of part it is, it says itself: whoever attaches and runs parts knows no method, and asks for these answers.
     """
 
     prefix: ClassVar[str] = ""
     """Stands before the names of its tensors in a file, so that methods at one site do not collide."""
     mergeable: bool = False
-    """Whether the part is a change of the module's own tensors, which `weights` gives."""
+    """True of a part that is a change of the module's own tensors, which `weights` gives."""
+    tuned: tuple[str, ...] = ()
+    """Names of those of the module's tensors that it has trained copies of, which may stand in their places."""
     needs_coordinates: ClassVar[bool] = False
-    """Whether the part, at a block, needs one patch token for each of the coordinates that were seen."""
+    """True of a part that, at a block, needs one patch token for each of the coordinates that were seen."""
     in_second_pass: ClassVar[bool] = False
-    """Whether the part acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
+    """True of a part that acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
     tuner: int = 0
-    """Which of the adapter's methods it belongs to; set when the adapter is built."""
+    """The number of the method, among the adapter's, that it belongs to; set when the adapter is built."""
     by_weight: bool = False
-    """Whether its module is not called: another reads its tensors, and gets those of `weights` instead."""
+    """True where its module is not called: another reads its tensors, and gets those of `weights` instead."""
+
+    @property
+    def own_module(self) -> nn.Module | None:
+        """The module of the adapter's own that runs in the place of the site's; None for what acts beside that."""
+        return None
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The inputs that the module gets instead of `args` and `kwargs`."""
@@ -90,6 +98,17 @@ class SharedState(nn.Module):
     prefix: str = ""
     free_rows: ClassVar[frozenset[str]] = frozenset()
     """Buffers whose number of rows is not told by the configuration."""
+    tuned_tokens: frozenset[str] = frozenset()
+    """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
+
+    @property
+    def bank(self) -> Bank | None:
+        """Itself, where it is a bank; None for other state."""
+        return None
+
+    def other_base(self, base_model: nn.Module) -> bool:
+        """Tell whether it was made for a base with other values, with which a second pass must then run."""
+        return False
 
     def file_name(self, name: str) -> str:
         """The name in a file of the tensor that this module's state dict calls `name`."""
@@ -101,10 +120,14 @@ class SharedState(nn.Module):
 
 
 class Bank(SharedState):
-    """State that `build_memory_bank` fills with features of training clouds."""
+    """State that `build_memory_bank` fills with features of training clouds, in a type of its own."""
 
     source: str
-    """Which tokens the features come from: "backbone" or "stem"."""
+    """The tokens that the features come from: "backbone" or "stem"."""
+
+    @property
+    def bank(self) -> Bank:
+        return self
 
     def query(self, tokens: Tensor) -> Tensor:
         """The features (b, c) of clouds with patch tokens (b, g, c)."""

@@ -67,7 +67,7 @@ class TunedTokens(SharedState):
             self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor.detach().clone()))
         for name, tensor in kept.items():
             self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
-        self.tuned = frozenset(tuned)
+        self.tuned_tokens = frozenset(tuned)
         self.kept = frozenset(kept)
         self.compared: tuple[tuple[int, int], ...] = ()
         """Where the tensors lay, and how often each had been written to, when they were last compared."""
@@ -132,7 +132,7 @@ class PrefixPart(Part):
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         state = call.state("tokens", TunedTokens)
-        return self._shift(call, args, kwargs, state.tuned, state.difference)
+        return self._shift(call, args, kwargs, state.tuned_tokens, state.difference)
 
     def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         state = call.state("tokens", TunedTokens)

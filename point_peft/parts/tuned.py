@@ -29,10 +29,9 @@ class TunedCopy(Part):
     """
 
     mergeable = True
-    tuned: tuple[str, ...]
-    """The names of the tensors, which DataParallel's replicas do not have as parameters."""
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        # By name: DataParallel's replicas do not have them as parameters.
         return {name: getattr(self, name) for name in self.tuned}
 
 
@@ -42,6 +41,10 @@ class TunedModule(Part):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+
+    @property
+    def own_module(self) -> nn.Module:
+        return self.module
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         return self.module(*args, **kwargs)
