@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
-from point_peft.files.format import CARD_FILE, CONFIG_FILE, LORA_TYPE, PENDING_CONFIG_FILE, TENSOR_FILE, AdapterFiles
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, PEFT_TYPE, PENDING_CONFIG_FILE, TENSOR_FILE, AdapterFiles
 from point_peft.files.reading import leftovers, read_folder
 from point_peft.files.tensors import check_finite
 from point_peft.files.writing import copy_folder
@@ -176,7 +176,7 @@ def _report(folder: Path) -> dict[str, Any]:
     heads, saved = about.get("heads"), about.get("modules_to_save")
     return {
         "folder": str(folder),
-        "format": "PEFT" if files.config["peft_type"] == LORA_TYPE else "point_peft",
+        "format": "point_peft" if files.config["peft_type"] == PEFT_TYPE else "PEFT",
         "point_peft_version": about.get("point_peft_version"),
         "methods": methods,
         "base": {
@@ -206,9 +206,9 @@ def _about(files: AdapterFiles) -> dict[str, Any]:
 
 def _methods(files: AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """The methods with the fields that are not their defaults, and what is wrong with them."""
-    if about["peft_type"] == LORA_TYPE:
+    if about["peft_type"] != PEFT_TYPE:
         own = {name: value for name, value in about.items() if name != "peft_type" and value not in (None, [], {})}
-        return [{"method": LORA_TYPE, "fields": own}], []
+        return [{"method": about["peft_type"], "fields": own}], []
     tuners = about.get("tuners")
     if not isinstance(tuners, list) or not tuners or not all(isinstance(tuner, dict) for tuner in tuners):
         return [], [f"{CONFIG_FILE} names no methods"]

@@ -14,15 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor, nn
+
 from point_peft.anatomy.description import Anatomy, Block
 from point_peft.anatomy.values import from_json as anatomy_from_json
 from point_peft.anatomy.values import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
 from point_peft.parts.backbone import Backbone
-from point_peft.parts.base import Blueprint
+from point_peft.parts.base import Blueprint, Part
 
 V = TypeVar("V", covariant=True)
 
+Combination = Literal["linear", "cat", "svd"]
+"""A way to combine adapters, see `PointPeftModel.add_weighted_adapter`."""
 METHODS: dict[str, type[TunerConfig]] = {}
 """Every method by name; a class enters by being defined."""
 MAX_INTEGER = 2**24
@@ -62,6 +66,10 @@ class TunerConfig(ABC):
     """
 
     method: ClassVar[str]
+    peft_type: ClassVar[str | None] = None
+    """The name of the method in the PEFT package, if its adapters can be written in PEFT's format."""
+    combines: ClassVar[bool] = False
+    """True where several adapters of the method can become one, by `combined`."""
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
@@ -97,6 +105,32 @@ class TunerConfig(ABC):
     def identity_at_init(self) -> bool:
         """Whether a fresh adapter leaves the backbone's output as it is."""
         return True
+
+    def combined(
+        self,
+        adapters: Mapping[str, Mapping[str, Part]],
+        weights: Sequence[float],
+        combination_type: Combination,
+        svd_rank: int | None,
+    ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
+        """The configuration and, by site, the tensors of the weighted combination of adapters of this method alone.
+
+        `adapters` has the changes of the backbone's weights of each, by site. For methods of which `combines` is true.
+        """
+        raise NotImplementedError
+
+    def why_not_peft(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> str | None:
+        """A reason why PEFT's format cannot say what is at some site; None if it can. For those with a `peft_type`."""
+        raise NotImplementedError
+
+    def to_peft(self, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        """The fields of PEFT's configuration for this method at the sites `paths`, among modules called `names`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The fields of this method, and the modules to save whole, that PEFT's configuration means among `names`."""
+        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, with the method's name."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from point_peft.adapting import second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
-from point_peft.adapting.combining import Combination, combine
+from point_peft.adapting.combining import combine
 from point_peft.adapting.heads import HeadSource, make_head
 from point_peft.adapting.mixed import run_stem, sharing
 from point_peft.adapting.planning import build_adapter, match_heads, plan_adapter
@@ -30,7 +30,7 @@ from point_peft.adapting.site import CHILD, SITE, backbone_modules, clean_copy, 
 from point_peft.anatomy.checking import check_anatomy
 from point_peft.anatomy.description import Anatomy
 from point_peft.anatomy.presets import known_anatomy
-from point_peft.config import PeftConfig, TunerConfig, difference
+from point_peft.config import Combination, PeftConfig, TunerConfig, difference
 from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, MatchError, PointPeftError, quoted
 from point_peft.files import fingerprint as fingerprint_module
 from point_peft.files import peft_format

@@ -34,7 +34,7 @@ from point_peft import (
     describe,
 )
 from point_peft.adapting.adapter import get_adapter
-from point_peft.files.format import CONFIG_FILE, DIGEST, KEY_PREFIX, LORA_TYPE, PEFT_TYPE, RECORD, SEAL, TENSOR_FILE
+from point_peft.files.format import CONFIG_FILE, DIGEST, KEY_PREFIX, PEFT_TYPE, RECORD, SEAL, TENSOR_FILE
 from point_peft.files.reading import read_folder, seal_of
 from point_peft.model import Format
 from tests.adapting import adapt, assert_same_values, fingerprint
@@ -139,7 +139,7 @@ def check_loaded(text: bytes, data: bytes, folder: Path) -> None:
             name: config[name] for name in names & set(config)
         }
     target().save_pretrained(
-        folder / "again", "fuzzed", format="auto" if config["peft_type"] == LORA_TYPE else "point_peft"
+        folder / "again", "fuzzed", format="point_peft" if config["peft_type"] == PEFT_TYPE else "auto"
     )
     again = read_folder(folder / "again")
     assert_same_values(again.tensors, dict(sorted(adapter.tensors().items())))

@@ -63,6 +63,10 @@ class Adapter(nn.Module):
             if path in self.saved and part.own_module is not None:
                 yield path, part.own_module
 
+    def weight_changes(self) -> dict[str, Part]:
+        """The parts that are changes of their modules' tensors, by site."""
+        return {path: part for path, part in self.all_parts() if part.mergeable}
+
     @property
     def asks_backbone(self) -> bool:
         """Whether it asks for the tokens of the last block, which take a second pass."""

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from point_peft.config import METHODS, TunerConfig
+
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PENDING_CONFIG_FILE = ".adapter_config.json.pending"
 FORMAT_VERSION = 1
 PEFT_TYPE = "POINT_PEFT"
-LORA_TYPE = "LORA"
-"""The `peft_type` of an adapter in PEFT's own format."""
+"""The `peft_type` of our own format; in PEFT's it is the method's, see `methods_of_peft`."""
 KEY_PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSOR_BYTES = 4 << 30
@@ -41,12 +42,17 @@ class AdapterFiles:
     record: dict[str, Any] | None
     """In PEFT's format: what our own would say in its configuration; None in our own, and where PEFT wrote the file."""
     edited: bool
-    """Whether the configuration is another than the one that the tensors were saved with."""
+    """True if the configuration is another than the one that the tensors were saved with."""
 
     @property
     def foreign(self) -> bool:
-        """Whether PEFT wrote the files."""
-        return self.config["peft_type"] == LORA_TYPE and self.record is None
+        """True if PEFT wrote the files."""
+        return self.config["peft_type"] != PEFT_TYPE and self.record is None
+
+
+def methods_of_peft() -> dict[str, type[TunerConfig]]:
+    """The methods that can be written in PEFT's format, by its names for them."""
+    return {kind.peft_type: kind for kind in METHODS.values() if kind.peft_type is not None}
 
 
 def sha256(data: bytes | memoryview) -> str:

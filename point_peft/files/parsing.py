@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from point_peft.errors import AdapterFileError, quoted
-from point_peft.files.format import FORMAT_VERSION, LORA_TYPE, MAX_HEADER_BYTES, MAX_NESTING, PEFT_TYPE
+from point_peft.files.format import FORMAT_VERSION, MAX_HEADER_BYTES, MAX_NESTING, PEFT_TYPE, methods_of_peft
 from point_peft.version import __version__
 
 
@@ -22,10 +22,11 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
     if not _shallow(config, MAX_NESTING):
         raise AdapterFileError(f"'{path}' is nested deeper than the {MAX_NESTING} levels that are read")
-    if config.get("peft_type") not in (PEFT_TYPE, LORA_TYPE):
-        found = quoted(config.get("peft_type"))
-        raise AdapterFileError(f"'{path}': peft_type is {found}; this version reads '{PEFT_TYPE}' and '{LORA_TYPE}'")
-    if config["peft_type"] == LORA_TYPE:
+    peft_type, known = config.get("peft_type"), [PEFT_TYPE, *methods_of_peft()]
+    if peft_type not in known:
+        readable = " and ".join(f"'{name}'" for name in known)
+        raise AdapterFileError(f"'{path}': peft_type is {quoted(peft_type)}; this version reads {readable}")
+    if peft_type != PEFT_TYPE:
         return config
     version = config.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:

@@ -18,9 +18,9 @@ from point_peft.files.format import (
     DIGEST,
     KEY_PREFIX,
     LEFTOVER,
-    LORA_TYPE,
     MAX_CONFIG_BYTES,
     MAX_TENSOR_BYTES,
+    PEFT_TYPE,
     PENDING_CONFIG_FILE,
     RECORD,
     SEAL,
@@ -74,7 +74,7 @@ def read_folder(folder: Path) -> AdapterFiles:
     if wrong:
         raise AdapterFileError(f"{where}: the tensor name {quoted(wrong[0])} does not begin with '{KEY_PREFIX}'")
     config, record = parse_config(text, folder / CONFIG_FILE), None
-    if config["peft_type"] == LORA_TYPE and RECORD in metadata:
+    if config["peft_type"] != PEFT_TYPE and RECORD in metadata:
         record = parse_config(metadata[RECORD].encode(), folder / TENSOR_FILE)
     return AdapterFiles(
         config=config,

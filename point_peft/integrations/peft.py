@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from point_peft import model as point_peft_model
 from point_peft.adapting.adapter import get_adapter
-from point_peft.adapting.combining import Combination
 from point_peft.adapting.site import SITE
-from point_peft.config import PeftConfig, TunerConfig
+from point_peft.config import Combination, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PEFT_TYPE, TENSOR_FILE
 from point_peft.model import LayerStatus, ModelStatus, PointPeftModel

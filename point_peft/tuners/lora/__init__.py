@@ -28,7 +28,7 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.lora.config import LoraConfig, anchored, pattern_values
+from point_peft.tuners.lora.config import LoraConfig
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
 
-__all__ = ["LoraConfig", "LoraPart", "QkvLoraPart", "anchored", "pattern_values"]
+__all__ = ["LoraConfig", "LoraPart", "QkvLoraPart"]

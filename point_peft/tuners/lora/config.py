@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
 from point_peft.anatomy.structure import linear_shape
-from point_peft.config import FrozenMapping, TunerConfig, require
-from point_peft.errors import AnatomyError, MatchError, quoted
+from point_peft.config import Combination, FrozenMapping, TunerConfig, require
+from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
-from point_peft.nearest import nearest_names
 from point_peft.parts.backbone import Backbone, narrowed
-from point_peft.parts.base import Blueprint
+from point_peft.parts.base import Blueprint, Part
+from point_peft.tuners.lora import combining, peft_format
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
-
-V = TypeVar("V")
+from point_peft.tuners.lora.patterns import anchored, pattern_values
 
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
-# A key of a pattern that is no more than a name, with or without an anchor, which nothing in it can make slow.
-_NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
 _ROLES = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
 
 
@@ -41,6 +39,8 @@ class LoraConfig(TunerConfig):
     """
 
     method: ClassVar[str] = "LORA"
+    peft_type: ClassVar[str | None] = "LORA"
+    combines: ClassVar[bool] = True
 
     r: int = 8
     """The rank of an update."""
@@ -81,6 +81,42 @@ class LoraConfig(TunerConfig):
                 part.act_by_weight(path)
             plan.parts.append((path, part))
         return plan
+
+    def combined(
+        self,
+        adapters: Mapping[str, Mapping[str, Part]],
+        weights: Sequence[float],
+        combination_type: Combination,
+        svd_rank: int | None,
+    ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
+        ranks, tensors = combining.combine(adapters, weights, combination_type, svd_rank)
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        others = {anchored(path): r for path, r in ranks.items() if r != rank}
+        # A scale of one: those of the adapters are in the factors.
+        tuner = replace(self, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=others, alpha_pattern=others)
+        return tuner, tensors
+
+    def why_not_peft(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> str | None:
+        reasons = (peft_format.why_not(path, part, modules[path]) for path, part in parts.items())
+        return next(filter(None, reasons), None)
+
+    def to_peft(self, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
+        alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
+        return {
+            **{name: getattr(self, name) for name in peft_format.SHARED},
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "target_modules": peft_format.exactly(paths, names),
+            # By full path: PEFT goes by the first key that matches, in an order that a file does not keep.
+            "rank_pattern": {anchored(path): rank for path, rank in ranks.items()},
+            "alpha_pattern": {anchored(path): alpha for path, alpha in alphas.items()},
+        }
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        return peft_format.read(fields, names)
 
     def _targets(self, backbone: Backbone) -> tuple[list[str], frozenset[str]]:
         """The layers that are meant, and those among them that were chosen by `qkv`."""
@@ -141,34 +177,7 @@ def _shape(module: nn.Module, weight: str) -> tuple[int, int] | None:
 
 
 def _role(name: str) -> str | None:
-    """Which of q, k and v a layer of an attention makes that is called so there, None if the name does not say."""
+    """The one of q, k and v that a layer of an attention makes which is called so there, None if the name is silent."""
     words = set(re.split(r"[._]", name.lower()))
-    found = [role for role, names in _ROLES.items() if names & words]
-    return found[0] if len(found) == 1 else None
-
-
-def pattern_values(pattern: Mapping[str, V], paths: Sequence[str], field: str, required: bool = True) -> dict[str, V]:
-    """Path -> the value of the first key that matches it; if `required`, every key must match one of the paths."""
-    found: dict[str, V] = {}
-    for key, value in pattern.items():
-        hits = _matched(key, paths, field, len(pattern))
-        if required and not hits:
-            near = nearest_names(key, paths)
-            raise MatchError(f"no adapted module matches {quoted(key)} ({field}); nearest: {near}")
-        for path in hits:
-            found.setdefault(path, value)
-    return found
-
-
-def _matched(key: str, paths: Sequence[str], field: str, share: int) -> Sequence[str]:
-    """The paths that a key of a pattern means: as a regular expression, for the whole path or its end after a dot."""
-    expression = rf"(.*\.)?({key})"
-    if _NAME.fullmatch(key):
-        compiled = re.compile(expression)
-        return [path for path in paths if compiled.fullmatch(path)]
-    return match_names(expression, paths, field=field, required=False, share=share)
-
-
-def anchored(path: str) -> str:
-    """A key of a pattern that matches this path alone, and not others that end in it."""
-    return "^" + re.escape(path)
+    roles = [role for role, names in _ROLES.items() if names & words]
+    return roles[0] if len(roles) == 1 else None
