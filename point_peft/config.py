@@ -76,7 +76,7 @@ class TunerConfig(ABC):
     layers_to_transform: Sequence[int] | None = None
     modules_to_save: str | Sequence[str] | None = None
     anatomy: Anatomy | None = None
-    """What the backbone is made of, stated or corrected; None: what is found."""
+    """The anatomy of the backbone, stated or corrected; None: what is found."""
 
     def __init_subclass__(cls) -> None:
         name = cls.__dict__.get("method")
@@ -103,7 +103,7 @@ class TunerConfig(ABC):
 
     @property
     def identity_at_init(self) -> bool:
-        """Whether a fresh adapter leaves the backbone's output as it is."""
+        """True if a fresh adapter leaves the backbone's output as it is."""
         return True
 
     def combined(
@@ -176,7 +176,7 @@ class PeftConfig:
 
     @property
     def stated_anatomy(self) -> Anatomy | None:
-        """What this field says of the backbone, else those of the methods, which must agree; None: what is found."""
+        """The anatomy of this field, else those of the methods, which must agree; None: what is found."""
         if self.anatomy is not None:
             return self.anatomy
         stated = [tuner.anatomy for tuner in self.tuners if tuner.anatomy is not None]
@@ -186,7 +186,7 @@ class PeftConfig:
 
     @property
     def saved_modules(self) -> str | tuple[str, ...] | None:
-        """What is trained and saved whole: this field, else those of the methods together; None: the found heads."""
+        """The modules trained and saved whole: this field, else those of the methods together; None: the found heads."""
         if self.modules_to_save is not None:
             return self.modules_to_save if isinstance(self.modules_to_save, str) else tuple(self.modules_to_save)
         stated = [tuner.modules_to_save for tuner in self.tuners if tuner.modules_to_save is not None]
@@ -202,7 +202,7 @@ class PeftConfig:
 
     @property
     def identity_at_init(self) -> bool:
-        """Whether a fresh adapter leaves the backbone's output as it is."""
+        """True if a fresh adapter leaves the backbone's output as it is."""
         return all(tuner.identity_at_init for tuner in self.tuners)
 
     def to_json(self) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from point_peft.adapting import second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
 from point_peft.adapting.combining import combine
-from point_peft.adapting.heads import HeadSource, make_head
+from point_peft.adapting.heads import HeadSource, make_head, match_heads
 from point_peft.adapting.mixed import run_stem, sharing
-from point_peft.adapting.planning import build_adapter, match_heads, plan_adapter
+from point_peft.adapting.planning import build_adapter, plan_adapter
 from point_peft.adapting.site import CHILD, SITE, backbone_modules, clean_copy, floating_parameter
 from point_peft.anatomy.checking import check_anatomy
 from point_peft.anatomy.description import Anatomy

@@ -24,7 +24,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
 from point_peft.parts.propagation import Neighbourhoods
-from point_peft.tuners.ga_prompt.parts import BlockPart, CloudPart
+from point_peft.tuners.ga_prompt.parts import CloudPart, ShapedPart
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 from tests import golden
 from tests.test_golden_base import Recorder, grouping
@@ -140,7 +140,7 @@ def test_it_reproduces_every_recorded_tensor(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(geometry, name, keep)
     late: list[Neighbourhoods] = []
-    for part in parts(model, BlockPart):
+    for part in parts(model, ShapedPart):
         part.geometry.register_forward_pre_hook(lambda module, args: late.append(args[2]))
     net.register_forward_hook(lambda module, args, output: recorder.tensors.update(shift_code=output[1]))
     found = {"input.points": points, "logits": model(points)}

@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
 
     def sites(self) -> Iterator[tuple[str, nn.ModuleList]]:
-        """(module path, parts)"""
+        """Pairs (module path, parts)."""
         for key, parts in self.parts.items():
             assert isinstance(parts, nn.ModuleList)
             yield key.replace("/", "."), parts
@@ -44,7 +44,7 @@ class Adapter(nn.Module):
                 yield path
 
     def all_parts(self) -> Iterator[tuple[str, Part]]:
-        """(module path, part)"""
+        """Pairs (module path, part)."""
         for path, parts in self.sites():
             for part in parts:
                 assert isinstance(part, Part)
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
                 yield state
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(module path, module) of the modules that the adapter has to itself."""
+        """Pairs (module path, module) of the modules that the adapter has to itself."""
         for path, part in self.all_parts():
             if path in self.saved and part.own_module is not None:
                 yield path, part.own_module
@@ -69,23 +69,23 @@ class Adapter(nn.Module):
 
     @property
     def asks_backbone(self) -> bool:
-        """Whether it asks for the tokens of the last block, which take a second pass."""
+        """True if it asks for the tokens of the last block, which take a second pass."""
         return any(state.bank is not None and state.bank.source == "backbone" for state in self.shared_states())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         owners: list[tuple[str, Part | SharedState]] = [*self.all_parts(), *(("", s) for s in self.shared_states())]
         for path, module in owners:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 key = ".".join(filter(None, [path, module.file_name(name)]))
-                if key in found:
+                if key in tensors:
                     raise AdapterError(f"two parts of one adapter have a tensor '{key}'")
-                found[key] = tensor
-        return found
+                tensors[key] = tensor
+        return tensors
 
     def holds_only(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether it holds no tensors but these."""
+        """Tell whether it holds no tensors but these."""
         known = {id(tensor) for tensor in tensors.values()}
         return all(id(tensor) in known for tensor in (*self.parameters(), *self.buffers()))
 
@@ -97,14 +97,14 @@ class Adapter(nn.Module):
 def calls_at(forward: Forward, names: Sequence[str], path: str, module: nn.Module) -> list[tuple[Part, Call]]:
     """The parts of some adapters at a site, in order, each with what it is told."""
     key = path.replace(".", "/")
-    found: list[tuple[Part, Call]] = []
+    calls: list[tuple[Part, Call]] = []
     for name in names:
         adapter: Any = adapters_by_name(forward.root)[name]
         for part in adapter.parts._modules.get(key, ()):
             # Not by index, which a ModuleList takes long to look up: this runs at every call of an adapted module.
             shared = adapter.shared._modules[str(part.tuner)]
-            found.append((part, Call(path=path, module=module, forward=forward, adapter=name, shared=shared)))
-    return found
+            calls.append((part, Call(path=path, module=module, forward=forward, adapter=name, shared=shared)))
+    return calls
 
 
 def get_adapter(root: Root, name: str) -> Adapter:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from point_peft.adapting.site import clean_copy, first_names
 from point_peft.anatomy.description import Stage
 from point_peft.anatomy.structure import linear_shape
+from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError, AnatomyError, quoted
+from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Call, Part
 from point_peft.parts.tuned import TunedModule
@@ -21,9 +24,9 @@ from point_peft.running.tokens import as_layout, batch_first, output_tokens
 HeadSource = nn.Module | Callable[[], nn.Module] | str
 """A head, a function without arguments that makes one, or the name of a pooled head: see `PooledHead`."""
 POOLS = ("cls", "max", "mean", "prompt", "all_max", "all_mean", "raw_mean", "feature")
-"""What a head can pool, after the final norm: the first prefix token; the maximum or mean over the patch tokens; the
-mean over the prompts that a method leaves in the sequence to its end; the maximum over patches and such prompts; the
-mean over all tokens, prefix too; the same ahead of the final norm; a feature of the cloud that a method offers."""
+"""Names for what a head can pool, after the final norm: the first prefix token; the maximum or mean over the patch
+tokens; the mean over the prompts that a method leaves in the sequence to its end; the maximum over patches and such
+prompts; the mean over all tokens, prefix too; the same ahead of the final norm; a feature that a method offers."""
 
 
 class OwnModule(TunedModule):
@@ -64,6 +67,11 @@ def mlp_head(
         nn.Dropout(dropout),
         nn.Linear(hidden, num_classes),
     )
+
+
+def pools_of(head: nn.Module) -> tuple[str, ...]:
+    """The names of what a head pools of the tokens itself; none of a head that takes what the base has pooled."""
+    return split_pool(head.pool) if isinstance(head, PooledHead) else ()
 
 
 def split_pool(pool: str) -> tuple[str, ...]:
@@ -117,8 +125,8 @@ class PooledTokens(Part):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         left = call.forward.left(call.adapter, "prompts")
-        found = output_tokens(self.stage, call.path, output) if self.at_block else output
-        tokens = batch_first(found, self.stage.layout)
+        given = output_tokens(self.stage, call.path, output) if self.at_block else output
+        tokens = batch_first(given, self.stage.layout)
         count = sum(prompts.shape[1] for prompts in left)
         if self.at_block:
             tokens = torch.cat([tokens, *(prompts.to(tokens.dtype) for prompts in left)], dim=1)
@@ -147,6 +155,44 @@ class PooledTokens(Part):
         for name in self.names:
             if name in pools:
                 call.forward.notes[call.adapter, "pooled", name] = pools[name]()
+
+
+def own_modules(
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None
+) -> dict[str, nn.Module]:
+    """The modules that an adapter has to itself, by path: what `heads` gives, else copies of the base's.
+
+    `saved` says by full path which they are, and `heads` then names them so too; None: what the configuration says.
+    """
+    modules = backbone.modules
+    chosen = {id(modules[path]) for path in (_saved_paths(backbone, config, heads) if saved is None else saved)}
+    # In the order of the backbone, read from a file or not: an optimizer's state goes by the order of parameters.
+    paths = [path for number, path in first_names(modules).items() if number in chosen]
+    sources = match_heads(heads, paths) if saved is None else dict(heads or {})
+    own = {p: make_head(sources[p], p, backbone) if p in sources else clean_copy(modules[p]) for p in paths}
+    return {path: module.requires_grad_(True) for path, module in own.items()}
+
+
+def _saved_paths(backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> tuple[str, ...]:
+    """Paths of the modules that a configuration gives an adapter to itself, outer ones only."""
+    names, stated = list(backbone.modules), config.saved_modules
+    if stated is None:
+        meant = () if backbone.anatomy is None else backbone.anatomy.heads
+    else:
+        meant = match_names(stated, names, field="modules_to_save")
+    chosen = dict.fromkeys([*meant, *match_names(list(heads or ()), names, field="heads")])
+    return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
+
+
+def match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
+    """The `heads` argument by full module path."""
+    own: dict[str, HeadSource] = {}
+    for name, source in (heads or {}).items():
+        for path in [name] if name in saved else match_names([name], saved, field="heads"):
+            if path in own:
+                raise AdapterError(f"heads names '{path}' twice")
+            own[path] = source
+    return own
 
 
 def make_head(source: HeadSource, path: str, backbone: Backbone) -> nn.Module:

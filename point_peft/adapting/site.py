@@ -1,4 +1,4 @@
-"""What an adapted module knows of itself, and how the modules of a backbone are reached."""
+"""Sites: what an adapted module knows of itself, and how the modules of a backbone are reached."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from point_peft.anatomy.description import Anatomy, Stage
 from point_peft.running.forward import Root
 
 SITE = "_point_peft_site"
+"""The attribute of an adapted module, not registered, that holds its `Site`."""
 CHILD = "point_peft"
 """The name under which a model that keeps its own class holds its adapters."""
-
-
 HOOKS: set[Callable[..., Any]] = set()
 """Every function that is put on modules of a backbone as a hook."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,7 +29,7 @@ def hook(function: F) -> F:
 
 @dataclass(frozen=True)
 class Site:
-    """What an adapted module knows of itself: its path in the backbone and who holds the adapters."""
+    """A module's knowledge of itself: its path in the backbone and who holds the adapters."""
 
     path: str
     root: Root
@@ -43,11 +42,19 @@ def floating_parameter(modules: Mapping[str, nn.Module]) -> Tensor | None:
 
 def backbone_modules(root: Root) -> dict[str, nn.Module]:
     """Every module of the backbone by path, under each of its names, without the adapters that it may hold."""
-    found = {"": root.base_model}
+    modules = {"": root.base_model}
     for name, child in root.base_model._modules.items():
         if child is not None and name != CHILD:
-            found |= child.named_modules(prefix=name, remove_duplicate=False)
-    return found
+            modules |= child.named_modules(prefix=name, remove_duplicate=False)
+    return modules
+
+
+def first_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The first path of each module, by the module's id; some have several."""
+    paths: dict[int, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), path)
+    return paths
 
 
 def clean_copy(module: nn.Module) -> nn.Module:

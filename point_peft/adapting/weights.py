@@ -43,23 +43,22 @@ def end_reading(module: nn.Module, args: Args, output: Any) -> None:
 
 
 def _read_weights(forward: Forward, site: Site) -> dict[int, tuple[str, Tensor]]:
-    """What the module of a site reads of others: by the identity of the base's tensor, the module and the adapted."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for path in dict.fromkeys(
-        p for n in forward.active for p in get_adapter(forward.root, n).readers.get(site.path, ())
-    ):
+    """The tensors that the module of a site reads of others: id of the base's -> the other's path and the adapted."""
+    adapted: dict[int, tuple[str, Tensor]] = {}
+    read = (get_adapter(forward.root, name).readers.get(site.path, ()) for name in forward.active)
+    for path in dict.fromkeys(path for paths in read for path in paths):
         module = forward.root.base_model.get_submodule(path)
         calls = [(part, call) for part, call in calls_at(forward, forward.active, path, module) if part.by_weight]
-        found |= {id(base): (path, value) for base, value in adapted_tensors(module, calls).values()}
-    return found
+        adapted |= {id(base): (path, value) for base, value in adapted_tensors(module, calls).values()}
+    return adapted
 
 
 def adapted_tensors(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> dict[str, tuple[Tensor, Tensor]]:
     """A module's tensors by name, those of the base and with parts folded in, for those that they change."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    adapted: dict[str, tuple[Tensor, Tensor]] = {}
     for part, _ in calls:
         for name, value in part.weights(module).items():
             base = getattr(module, name)
-            before, value = found.get(name, (base, base))[1], value.to(base.dtype)
-            found[name] = base, value if before is base else before + (value - base)
-    return found
+            before, value = adapted.get(name, (base, base))[1], value.to(base.dtype)
+            adapted[name] = base, value if before is base else before + (value - base)
+    return adapted

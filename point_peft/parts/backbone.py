@@ -21,11 +21,11 @@ class Backbone:
     """Every module by path, under each of its names."""
     anatomy: Anatomy | None
     why_unknown: str = ""
-    """Why there is no anatomy."""
+    """The reason why there is no anatomy."""
     tuned_tokens: frozenset[str] = frozenset()
     """Prefix tokens and positions that a method before this one in the adapter trains."""
     pooled: frozenset[str] = frozenset()
-    """What the adapter's own heads pool of the tokens, by the names of `heads.POOLS`; empty for the base's heads."""
+    """Names, of `heads.POOLS`, of what the adapter's own heads pool of the tokens; empty for the base's heads."""
 
     def known_anatomy(self, method: str) -> Anatomy:
         """The anatomy, which the method cannot do without."""

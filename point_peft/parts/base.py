@@ -1,4 +1,4 @@
-"""What every method is made of: parts at sites of the backbone, state that a method's parts share, and their plan."""
+"""The material of every method: parts at sites of the backbone, state that a method's parts share, and their plan."""
 
 from __future__ import annotations
 

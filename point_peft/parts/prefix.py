@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +77,11 @@ class TunedTokens(SharedState):
         return f"{self.prefix}.{known.removeprefix('base:')}" if known.startswith("base:") else known
 
     def other_base(self, base_model: nn.Module) -> bool:
-        """Whether the adapter was made for a base that had other values here; told without stopping a GPU each time."""
+        """Tell whether the base had other values here, which are kept; without stopping a GPU each time."""
         if torch.compiler.is_compiling():
             return self.differs
         names = [name.removeprefix("base:").replace("/", ".") for name, _ in self.named_buffers()]
-        pairs = list(zip(self.buffers(), [_found(base_model, name) for name in names], strict=True))
+        pairs = list(zip(self.buffers(), [_tensor(base_model, name) for name in names], strict=True))
         places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for pair in pairs for t in pair)
         if places != self.compared:
             self.differs = any(bool((kept != base).any()) for kept, base in pairs)
@@ -95,25 +94,23 @@ class TunedTokens(SharedState):
         self.other_base(base_model)
 
     def difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """What training has added to the base's tensor of that name, as (rows, c)."""
+        """The change that training has made to the base's tensor of that name, as (rows, c)."""
         return self._less_base(getattr(self, name.replace(".", "/")), name, base_model)
 
     def base_difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """What the base that the adapter was made for had more than this one, as (rows, c); for those that are kept."""
+        """The values of the base that the adapter was made for less those of this one, (rows, c); for those kept."""
         return self._less_base(getattr(self, "base:" + name.replace(".", "/")), name, base_model)
 
     @staticmethod
     def _less_base(value: Tensor, name: str, base_model: nn.Module) -> Tensor:
-        difference = value - _found(base_model, name)
+        difference = value - _tensor(base_model, name)
         return difference.reshape(-1, value.shape[-1])
 
 
-def _found(base_model: nn.Module, name: str) -> Tensor:
+def _tensor(base_model: nn.Module, name: str) -> Tensor:
     """A tensor by its dotted name; those of DataParallel's replicas are no parameters."""
-    found: Any = base_model
-    for component in name.split("."):
-        found = getattr(found, component)
-    tensor: Tensor = found
+    path, _, own = name.rpartition(".")
+    tensor: Tensor = getattr(base_model.get_submodule(path), own)
     return tensor
 
 
@@ -158,7 +155,7 @@ class PrefixPart(Part):
         return put_argument(args, kwargs, self.stage.tokens, tokens)
 
     def _called_before(self, call: Call) -> bool:
-        """Whether this block has run in this forward already, as one that is used for several layers does."""
+        """Count the calls of this block in the forward; true if it ran before, as one used for several layers does."""
         key = call.adapter, call.path
         if call.forward.recomputing:
             if call.forward.calls[key] > 1:

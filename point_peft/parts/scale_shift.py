@@ -16,7 +16,7 @@ from point_peft.running.nested import Args, Kwargs, fetch, put
 
 
 def channels_of(module: nn.Module) -> int | None:
-    """How many channels a linear layer, a norm with a weight or a fused projection gives; None for anything else."""
+    """The channels that a linear layer, a norm with a weight or a fused projection gives; None for anything else."""
     if isinstance(module, nn.MultiheadAttention):
         fused = module._parameters.get("in_proj_weight")
         return None if fused is None else fused.shape[0]
@@ -75,11 +75,11 @@ class LayerScaleShift(Part):
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         weight: Tensor = getattr(module, self.names[0])
-        found = {self.names[0]: weight * self.gamma.reshape(-1, *[1] * (weight.ndim - 1))}
+        folded = {self.names[0]: weight * self.gamma.reshape(-1, *[1] * (weight.ndim - 1))}
         if self.takes_shift:
             scaled = getattr(module, self.names[1]) * self.gamma
-            found[self.names[1]] = scaled if self.beta is None else scaled + self.beta
-        return found
+            folded[self.names[1]] = scaled if self.beta is None else scaled + self.beta
+        return folded
 
     def act_by_weight(self, path: str) -> None:
         if not self.takes_shift:  # without a bias, the weights alone have no place for it

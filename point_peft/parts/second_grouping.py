@@ -19,7 +19,7 @@ from point_peft.running.forward import Forward
 from point_peft.running.nested import Args, Kwargs
 
 Init = Literal["identity", "published"]
-"""How the last layer of a `token_mlp` begins: at zero, or as torch begins linear layers."""
+"""The start of the last layer of a `token_mlp`: at zero, or as torch begins linear layers."""
 
 
 def stage_to_group(backbone: Backbone, method: str) -> Stage:
@@ -125,7 +125,7 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
 
 
 def run_apart(forward: Forward, paths: Sequence[str], x: Tensor) -> Tensor:
-    """What modules of the backbone, one after another, make of x, with whatever the adapters have changed there."""
+    """Run modules of the backbone, one after another, on x, with whatever the adapters have changed there."""
     with forward.running_apart():
         for path in paths:
             x = forward.root.base_model.get_submodule(path)(x)
@@ -177,7 +177,7 @@ class CarryingPart(SequencePart):
         return self.without_prompts(output, made.prefix, made.patches, prompts=count)
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
-        """What the method makes of the tokens that the block has returned."""
+        """The tokens that the method makes of those that the block has returned."""
         return tokens
 
     def _take(self, call: Call, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What parts at a block need to read its tokens, to put prompts among them and to take them out again."""
+"""Parts at a block, which read its tokens, put prompts among them and take them out again."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class SequencePart(Part):
         return call.forward.coordinates[self.number]
 
     def received(self, call: Call, args: Args, kwargs: Kwargs, prompts: int = 0) -> BlockTokens:
-        """What the block is called with, where `prompts` of the tokens are this method's."""
+        """The tokens that the block is called with, of which `prompts` are this method's."""
         return self._parted(call, block_tokens(self.stage, call.path, args, kwargs), prompts)
 
     def returned(self, call: Call, output: Any, prompts: int = 0) -> BlockTokens:
-        """What the block has returned, where `prompts` of the tokens are this method's."""
+        """The tokens that the block has returned, of which `prompts` are this method's."""
         return self._parted(call, output_tokens(self.stage, call.path, output), prompts)
 
     def with_prompts(self, call: Call, args: Args, kwargs: Kwargs, prompts: Tensor) -> tuple[Args, Kwargs]:
@@ -136,10 +136,10 @@ class EntrancePart(Part):
         super().__init__()
         self.block = block.path
         self.noted = mlp_entrance(block) != block.mlp
-        """Whether an `EntranceNote` is needed, because this module is only the last layer of the MLP."""
+        """True where an `EntranceNote` is needed, because this module is only the last layer of the MLP."""
 
     def entrance(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
-        """What the MLP gets, in this call of the block."""
+        """The input of the MLP, in this call of the block."""
         if self.noted:
             return call.forward.noted((call.adapter, self.tuner, "entrance", self.block))
         given: Tensor = (*args, *kwargs.values())[0]
@@ -174,7 +174,7 @@ class LastingPrompts(SequencePart):
         super().__init__(stage, number)
         self.begins = begins
         self.pooled = pooled
-        """Whether a head of the adapter pools what is left of the prompts after this block."""
+        """True if a head of the adapter pools what is left of the prompts after this block."""
 
     def made(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The prompts (b, p, c) at the block where they come in."""

@@ -94,7 +94,7 @@ class TunedNorm(TunedCopy):
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm gives before its weight and bias; a BatchNorm's frozen statistics do not move."""
+    """The output of a norm before its weight and bias; a BatchNorm's frozen statistics do not move."""
     if isinstance(norm, nn.LayerNorm):
         return nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
     if isinstance(norm, nn.RMSNorm):

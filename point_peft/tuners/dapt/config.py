@@ -42,13 +42,13 @@ class DAPTConfig(TunerConfig):
     dropout: float = 0.1
     """Of the adapter."""
     internal_prompts: bool = True
-    """Whether each block makes a prompt for the blocks after it."""
+    """Let each block make a prompt for the blocks after it."""
     position: Literal["backbone", "once"] = "backbone"
     """When positions are added: as the backbone does, or ahead of the first block only, as published."""
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all."""
     init: Literal["identity", "published"] = "identity"
-    """How gamma and beta start: at one and zero, or normally distributed around them."""
+    """The start of gamma and beta: at one and zero, or normally distributed around them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter
 from point_peft.parts.quick_bottleneck import quick_bottleneck
 from point_peft.parts.sequence import check_located, check_takes_prompts
-from point_peft.tuners.ga_prompt.parts import BlockPart, CloudPart, Geometry, StageState, shape_mlp
+from point_peft.tuners.ga_prompt.parts import CloudPart, Geometry, ShapedPart, ShapeState, shape_mlp
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 
 
@@ -28,9 +28,9 @@ class GAPromptConfig(TunerConfig):
     num_prompts: int = 10
     """Prompts p that each of the prompt layers gets."""
     prompt_layers: int = 6
-    """How many of the adapted blocks get prompts, counted from the first."""
+    """The number of adapted blocks that get prompts, counted from the first."""
     shift: bool = True
-    """Whether a shift net moves the points of the cloud and gives its shape to prompts and adapters."""
+    """Let a shift net move the points of the cloud and give its shape to prompts and adapters."""
     shift_scale: float = 0.8
     shift_centres: int = 128
     """Centres of the shift net's first level, half as many of its second: as many as the backbone has tokens."""
@@ -41,7 +41,7 @@ class GAPromptConfig(TunerConfig):
     point_prompts: int = 5
     """Learned points that join the cloud."""
     point_prompt_factor: float = 5.0
-    """What they are multiplied by, so that they learn as much faster."""
+    """Their factor, by which they learn faster."""
     adapter_width: int = 16
     adapter_dropout: float = 0.1
     adapter_scale: float = 0.7
@@ -98,7 +98,7 @@ class GAPromptConfig(TunerConfig):
             places = self._build_blocks(plan, anatomy, index, blocks, with_prompts)
             if places or shape is not None:
                 prefix = "ga_prompt" if index == 0 else f"ga_prompt.stage_{index}"
-                plan.shared[f"stage_{index}"] = StageState(prefix, self.num_prompts if places else 0, shape)
+                plan.shared[f"stage_{index}"] = ShapeState(prefix, self.num_prompts if places else 0, shape)
         if self.shift or self.point_prompts:
             cloud, prompts, factor = self._cloud_tap(anatomy), self.point_prompts, self.point_prompt_factor
             part = CloudPart(cloud, shift_net, self.shift_scale, prompts, factor, tuple(shapes), feature)
@@ -141,7 +141,7 @@ class GAPromptConfig(TunerConfig):
             if block == unread and block not in prompted:
                 continue
             reads = block != unread
-            part = BlockPart(
+            part = ShapedPart(
                 stage,
                 index,
                 prompts=self.num_prompts if block in prompted else 0,

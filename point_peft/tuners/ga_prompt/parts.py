@@ -22,8 +22,8 @@ from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 Geometry = Literal["consistent", "replacement"]
 
 
-class StageState(SharedState):
-    """What the blocks of one stage share: where the prompts lie, and the MLP that makes the shape of the code."""
+class ShapeState(SharedState):
+    """State of the blocks of one stage: where the prompts lie, and the MLP that makes the shape of the code."""
 
     def __init__(self, prefix: str, prompts: int, shape: nn.Sequential | None) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class CloudPart(Part):
 
     def _leave_shapes(self, call: Call, code: Tensor) -> None:
         for stage in self.shapes:
-            shape = call.state(f"stage_{stage}", StageState).shape
+            shape = call.state(f"stage_{stage}", ShapeState).shape
             assert shape is not None
             made = shape(code)
             call.forward.leave((call.adapter, self.tuner, f"shape for stage {stage}"), made)
@@ -116,7 +116,7 @@ def twice_the_maximum(tokens: Tensor, near: Neighbourhoods) -> Tensor:
     return doubled
 
 
-class BlockPart(SequencePart):
+class ShapedPart(SequencePart):
     """Prompts go in before the block; propagation and A act on the patches after it; then the prompts come out."""
 
     prefix = "ga_prompt"
@@ -154,7 +154,7 @@ class BlockPart(SequencePart):
             return args, kwargs
         prompts: Tensor = repeat(self.embeddings, "p c -> b p c", b=self.coordinates(call).shape[0])
         if self.stage.position_embedding is not None:
-            places = call.state(f"stage_{self.number}", StageState).prompt_coordinates
+            places = call.state(f"stage_{self.number}", ShapeState).prompt_coordinates
             assert places is not None
             prompts = prompts + run_apart(call.forward, [self.stage.position_embedding], places[None])
         if self.shape_scale:
@@ -177,7 +177,7 @@ class BlockPart(SequencePart):
     def _propagated(self, call: Call, geometry: GeometryAwareAdapter, got: BlockTokens) -> Tensor:
         """The patches with what the centres propagate to them."""
         count, among = got.prompts.shape[1], self.consistent and got.prompts.shape[1] > 0
-        ahead = call.state(f"stage_{self.number}", StageState).prompt_coordinates if among else None
+        ahead = call.state(f"stage_{self.number}", ShapeState).prompt_coordinates if among else None
         near, propagate = neighbourhoods(
             call.forward, self.number, self.centre_ratio, self.neighbours, ahead, owner=(call.adapter, self.tuner)
         )

@@ -28,7 +28,7 @@ class SceneRows:
     place: Tensor
     """(n,) where each token is in the rows."""
     scenes: int
-    """How many scenes there are."""
+    """The number of scenes."""
 
 
 def scene_rows(forward: Forward, stage: int) -> SceneRows | None:
@@ -77,8 +77,8 @@ class CrossAttention(nn.Module):
         total = share.new_zeros(rows.scenes, len(a)).index_add(0, rows.scene, share.sum(dim=2))
         mixed = summed.new_zeros(rows.scenes, *summed.shape[1:]).index_add(0, rows.scene, summed)
         # The highest has a share of one, so only a scene without tokens has less.
-        found: Tensor = (mixed / total.clamp(min=1.0)[:, :, None]).to(v.dtype)
-        return found
+        mean: Tensor = (mixed / total.clamp(min=1.0)[:, :, None]).to(v.dtype)
+        return mean
 
 
 class ContextAdapter(nn.Module):
@@ -96,7 +96,7 @@ class ContextAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, rows: SceneRows | None) -> Tensor:
-        """What is added to tokens (b, g, c), or packed (1, n, c) of the scenes in `rows`."""
+        """The change of tokens (b, g, c), or packed (1, n, c) of the scenes in `rows`."""
         tokens = self.norm(self.down(x))
         if rows is None:
             latents = self.latents + self.look(self.latents.expand(x.shape[0], -1, -1), tokens)

@@ -21,7 +21,7 @@ ON_GRID = 0.01
 
 @dataclass(frozen=True)
 class KernelCells:
-    """What the kernel meets around each of n tokens: neighbours, each in a cell of the kernel."""
+    """The neighbours that the kernel meets around each of n tokens, each in a cell of the kernel."""
 
     index: Tensor
     """(n, k): 27 times the number of a neighbour, and its cell; or (pairs,), those inside the kernel alone."""
@@ -50,7 +50,7 @@ class SpatialAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, cells: KernelCells) -> Tensor:
-        """What is added to tokens (n, c)."""
+        """The change of tokens (n, c)."""
         # What a token gives to each cell that it can lie in is taken once, whoever it is a neighbour of.
         given = nn.functional.linear(self.down(x), rearrange(self.kernel, "o i r -> (o r) i"))
         given = rearrange(given, "n (o r) -> (n o) r", o=CELLS)
@@ -88,10 +88,10 @@ def _kernel_cells(points: Tensor, samples: Tensor | None, k: int) -> KernelCells
         # Where a sample has fewer points, its nearest is repeated.
         real = near != near[:, :1]
         real[:, 0] = True
-        found = _in_cells(points, near, real, geometry.samples_of(ends, len(points)), ends)
+        cells = _in_cells(points, near, real, geometry.samples_of(ends, len(points)), ends)
         place = order.argsort()
-        number, cell = found.index // CELLS, found.index % CELLS
-        return KernelCells((order[number] * CELLS + cell)[place], found.weights[place]).kept()
+        number, cell = cells.index // CELLS, cells.index % CELLS
+        return KernelCells((order[number] * CELLS + cell)[place], cells.weights[place]).kept()
 
 
 def _in_cells(points: Tensor, near: Tensor, real: Tensor, samples: Tensor, ends: Tensor) -> KernelCells:

@@ -24,7 +24,7 @@ class IA3Config(TunerConfig):
     method: ClassVar[str] = "IA3"
 
     scale_mlp: bool = True
-    """Whether the hidden activation of the MLP is scaled; blocks without an MLP need False."""
+    """Scale the hidden activation of the MLP too; blocks without an MLP need False."""
 
     def build(self, backbone: Backbone) -> Blueprint:
         plan = Blueprint()

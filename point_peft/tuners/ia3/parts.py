@@ -32,8 +32,8 @@ class KeyValuePart(Part):
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         rows, weight, bias = self._rows(), getattr(module, self.names[0]), getattr(module, self.names[1])
-        found = {self.names[0]: weight * rows[:, None]}
-        return found if bias is None else {**found, self.names[1]: bias * rows}
+        scaled = {self.names[0]: weight * rows[:, None]}
+        return scaled if bias is None else {**scaled, self.names[1]: bias * rows}
 
 
 class HiddenPart(Part):

@@ -47,7 +47,7 @@ class InstancePrompt(LastingPrompts):
         super().__init__(stage, number, begins=generator is not None, pooled=pooled)
         self.generator = generator
         self.from_patches = from_patches
-        """Whether the features are the patch embedding, and not what a block before has returned."""
+        """True if the features are the patch embedding, and not what a block before has returned."""
 
     def made(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         features = self._features(call)

@@ -45,7 +45,7 @@ class LoraConfig(TunerConfig):
     r: int = 8
     """The rank of an update."""
     lora_alpha: float = 8
-    """What an update is scaled by, over r."""
+    """The scale of an update, over r."""
     lora_dropout: float = 0.0
     """Dropout of an update's input."""
     use_rslora: bool = False
@@ -53,7 +53,7 @@ class LoraConfig(TunerConfig):
     use_dora: bool = False
     """Train the length of every row of the weight too."""
     qkv: Sequence[Literal["q", "k", "v"]] = QKV
-    """Which of query, key and value are adapted."""
+    """Those of query, key and value that are adapted."""
     rank_pattern: Mapping[str, int] = FrozenMapping()
     """Other ranks, by layer."""
     alpha_pattern: Mapping[str, float] = FrozenMapping()

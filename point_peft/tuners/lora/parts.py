@@ -1,4 +1,4 @@
-"""What LoRA puts at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k, v."""
+"""LoRA at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k and v."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LoraPart(Part):
     lora_magnitude_vector: Tensor | None
     """(out,), of a convolution (1, out, 1)"""
     chosen: tuple[int, ...] = ()
-    """Which of query, key and value, if not all rows of the weight."""
+    """The numbers of those of query, key and value that are adapted, if not all rows of the weight."""
 
     def __init__(self, module: nn.Module, weight: str, r: int, scale: float, dropout: float, use_dora: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class LoraPart(Part):
         self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
 
     def rows(self, whole: Tensor, dim: int) -> Tensor:
-        """What is adapted of a weight (dim 0) or an output (its last dimension)."""
+        """The part that is adapted of a weight (dim 0) or an output (its last dimension)."""
         return whole
 
     def put(self, whole: Tensor, rows: Tensor, dim: int) -> Tensor:
@@ -87,8 +87,8 @@ class LoraPart(Part):
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """B A x"""
-        found: Tensor = self.lora_B(self.lora_A(x))
-        return found
+        update: Tensor = self.lora_B(self.lora_A(x))
+        return update
 
     def _delta(self, weight: Tensor) -> Tensor:
         """s B A, in the shape and type of what is adapted of the weight."""
@@ -152,7 +152,7 @@ def _factors(
 
 
 def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What a layer makes of x with some weight and no bias."""
+    """The output of a layer for x with some weight and no bias."""
     if isinstance(module, nn.Conv1d):
         made: Tensor = module._conv_forward(x, weight, None)
         return made

@@ -35,7 +35,7 @@ class Graphs:
         return rearrange(filled, "(m l) c -> m l c", l=self.rows.shape[1])
 
     def join(self, tokens: Tensor) -> Tensor:
-        """What `split` gave, in the order of the tokens again."""
+        """Undo `split`: its result in the order of the tokens again."""
         return rearrange(tokens, "m l c -> (m l) c").index_select(0, self.places)
 
 

@@ -35,7 +35,7 @@ class SpectralAdapter(nn.Module):
             nn.init.zeros_(self.mix.bias)
 
     def forward(self, ahead: Tensor, patches: Tensor, scales: Sequence[Graphs]) -> Tensor:
-        """What is added (b, e + g, c) to tokens ahead (b, e, c) and patch tokens (b, g, c) with these graphs."""
+        """The change (b, e + g, c) of tokens ahead (b, e, c) and patch tokens (b, g, c) with these graphs."""
         low = self.down(torch.cat([ahead, patches], dim=1))
         narrow, own = nn.functional.silu(low), low[:, ahead.shape[1] :]
         rows = rearrange(own, "b g r -> (b g) r")

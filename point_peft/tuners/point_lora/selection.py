@@ -25,7 +25,7 @@ class Selection:
 
 
 class MaskPredictor(nn.Module):
-    """How good each of the tokens (b, g, c) is: scores (b, g), whose sigmoid is a mask."""
+    """Scores (b, g) of the tokens (b, g, c), whose sigmoid is a mask."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

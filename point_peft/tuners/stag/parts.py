@@ -25,9 +25,9 @@ class SidePart(SequencePart):
         self.graph = graph
         self.neighbours = neighbours
         self.begins = begins
-        """Whether the side tokens of the stage start here."""
+        """True where the side tokens of the stage start."""
         self.follows = follows
-        """Whether what comes before it is known without the positions that the base adds: the block before has a part,
+        """True if what comes before it is known without the positions that the base adds: the block before has a part,
         or there is none."""
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -67,13 +67,13 @@ class SidePart(SequencePart):
 
     def _tokens(self, call: Call, received: Tensor, first: bool) -> Tensor:
         """The patch tokens ahead of the block, without positions where the base has just added them."""
-        found = None
+        tokens = None
         if self.follows and first:
-            found = call.forward.patches.get(self.number)
+            tokens = call.forward.patches.get(self.number)
         elif self.follows and self.stage.position == "every_block":
-            found = call.forward.take(self._key(call, "tokens"), call.path)
+            tokens = call.forward.take(self._key(call, "tokens"), call.path)
         # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
-        return received if found is None or found.shape != received.shape else found
+        return received if tokens is None or tokens.shape != received.shape else tokens
 
     def _key(self, call: Call, name: str) -> tuple[str, int, str]:
         return call.adapter, self.tuner, f"{name} of stage {self.number}"

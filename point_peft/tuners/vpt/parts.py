@@ -29,7 +29,7 @@ class DeepPrompts(SequencePart):
         self.embeddings = embeddings(count, stage.width)
         self.dropout = nn.Dropout(dropout)
         self.pooled = pooled
-        """Whether a head of the adapter pools what becomes of the prompts in this block."""
+        """True if a head of the adapter pools what becomes of the prompts in this block."""
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         prompts: Tensor = self.dropout(self.embeddings)
