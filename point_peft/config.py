@@ -186,7 +186,7 @@ class PeftConfig:
 
     @property
     def saved_modules(self) -> str | tuple[str, ...] | None:
-        """The modules saved whole: those of this field, else of the methods together; None: the heads that are found."""
+        """The modules saved whole: those of this field, else those of the methods; None: the heads that are found."""
         if self.modules_to_save is not None:
             return self.modules_to_save if isinstance(self.modules_to_save, str) else tuple(self.modules_to_save)
         stated = [tuner.modules_to_save for tuner in self.tuners if tuner.modules_to_save is not None]

@@ -15,7 +15,7 @@ from point_peft.parts.base import Part
 from point_peft.tuners.lora.parts import LoraPart
 
 
-def combine(
+def combined_tensors(
     adapters: Mapping[str, Mapping[str, Part]],
     weights: Sequence[float],
     combination_type: Combination,

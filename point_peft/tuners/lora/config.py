@@ -18,9 +18,10 @@ from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
-from point_peft.tuners.lora import combining, peft_format
+from point_peft.tuners.lora.combining import combined_tensors
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
 from point_peft.tuners.lora.patterns import anchored, pattern_values
+from point_peft.tuners.lora.peft_format import SHARED, exactly, read_fields, why_no_layer
 
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 _ROLES = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
@@ -89,7 +90,7 @@ class LoraConfig(TunerConfig):
         combination_type: Combination,
         svd_rank: int | None,
     ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
-        ranks, tensors = combining.combine(adapters, weights, combination_type, svd_rank)
+        ranks, tensors = combined_tensors(adapters, weights, combination_type, svd_rank)
         rank = Counter(ranks.values()).most_common(1)[0][0]
         others = {anchored(path): r for path, r in ranks.items() if r != rank}
         # A scale of one: those of the adapters are in the factors.
@@ -97,18 +98,18 @@ class LoraConfig(TunerConfig):
         return tuner, tensors
 
     def why_not_peft(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> str | None:
-        reasons = (peft_format.why_not(path, part, modules[path]) for path, part in parts.items())
+        reasons = (why_no_layer(path, part, modules[path]) for path, part in parts.items())
         return next(filter(None, reasons), None)
 
     def to_peft(self, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
         ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
         alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
         return {
-            **{name: getattr(self, name) for name in peft_format.SHARED},
+            **{name: getattr(self, name) for name in SHARED},
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
-            "target_modules": peft_format.exactly(paths, names),
+            "target_modules": exactly(paths, names),
             # By full path: PEFT goes by the first key that matches, in an order that a file does not keep.
             "rank_pattern": {anchored(path): rank for path, rank in ranks.items()},
             "alpha_pattern": {anchored(path): alpha for path, alpha in alphas.items()},
@@ -116,7 +117,7 @@ class LoraConfig(TunerConfig):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        return peft_format.read(fields, names)
+        return read_fields(fields, names)
 
     def _targets(self, backbone: Backbone) -> tuple[list[str], frozenset[str]]:
         """The layers that are meant, and those among them that were chosen by `qkv`."""

@@ -17,7 +17,7 @@ from point_peft.tuners.lora.patterns import pattern_values
 
 # Fields of PEFT 0.21 that say the same here, under the same name.
 SHARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-# Fields that `read` works out.
+# Fields that `read_fields` works out.
 _RESOLVED = (
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern"),
     *("init_lora_weights", "base_model_name_or_path", "revision", "peft_type"),
@@ -51,7 +51,7 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
-def why_not(path: str, part: Part, module: nn.Module) -> str | None:
+def why_no_layer(path: str, part: Part, module: nn.Module) -> str | None:
     """A reason why PEFT cannot say what is at a layer; None if it can."""
     assert isinstance(part, LoraPart)
     if part.chosen:
@@ -73,7 +73,7 @@ def exactly(paths: Sequence[str], names: Sequence[str]) -> list[str] | str:
     return listed if set(match_names(listed, names)) == set(paths) else "|".join(map(re.escape, listed))
 
 
-def read(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def read_fields(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Our fields, and the modules to save whole, that PEFT's configuration of LoRA means among the modules `names`."""
     _check_fields(fields)
     saved = _saved(fields.get("modules_to_save"), names)
