@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from point_peft import TunerConfig
-from point_peft.tuners.base import Blueprint, Part
+from point_peft.parts.base import Blueprint, Part
 
 
 class ShiftPart(Part):
