@@ -29,8 +29,8 @@ from point_peft.files.format import CARD_FILE, CONFIG_FILE, PEFT_TYPE, PENDING_C
 from point_peft.files.reading import leftovers, read_folder
 from point_peft.files.tensors import check_finite
 from point_peft.files.writing import copy_folder
-from point_peft.hub.card import for_repository, merged
-from point_peft.hub.place import is_repo_id
+from point_peft.hub.card import for_repository
+from point_peft.hub.place import Place, is_repo_id
 from point_peft.hub.pulling import download
 from point_peft.hub.pushing import push
 from point_peft.model import PointPeftModel, describe
@@ -137,10 +137,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _say(f"{PROGRAM}: warning: {' '.join(str(message).split())}", sys.stderr)
 
 
+def _place(options: argparse.Namespace) -> Place:
+    return Place(subfolder=options.subfolder, revision=options.revision, token=options.token)
+
+
 def _folder(source: str, options: argparse.Namespace) -> Path:
     """Where the files of an adapter lie."""
     if not Path(source).exists() and is_repo_id(source):
-        return download(source, revision=options.revision, subfolder=options.subfolder, token=options.token)
+        return download(source, _place(options))
     if options.revision is not None:
         raise PointPeftError(f"--revision is for repositories of the Hub; '{source}' is a path")
     return Path(source, options.subfolder or "")
@@ -159,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    """What is in an adapter, as JSON."""
+    """The content of an adapter, as JSON."""
     files = read_folder(folder)
     about = _about(files)
     methods, problems = _methods(files, about)
@@ -200,7 +204,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _about(files: AdapterFiles) -> dict[str, Any]:
-    """What the files say of the adapter: of PEFT's format our record, unless the configuration was edited since."""
+    """The adapter's configuration: of PEFT's format our record, unless the configuration was edited since."""
     return files.config if files.record is None or files.edited else files.record
 
 
@@ -212,25 +216,25 @@ def _methods(files: AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[s
     tuners = about.get("tuners")
     if not isinstance(tuners, list) or not tuners or not all(isinstance(tuner, dict) for tuner in tuners):
         return [], [f"{CONFIG_FILE} names no methods"]
-    found, problems = [], []
+    methods, problems = [], []
     for tuner in tuners:
         own = {name: value for name, value in tuner.items() if name != "method"}
         try:
             own = _not_default(TunerConfig.from_json(tuner))
         except PointPeftError as error:
             problems.append(str(error))
-        found.append({"method": tuner.get("method"), "fields": own})
-    return found, problems
+        methods.append({"method": tuner.get("method"), "fields": own})
+    return methods, problems
 
 
 def _not_default(config: TunerConfig) -> dict[str, Any]:
-    values, found = config.to_json(), {}
+    values, changed = config.to_json(), {}
     for item in fields(config):
         default = item.default if item.default_factory is MISSING else item.default_factory()
         value = getattr(config, item.name)
         if value != (tuple(default) if isinstance(default, list) else default):
-            found[item.name] = values[item.name]
-    return found
+            changed[item.name] = values[item.name]
+    return changed
 
 
 def _readable(report: Mapping[str, Any]) -> Iterator[str]:
@@ -341,12 +345,13 @@ def _model(spec: str) -> nn.Module:
     origin, colon, name = spec.rpartition(":")
     if not colon or not origin or not name:
         raise PointPeftError(f"MODEL is {quoted(spec)}; allowed: {_MODEL}")
-    found: Any = _module(origin)
+    made: Any = _module(origin)
     for part in name.split("."):
-        if part not in dir(found):
+        if part not in dir(made):
             raise PointPeftError(f"MODEL: {quoted(origin)} has no {quoted(name)}")
-        found = getattr(found, part)
-    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+        made = getattr(made, part)
+    if callable(made) and not isinstance(made, nn.Module):
+        made = made()
     if not isinstance(made, nn.Module):
         raise PointPeftError(f"MODEL: {quoted(spec)} gives a {type(made).__name__}, not an nn.Module")
     return made
@@ -382,7 +387,6 @@ def _push(options: argparse.Namespace) -> int:
         token=options.token,
         revision=options.revision,
         create_pr=options.create_pr,
-        merge_card=merged,
     )
     _say(url)
     return 0
@@ -392,7 +396,7 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
     """The files of the adapters in a folder and right below it, by their paths in the repository."""
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder '{folder}'")
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     for own in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
         if not (own / CONFIG_FILE).exists() and not (own / TENSOR_FILE).exists():
             continue
@@ -405,14 +409,13 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
             raise AdapterFileError(f"a save into '{own}' was interrupted: load the adapter and save it again")
         for path in paths:
             if path.is_file():
-                found["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
-    if not found:
+                files["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
+    if not files:
         raise AdapterFileError(f"there is no adapter in '{folder}': '{CONFIG_FILE}' is missing")
-    return found
+    return files
 
 
 def _pull(options: argparse.Namespace) -> int:
-    source = download(options.repo_id, revision=options.revision, subfolder=options.subfolder, token=options.token)
-    copy_folder(source, options.folder)
+    copy_folder(download(options.repo_id, _place(options)), options.folder)
     _say(str(options.folder))
     return 0

@@ -12,7 +12,7 @@ class MatchError(PointPeftError):
 
 
 class AnatomyError(PointPeftError):
-    """What the backbone is made of cannot be established, or does not fit what was asked for."""
+    """The parts of the backbone cannot be established, or do not fit what was asked for."""
 
 
 class AdapterError(PointPeftError):
@@ -28,6 +28,6 @@ class HubError(PointPeftError):
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """What a stranger's file says, fit for an error: quoted, on one line, cut if it is long."""
+    """Words of a stranger's file, fit for an error: quoted, on one line, cut if they are long."""
     text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit + 2 else text[: limit - 3] + "..." + (text[0] if isinstance(value, str) else "")

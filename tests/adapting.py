@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import threading
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
+from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.model import AdapterSet
 from point_peft.parts.base import Bank
 from tests.methods import config
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
@@ -208,7 +209,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "tensors": {name: None if tensor is None else _tensor_state(tensor) for name, tensor in own},
         }
         if isinstance(module, AdapterSet):
-            fields = (module.default, sorted(module.unproven), dict(module.frozen_from), dict(module.norm_modes))
+            fields = (module.default, sorted(module.unproven), copy.deepcopy(module.frozen))
             found[path]["adapters"] = (fields, module.active_adapters, list(module.adapters))
     return found
 

@@ -20,6 +20,7 @@ from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __v
 from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, sha256
 from point_peft.files.reading import read_folder
 from point_peft.files.writing import copy_folder
+from point_peft.hub.place import Place
 from tests.hub_server import HubServer
 from tests.test_state import CONFIG, adapted, backbone, logits
 
@@ -359,9 +360,9 @@ def test_push_and_pull(
         pushed.update(files=files, repo_id=repo_id, **options)
         return "https://hub/alice/x/commit/1"
 
-    def download(repo_id: str, **options: Any) -> Path:
-        pushed.update(repo_id=repo_id, download=options)
-        return folder / (options["subfolder"] or "")
+    def download(repo_id: str, place: Place) -> Path:
+        pushed.update(repo_id=repo_id, download=place)
+        return folder / (place.subfolder or "")
 
     monkeypatch.setattr(cli, "push", push)
     monkeypatch.setattr(cli, "download", download)
@@ -383,7 +384,7 @@ def test_push_and_pull(
     capsys.readouterr()
 
     assert run("pull", "alice/x", tmp_path / "got", "--subfolder", "task", "--revision", "r", "--token", "t") == 0
-    assert pushed["download"] == {"revision": "r", "subfolder": "task", "token": "t"}
+    assert pushed["download"] == Place(revision="r", subfolder="task", token="t")
     assert capsys.readouterr().out == f"{tmp_path / 'got'}\n"
     assert {path.name: path.read_bytes() for path in (tmp_path / "got").iterdir()} == {
         name: (folder / "task" / name).read_bytes() for name in names

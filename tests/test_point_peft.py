@@ -21,6 +21,7 @@ from point_peft import (
     PointPEFTConfig,
     PointPeftError,
     PointPeftModel,
+    bank,
     geometry,
     get_peft_model,
 )
@@ -155,7 +156,7 @@ def published(name: str, base_differs: tuple[str, ...] = ()) -> Published:
     assert all(has_no_effect(official, late) for official in weights.keys() - used)
     kept = {f"point_peft.base.{name}" for name in ("cls_token", "cls_pos")}
     assert tensors.keys() - {our_name(official) for official in used} == {BANK, *kept}
-    model._bank_of(adapter, "default").fill(inputs["bank"].T)
+    bank.bank_of(adapter, "default").fill(inputs["bank"].T)
     # The recorded query in place of the model's own: the maximum over one token is the token.
     model.backbone_tokens = lambda forward, source, adapter: inputs["input.query"][:, None]  # type: ignore[method-assign]
     points = golden.points(description)
@@ -338,9 +339,9 @@ def adapted(*, fresh: bool = False, bank: bool = True, **options: Any) -> PointP
 
 
 def bank_of(model: PointPeftModel) -> MemoryBank:
-    bank = model._bank_of(get_adapter(model, "default"), "default")
-    assert isinstance(bank, MemoryBank)
-    return bank
+    memory = bank.bank_of(get_adapter(model, "default"), "default")
+    assert isinstance(memory, MemoryBank)
+    return memory
 
 
 def retrieve(query: Tensor, rows: Tensor, top_k: int, skip: int = 0) -> Tensor:

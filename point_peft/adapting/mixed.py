@@ -1,13 +1,75 @@
-"""A batch for several forwards, which share the backbone's frozen work."""
+"""Several adapters in one call: for the same inputs, or each for its samples of a batch.
+
+Forwards run one after another, one for each adapter, and share the backbone's frozen work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.second_pass import answering, run_plain
-from point_peft.running.forward import Forward, Root, close_forward, open_forward, opened, reopen
+from point_peft.errors import AdapterError
+from point_peft.running.batching import Batch
+from point_peft.running.forward import (
+    Forward,
+    Root,
+    choose_adapters,
+    chosen_adapters,
+    close_forward,
+    open_forward,
+    opened,
+    reopen,
+)
 from point_peft.running.nested import Args, Kwargs
+
+
+@contextmanager
+def choosing(root: Root, names: tuple[str, ...]) -> Iterator[None]:
+    """Within the block, and only in this thread or task, these adapters are active."""
+    before = chosen_adapters(root)
+    choose_adapters(root, names)
+    try:
+        yield
+    finally:
+        choose_adapters(root, before)
+
+
+def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> dict[str | None, Any]:
+    """The outputs of several adapters for the same inputs, by name; None is the plain backbone."""
+    if len(set(names)) != len(names):
+        raise AdapterError(f"a task is named twice in {list(names)}")
+    with sharing(root, args, kwargs, 0):
+        return {name: _run(root, name, args, kwargs) for name in names}
+
+
+def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> Any:
+    """The output for a batch, of whose samples each has its own adapter; None is the plain backbone."""
+    batch = Batch.of(args, kwargs, len(names))
+    if len(set(names)) == 1:
+        return _run(root, names[0], args, kwargs)
+    device = next(root.base_model.parameters()).device
+    groups = {
+        name: torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
+        for name in dict.fromkeys(names)
+    }
+    asking = [name for name in groups if name is not None and get_adapter(root, name).asks_backbone]
+    with sharing(root, args, kwargs, batch.count) as whole:
+        if root.anatomy is not None and root.anatomy.stem:
+            run_plain(root, whole, "stem", None)
+        outputs = _run_groups(root, whole, batch, {name: groups[name] for name in groups if name not in asking})
+        if asking:
+            rows = torch.cat([groups[name] for name in asking]).sort().values
+            part, whole.rows = batch.part(rows), rows
+            with sharing(root, part.args, part.kwargs, part.count) as shared:
+                own = {name: torch.searchsorted(rows, groups[name]) for name in asking}
+                outputs += [(rows[at], output) for at, output in _run_groups(root, shared, part, own)]
+    return batch.joined(outputs)
 
 
 @contextmanager
@@ -28,7 +90,17 @@ def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[Forw
         reopen(root, before)
 
 
-def run_stem(root: Root, batch: Forward) -> None:
-    """Compute the stem for a whole batch, of which forwards will then run parts."""
-    if root.anatomy is not None and root.anatomy.stem:
-        run_plain(root, batch, "stem", None)
+def _run_groups(
+    root: Root, shared: Forward, batch: Batch, groups: Mapping[str | None, Tensor] | Mapping[str, Tensor]
+) -> list[tuple[Tensor, Any]]:
+    """(samples, output) of adapters, each for its samples of a batch."""
+    outputs: list[tuple[Tensor, Any]] = []
+    for name, rows in groups.items():
+        part, shared.rows = batch.part(rows), rows
+        outputs.append((rows, _run(root, name, part.args, part.kwargs)))
+    return outputs
+
+
+def _run(root: Root, name: str | None, args: Args, kwargs: Kwargs) -> Any:
+    with choosing(root, () if name is None else (name,)):
+        return root.base_model(*args, **kwargs)

@@ -30,7 +30,7 @@ SEAL = "file_sha256"
 RECORD = "point_peft"
 LEFTOVER = re.compile(r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{12}\.tmp")
 Card = Callable[[str | None, int], str]
-"""What the card is to say, from what the present one says, if there is one, and the bytes of the tensors' file."""
+"""The text of the card, from that of the present one, if there is one, and the bytes of the tensors' file."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 def _parameters(layer: str) -> dict[str, inspect.Parameter]:
-    """What the constructor of a layer takes, but for where and as what its tensors are made."""
+    """The parameters of the constructor of a layer, but for where and as what its tensors are made."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     taken = inspect.signature(_LAYERS[layer]).parameters
     return {name: p for name, p in taken.items() if p.kind in named and name not in ("device", "dtype")}

@@ -39,13 +39,13 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _shallow(value: Any, levels: int) -> bool:
-    """Whether objects and lists lie in each other no deeper than so many levels."""
+    """True if objects and lists lie in each other no deeper than so many levels."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels >= 0 and all(_shallow(entry, levels - 1) for entry in inside)
 
 
 def parse_header(data: bytes, path: Path) -> Any:
-    """What the header of a safetensors file says."""
+    """The header of a safetensors file, as JSON."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise AdapterFileError(f"'{path}' is not a safetensors file, or it is cut off")
@@ -64,10 +64,10 @@ def metadata_of(header: Any) -> dict[str, str]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise json.JSONDecodeError("a key stands twice in an object", "", 0)
-    return found
+    return values
 
 
 def _no_constant(name: str) -> float:

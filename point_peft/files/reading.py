@@ -104,15 +104,15 @@ def read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
 
 
 def _stamps(folder: Path) -> list[tuple[int, int] | None]:
-    """What tells whether one of the files of a folder is replaced: a save gives each a new inode."""
+    """Marks by which one sees that a file of a folder is replaced: a save gives each a new inode."""
     stamps: list[tuple[int, int] | None] = []
     for name in (CONFIG_FILE, PENDING_CONFIG_FILE, TENSOR_FILE):
         try:
-            found = (folder / name).stat()
+            stat = (folder / name).stat()
         except FileNotFoundError:
             stamps.append(None)
         else:
-            stamps.append((found.st_ino, found.st_mtime_ns))
+            stamps.append((stat.st_ino, stat.st_mtime_ns))
     return stamps
 
 

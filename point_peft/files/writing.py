@@ -183,7 +183,7 @@ def _replace_files(folder: Path, text: bytes, data: bytes, card: Card | None) ->
 
 
 def _new_card(path: Path, card: Card, size: int) -> bytes | None:
-    """What to write as the card; None: what is there stays, as a link does, whatever it leads to."""
+    """The card to write; None: what is there stays, as a link does, whatever it leads to."""
     if not path.exists():
         return card(None, size).encode()
     if path.is_symlink() or not path.is_file():

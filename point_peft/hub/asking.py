@@ -37,7 +37,7 @@ class Unreachable(Exception):
 
 
 def ask(repo_id: str, revision: str | None, ask: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
-    """What the Hub answers; refusals are `HubError`s that say what to do, failures are tried again."""
+    """The answer of the Hub; refusals are `HubError`s that say what to do, failures are tried again."""
     at = f" at revision {quoted(revision)}" if revision else ""
     for pause in (*pauses, None):
         try:

@@ -11,17 +11,22 @@ import json
 import math
 import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import huggingface_hub
 import yaml  # type: ignore[import-untyped]
+from torch import nn
 
+from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.freezing import own_parameters
 from point_peft.config import METHODS, TunerConfig, require
 from point_peft.errors import PointPeftError, quoted
-from point_peft.files.format import CARD_FILE
+from point_peft.files.format import CARD_FILE, Card
 
 LIBRARY = "point-peft"
 TAGS = ("point-cloud", LIBRARY)
@@ -38,7 +43,7 @@ _LISTS = ("tags", "datasets", "metrics")
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a card says of an adapter."""
+    """The facts that a card states of an adapter."""
 
     methods: Mapping[str, Sequence[str]]
     """Method -> its citation, in paragraphs."""
@@ -75,6 +80,37 @@ class About:
         require(named, self, "adapter", "letters, digits, '_', '.', '/' and '-', the first a letter or digit")
 
 
+def about_adapter(adapter: Adapter, base: nn.Module, size: int) -> About:
+    """The facts that the card of an adapter states, its file having `size` bytes."""
+    parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    sites = [base.get_submodule(path) for path, _ in adapter.sites() if path not in adapter.saved]
+    return About(
+        methods={tuner.method: citation(tuner.method) for tuner in adapter.config.tuners},
+        base_kind=type(base).__name__,
+        base_model=adapter.config.base_model_name_or_path,
+        revision=adapter.config.revision,
+        parameters=parameters,
+        all_parameters=sum(parameter.numel() for parameter in own_parameters(base).values()) + parameters,
+        size=size,
+        modules=Counter(type(module).__name__ for module in sites),
+        heads=adapter.saved,
+    )
+
+
+def card_of(base: nn.Module, said: Mapping[str, Any], adapter: Adapter) -> Card:
+    """The card of an adapter, with the fields of `About` that its owner states; one that cannot be read stays."""
+
+    def over(existing: str | None, size: int) -> str:
+        new = render(replace(about_adapter(adapter, base, size), **said))
+        try:
+            return kept(existing, new)
+        except PointPeftError as error:
+            warnings.warn(f"{CARD_FILE} is left as it is: {error}", stacklevel=2)
+            return existing or new
+
+    return over
+
+
 def home(config: type[TunerConfig]) -> ModuleType:
     """The package that offers a configuration, or else the module that defines it."""
     module = sys.modules[config.__module__]
@@ -90,12 +126,12 @@ def paragraphs(method: str) -> list[str]:
 
 def citation(method: str) -> list[str]:
     """The paragraphs with a URL that follow the first: authors, title, venue, address."""
-    found: list[str] = []
+    cited: list[str] = []
     for block in paragraphs(method)[1:]:
         if "https://" not in block or block.startswith(("    ", "When to use it:", "Deviations")):
             break
-        found.append(block)
-    return found
+        cited.append(block)
+    return cited
 
 
 def markdown(text: str) -> str:
@@ -152,7 +188,7 @@ def _model_name(about: About) -> str:
 
 
 def _is_repo_id(name: str) -> bool:
-    """Whether a base's name can be one on the Hub; the Hub refuses cards that state another."""
+    """True if a base's name can be one on the Hub; the Hub refuses cards that state another."""
     return _REPO.fullmatch(name) is not None and len(name) <= 96 and not re.search(r"--|\.\.", name)
 
 
@@ -227,7 +263,7 @@ def _plain(text: str) -> str:
 
 
 def merged(existing: str | None, new: str) -> str:
-    """What goes over an existing card: it, with the sections and the YAML fields of the new one.
+    """The text that goes over an existing card: it, with the sections and the YAML fields of the new one.
 
     The sections of other adapters stay; one that was not there comes last. Of the texts around the sections the new one
     counts only where there is none. Lists are united. YAML in which nothing changes stays to the letter. Broken YAML or
@@ -270,21 +306,21 @@ def _placed(body: str, name: str, section: str, line_end: str) -> str:
 
 
 def kept(existing: str | None, new: str) -> str:
-    """What a save leaves in a folder: a card without a section of ours is its owner's alone."""
+    """The text that a save leaves in a folder: a card without a section of ours is its owner's alone."""
     return existing if existing is not None and not _MARK.search(existing) else merged(existing, new)
 
 
 def for_repository(files: Mapping[str, bytes], repo_id: str) -> dict[str, bytes]:
     """The files of a push, by their paths: the cards of all adapters in one at the root, the only one the Hub shows."""
-    found = {path: data for path, data in files.items() if path.rpartition("/")[2] != CARD_FILE}
+    others = {path: data for path, data in files.items() if path.rpartition("/")[2] != CARD_FILE}
     whole: str | None = None
-    for path in sorted(set(files) - set(found)):
+    for path in sorted(set(files) - set(others)):
         try:
             text = files[path].decode("utf-8")
         except UnicodeDecodeError as error:
             raise PointPeftError(f"'{path}' is not a text in UTF-8: {error.reason}") from error
         whole = merged(whole, _addressed(text, repo_id, path.rpartition("/")[0]))
-    return found if whole is None else {**found, CARD_FILE: whole.encode("utf-8")}
+    return others if whole is None else {**others, CARD_FILE: whole.encode("utf-8")}
 
 
 def _addressed(text: str, repo_id: str, folder: str) -> str:
@@ -301,13 +337,13 @@ def _addressed(text: str, repo_id: str, folder: str) -> str:
 
 def _taken_apart(text: str) -> tuple[str, dict[str, Any], str]:
     """The block of YAML as it stands, what it says, and the text after it."""
-    found = _FRONT.match(text)
-    if found is None:
+    block = _FRONT.match(text)
+    if block is None:
         if re.match(r"\s*---[ \t]*\r?\n", text):
             raise PointPeftError("the card begins with '---', but no block of YAML: end it with a line '---'")
         return "", {}, text
     try:
-        fields = yaml.safe_load(found[1])
+        fields = yaml.safe_load(block[1])
     # Beside YAMLError: a tag such as !!int on what is none, a date that is none, lists in lists in lists.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -317,21 +353,21 @@ def _taken_apart(text: str) -> tuple[str, dict[str, Any], str]:
     odd = [name for name in fields or () if not isinstance(name, str)]
     if odd:
         raise PointPeftError(f"the YAML at the beginning of the card names a field {quoted(odd[0])}: put it in quotes")
-    return found[0], fields or {}, text[found.end() :]
+    return block[0], fields or {}, text[block.end() :]
 
 
 def _sections(body: str) -> dict[str, tuple[int, int]]:
     """Adapter -> where its section begins and ends."""
-    found: dict[str, tuple[int, int]] = {}
+    sections: dict[str, tuple[int, int]] = {}
     marks = list(_MARK.finditer(body))
     names = [(mark[1], mark[2] or "") for mark in marks]
     for number in range(0, len(marks), 2):
         (kind, name), *after = names[number : number + 2]
-        if kind != "begin" or after != [("end", name)] or name in found:
+        if kind != "begin" or after != [("end", name)] or name in sections:
             begin, end = _marks(name)
             raise PointPeftError(f"the card needs one line '{begin}' and after it one '{end}', or neither")
-        found[name] = (marks[number].start(), marks[number + 1].end())
-    return found
+        sections[name] = (marks[number].start(), marks[number + 1].end())
+    return sections
 
 
 def _united(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:

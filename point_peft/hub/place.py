@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub.errors import (
-    HFValidationError,
-)
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from point_peft.errors import HubError, quoted
@@ -25,7 +24,7 @@ LIBRARY = "point-peft"
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile:
-    """What the Hub says of a file."""
+    """A file as the Hub states it."""
 
     name: str
     size: int
@@ -35,8 +34,25 @@ class HubFile:
     """Its git digest, of any file."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a repository an adapter lies, and how it is got from there."""
+
+    subfolder: str | None = None
+    revision: str | None = None
+    token: Token = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the paths of the adapter's files in the repository."""
+        return f"{self.subfolder}/" if self.subfolder else ""
+
+
 def is_repo_id(name: object) -> bool:
-    """Whether a string is a repository's name, and not a path: one or two words without a leading dot."""
+    """True if a string is a repository's name, and not a path: one or two words without a leading dot."""
     if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
         return False
     try:
@@ -60,7 +76,7 @@ def check_names(repo_id: str, revision: str | None, subfolder: str | None, token
 
 
 def is_path(value: object) -> bool:
-    """Whether a string names something within a repository, and nothing outside."""
+    """True if a string names something within a repository, and nothing outside."""
     return (
         isinstance(value, str)
         and _PATH.fullmatch(value) is not None

@@ -17,50 +17,48 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from point_peft.errors import HubError, quoted
+from point_peft.errors import HubError, PointPeftError, quoted
 from point_peft.files.format import CONFIG_FILE, TENSOR_FILE
 from point_peft.hub.asking import TIMEOUT, Unreachable, ask, first_line, no_hub
-from point_peft.hub.place import COMMIT, LIBRARY, LIMITS, HubFile, Token, check_names
+from point_peft.hub.place import COMMIT, LIBRARY, LIMITS, HubFile, Place, Token, check_names, is_repo_id
 from point_peft.version import __version__
 
 
-def download(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: Token = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
+def folder_of(source: str | Path, place: Place) -> Path:
+    """The folder with the files of an adapter: one that is there, or that of a repository of the Hub, downloaded."""
+    if isinstance(source, str) and not Path(source).exists() and is_repo_id(source):
+        return download(source, place)
+    if place.revision is not None or place.force_download:
+        raise PointPeftError(f"revision and force_download are for repositories of the Hub; '{source}' is a path")
+    return Path(source) / place.subfolder if place.subfolder else Path(source)
+
+
+def download(repo_id: str, place: Place) -> Path:
     """A folder of the cache with the files of an adapter, all of the same commit, checked against what the Hub states.
 
     Where the Hub cannot be reached, what the cache holds is used, with a warning; where it refuses, nothing is.
     """
-    check_names(repo_id, revision, subfolder, token)
-    prefix = f"{subfolder}/" if subfolder else ""
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        return _cached(repo_id, revision, prefix, cache_dir, "local_files_only or HF_HUB_OFFLINE is set")
+    revision, token = place.revision, place.token
+    check_names(repo_id, revision, place.subfolder, token)
+    if place.local_files_only or constants.HF_HUB_OFFLINE:
+        return _cached(repo_id, place, "local_files_only or HF_HUB_OFFLINE is set")
     try:
         info = ask(repo_id, revision, lambda: model_info(repo_id, revision, token))
     except Unreachable as error:
-        if force_download:
+        if place.force_download:
             raise HubError(f"'{repo_id}' could not be downloaded: {error}. Try again") from error
-        folder = _cached(repo_id, revision, prefix, cache_dir, str(error))
-        sha = _snapshot(folder, prefix).name
+        folder = _cached(repo_id, place, str(error))
+        sha = _snapshot(folder, place.prefix).name
         warnings.warn(f"{error}: '{repo_id}' is taken from the cache, commit {sha}", stacklevel=3)
         return folder
-    files = _files(info, repo_id, prefix)
-    paths = [
-        fetched(repo_id, str(info.sha), file, token=token, cache_dir=cache_dir, force=force_download) for file in files
-    ]
-    _remember(_snapshot(paths[0].parent, prefix), revision)
+    files = _files(info, repo_id, place.prefix)
+    paths = [fetched(repo_id, str(info.sha), file, place) for file in files]
+    _remember(_snapshot(paths[0].parent, place.prefix), revision)
     return paths[0].parent
 
 
 def model_info(repo_id: str, revision: str | None, token: Token) -> huggingface_hub.ModelInfo:
-    """What the Hub says of a repository at a revision; its answer may be any."""
+    """The Hub's answer about a repository at a revision, which may be any."""
     api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     try:
         info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
@@ -72,9 +70,9 @@ def model_info(repo_id: str, revision: str | None, token: Token) -> huggingface_
 
 
 def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[HubFile]:
-    """What the Hub says of the files that are read, which must be there and small enough."""
+    """The files that are read as the Hub states them, which must be there and small enough."""
     stated = {entry.rfilename: entry for entry in info.siblings or ()}
-    found = []
+    files = []
     for name, limit in LIMITS.items():
         entry = stated.get(prefix + name)
         if entry is None:
@@ -90,12 +88,12 @@ def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[H
                 f"'{prefix + name}' of '{repo_id}' has {size} bytes, at most {limit:,} are read: nothing was downloaded"
             )
         sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-        found.append(HubFile(name=prefix + name, size=entry.size, sha256=sha256, blob=entry.blob_id))
-    return found
+        files.append(HubFile(name=prefix + name, size=entry.size, sha256=sha256, blob=entry.blob_id))
+    return files
 
 
-def fetched(repo_id: str, sha: str, file: HubFile, *, token: Token, cache_dir: str | Path | None, force: bool) -> Path:
-    """A file in the cache; what is there and is not what the Hub states is fetched again, once."""
+def fetched(repo_id: str, sha: str, file: HubFile, place: Place) -> Path:
+    """A file in the cache, of the commit `sha`; what is there and is not what the Hub states is fetched again, once."""
 
     def fetch(again: bool) -> Path | None:
         path = Path(
@@ -103,8 +101,8 @@ def fetched(repo_id: str, sha: str, file: HubFile, *, token: Token, cache_dir: s
                 repo_id,
                 file.name,
                 revision=sha,
-                token=token,
-                cache_dir=cache_dir,
+                token=place.token,
+                cache_dir=place.cache_dir,
                 force_download=again,
                 etag_timeout=TIMEOUT,
                 library_name=LIBRARY,
@@ -113,10 +111,10 @@ def fetched(repo_id: str, sha: str, file: HubFile, *, token: Token, cache_dir: s
         )
         if _is_what_is_stated(path, file):
             return path
-        _forget(path, cache=Path(cache_dir or constants.HF_HUB_CACHE))
+        _forget(path, cache=Path(place.cache_dir or constants.HF_HUB_CACHE))
         return None
 
-    for again in (force, True):
+    for again in (place.force_download, True):
         try:
             path = ask(repo_id, sha, partial(fetch, again))
         except Unreachable as error:
@@ -181,10 +179,13 @@ def _remember(snapshot: Path, revision: str | None) -> None:
         os.replace(temporary, note)
 
 
-def _cached(repo_id: str, revision: str | None, prefix: str, cache_dir: str | Path | None, why: str) -> Path:
+def _cached(repo_id: str, place: Place, why: str) -> Path:
     """The folder of the cache that holds both files of one commit; they must be what their names in it say."""
-    found = [huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, cache_dir, revision) for name in LIMITS]
-    paths = [Path(path) for path in found if isinstance(path, str)]
+    revision, prefix = place.revision, place.prefix
+    held = [
+        huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, place.cache_dir, revision) for name in LIMITS
+    ]
+    paths = [Path(path) for path in held if isinstance(path, str)]
     if len(paths) < len(LIMITS) or len({path.parent for path in paths}) > 1:
         at = f" at revision {quoted(revision)}" if revision else ""
         raise HubError(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 
 from point_peft.errors import HubError, quoted
 from point_peft.files.format import CARD_FILE
 from point_peft.hub.asking import T, Unreachable, ask, first_line
-from point_peft.hub.place import COMMIT, LIBRARY, PULL_REQUEST, HubFile, Token, check_names, is_path
+from point_peft.hub.card import merged
+from point_peft.hub.place import COMMIT, LIBRARY, PULL_REQUEST, HubFile, Place, Token, check_names, is_path
 from point_peft.hub.pulling import fetched, model_info
 from point_peft.version import __version__
 
@@ -30,12 +30,11 @@ def push(
     token: Token = None,
     revision: str | None = None,
     create_pr: bool = False,
-    merge_card: Callable[[str | None, str], str] | None = None,
 ) -> str:
     """Commit files, by their paths in the repository, all in one commit, and return its address.
 
-    The repository and the branch are made if need be. `merge_card(existing, new)` gives the text of a `README.md` that
-    goes over an existing one. A commit that came in between is taken in, so that nothing of it is lost.
+    The repository and the branch are made if need be. A model card that is there already keeps what its owner
+    wrote. A commit that came in between is taken in, so that nothing of it is lost.
     """
     check_names(repo_id, revision, None, token)
     for name in files:
@@ -66,12 +65,12 @@ def push(
         contents = dict(files)
         for entry in info.siblings or ():
             name = entry.rfilename
-            if merge_card is None or name not in files or name.rpartition("/")[2] != CARD_FILE:
+            if name not in files or name.rpartition("/")[2] != CARD_FILE:
                 continue
             sha256 = entry.lfs.sha256 if entry.lfs is not None else None
             present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
-            path = fetched(repo_id, str(info.sha), present, token=token, cache_dir=None, force=False)
-            contents[name] = _over(path.read_bytes(), files[name], merge_card)
+            path = fetched(repo_id, str(info.sha), present, Place(token=token))
+            contents[name] = _over(path.read_bytes(), files[name])
         added = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
             for name in sorted(contents)
@@ -116,6 +115,15 @@ def push(
     raise HubError(f"nothing was pushed to '{repo_id}': others commit to it all the time. Push again")
 
 
+def files_below(folder: Path, subfolder: str | None) -> dict[str, bytes]:
+    """Every file in a folder and below it, by its path in a repository, there within `subfolder`."""
+    return {
+        "/".join(filter(None, [subfolder, *path.relative_to(folder).parts])): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def _make_branch(api: huggingface_hub.HfApi, repo_id: str, revision: str) -> None:
     """Make a branch if need be; what is none and cannot become one is refused."""
     if PULL_REQUEST.fullmatch(revision):
@@ -132,11 +140,11 @@ def _make_branch(api: huggingface_hub.HfApi, repo_id: str, revision: str) -> Non
     api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _over(present: bytes, new: bytes, merge: Callable[[str | None, str], str]) -> bytes:
+def _over(present: bytes, new: bytes) -> bytes:
     """The card that goes over the present one."""
     try:
         text = present.decode("utf-8")
     except UnicodeDecodeError as error:
         # The client sends no other card, and what its owner wrote is not to be lost.
         raise HubError(f"nothing was pushed: the repository's {CARD_FILE} is not in UTF-8; save it so first") from error
-    return merge(text, new.decode("utf-8")).encode("utf-8")
+    return merged(text, new.decode("utf-8")).encode("utf-8")

@@ -22,7 +22,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from point_peft import model as point_peft_model
@@ -30,8 +29,11 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE
 from point_peft.config import Combination, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
-from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PEFT_TYPE, TENSOR_FILE
-from point_peft.model import LayerStatus, ModelStatus, PointPeftModel
+from point_peft.files.format import KEY_PREFIX, PEFT_TYPE
+from point_peft.hub.place import Place
+from point_peft.hub.pulling import download
+from point_peft.model import PointPeftModel
+from point_peft.status import LayerStatus, ModelStatus
 from point_peft.torch_private import IncompatibleKeys
 
 try:
@@ -65,7 +67,7 @@ _add_member(TaskType, TASK_TYPE)
 
 
 @dataclass
-class PointPeftConfig(peft.PeftConfig):
+class BridgeConfig(peft.PeftConfig):
     """A configuration of point_peft as PEFT holds it: its JSON values, for PEFT writes to its configurations.
 
     The fields are those of `point_peft.PeftConfig`, then those of a saved adapter, which PEFT reads by itself.
@@ -93,26 +95,26 @@ class PointPeftConfig(peft.PeftConfig):
 
     @property
     def from_file(self) -> bool:
-        """Whether this comes from a saved adapter."""
+        """True if this comes from a saved adapter."""
         return self.base_fingerprint is not None
 
 
-def wrap(config: Config) -> PointPeftConfig:
+def wrap(config: Config) -> BridgeConfig:
     """A configuration of point_peft for PEFT's own functions; it is not changed, whatever they do to the result."""
-    return PointPeftConfig(**PeftConfig.of(config).to_json())
+    return BridgeConfig(**PeftConfig.of(config).to_json())
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
 class PointPeftTuner(nn.Module):
-    """What PEFT calls a tuner, around a `PointPeftModel`, which has whatever PEFT does not ask for by another name."""
+    """A tuner in PEFT's words, around a `PointPeftModel`, which has whatever PEFT does not ask for by another name."""
 
     uses_shared_state = True
     """PEFT's mark of tuners that are more than layers put into a model: `inject_adapter_in_model` refuses them."""
     model: PointPeftModel
 
-    def __init__(self, model: nn.Module, peft_config: dict[str, PointPeftConfig], adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, peft_config: dict[str, BridgeConfig], adapter_name: str) -> None:
         super().__init__()
         if any(isinstance(module, (BaseTunerLayer, peft.PeftModel, peft.PeftMixedModel)) for module in model.modules()):
             raise AdapterError(
@@ -199,7 +201,7 @@ class PointPeftTuner(nn.Module):
         cls,
         *,
         model: PeftModelForPointCloud,
-        config: PointPeftConfig,
+        config: BridgeConfig,
         adapter_name: str,
         state_dict: Mapping[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -216,7 +218,7 @@ class PointPeftTuner(nn.Module):
         cls,
         *,
         model: PeftModelForPointCloud,
-        config: PointPeftConfig,
+        config: BridgeConfig,
         adapter_name: str,
         state_dict: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
@@ -305,7 +307,7 @@ class PeftModelForPointCloud(peft.PeftModel):
     ) -> None:
         """Add an adapter of any of point_peft's methods; it is not active until `set_adapter`."""
         config = _accepted(peft_config)
-        if not isinstance(config, PointPeftConfig):
+        if not isinstance(config, BridgeConfig):
             raise AdapterError(
                 f"{type(config).__name__} is a configuration of PEFT: one model cannot have PEFT's adapters and "
                 "point_peft's; point_peft has LoRA of its own, point_peft.LoraConfig"
@@ -329,12 +331,14 @@ class PeftModelForPointCloud(peft.PeftModel):
         Everything is checked first, see `point_peft.PointPeftModel.load_adapter`; the tensors go to the backbone's
         device. PEFT's options that say how to load are taken, and change nothing.
         """
-        hub, _ = self._split_kwargs(kwargs)
+        place = Place(**{item.name: kwargs[item.name] for item in fields(Place) if item.name in kwargs})
         config = self.peft_config.get(adapter_name)
         # PeftModel.from_pretrained has made an adapter by the file's configuration, to be replaced here.
-        begun = len(self.peft_config) == 1 and isinstance(config, PointPeftConfig) and config.from_file
+        begun = len(self.peft_config) == 1 and isinstance(config, BridgeConfig) and config.from_file
         try:
-            self.base_model.load(_folder(model_id, hub), adapter_name, is_trainable)
+            local = Path(model_id) / (place.subfolder or "")
+            folder = local if local.is_dir() else download(str(model_id), place)
+            self.base_model.load(folder, adapter_name, is_trainable)
         except PointPeftError:
             if begun:
                 self.base_model.model.unload()
@@ -366,15 +370,6 @@ class PeftModelForPointCloud(peft.PeftModel):
             self.base_model.model.save_pretrained(folder, name, format="point_peft")
 
 
-def _folder(model_id: str | PathLike[str], hub: Mapping[str, Any]) -> Path:
-    """The local folder of an adapter; a repository's files are downloaded."""
-    local = Path(model_id) / (hub.get("subfolder") or "")
-    if local.is_dir():
-        return local
-    hf_hub_download(str(model_id), TENSOR_FILE, **hub)
-    return Path(hf_hub_download(str(model_id), CONFIG_FILE, **hub)).parent
-
-
 # ---- what PEFT is told -----------------------------------------------------------------------------------------------
 
 
@@ -396,7 +391,7 @@ def get_peft_model(
     low_cpu_mem_usage: bool = False,
 ) -> Any:
     config = _accepted(peft_config)
-    if isinstance(config, PointPeftConfig):
+    if isinstance(config, BridgeConfig):
         if mixed:
             raise AdapterError("mixed is True; a PeftMixedModel cannot have adapters of point_peft")
         # A copy, and a fresh adapter even where the configuration comes from a file.
@@ -428,7 +423,7 @@ def _accepting(add_adapter: Callable[..., None]) -> Callable[..., None]:
     return accepting
 
 
-register_peft_method(name=PEFT_TYPE.lower(), config_cls=PointPeftConfig, model_cls=PointPeftTuner)
+register_peft_method(name=PEFT_TYPE.lower(), config_cls=BridgeConfig, model_cls=PointPeftTuner)
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASK_TYPE] = PeftModelForPointCloud
 setattr(peft, "get_peft_model", get_peft_model)  # noqa: B010
 setattr(peft.mapping_func, "get_peft_model", get_peft_model)  # noqa: B010

@@ -31,6 +31,13 @@ class Record(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+def call_arguments(inputs: Any) -> tuple[Args, Kwargs]:
+    """The arguments that a tensor, a tuple of positional or a dict of named ones stands for."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
 def leaves(value: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Tensor]]:
     """Every tensor in nested tuples, lists, mappings and sparse tensors, with the steps that lead to it."""
     if isinstance(value, Tensor):

@@ -1,0 +1,122 @@
+"""The state of an adapted model: what is attached where, what is active, what is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from point_peft.adapting.adapter import Adapter
+
+Adapters = Mapping[str, Adapter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatus:
+    """The state of one module of the backbone that something is attached to."""
+
+    name: str
+    module_type: str
+    parts: Mapping[str, tuple[str, ...]]
+    """Adapter -> the kinds of its parts here."""
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    requires_grad: Mapping[str, bool]
+    devices: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """The state of an adapted model as a whole."""
+
+    base_model_type: str
+    available_adapters: tuple[str, ...]
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    methods: Mapping[str, tuple[str, ...]]
+    """Adapter -> its methods."""
+    requires_grad: Mapping[str, bool]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+
+
+def layer_status(
+    base: nn.Module, adapters: Adapters, active: Sequence[str], merged: Sequence[str]
+) -> list[LayerStatus]:
+    """One row for every module of the backbone that something is attached to."""
+    sites: dict[str, dict[str, nn.ModuleList]] = {}
+    for name, adapter in adapters.items():
+        for path, parts in adapter.sites():
+            sites.setdefault(path, {})[name] = parts
+    return [
+        LayerStatus(
+            name=path,
+            module_type=type(base.get_submodule(path)).__name__,
+            parts={name: tuple(type(part).__name__ for part in parts) for name, parts in by_name.items()},
+            active_adapters=tuple(name for name in active if name in by_name),
+            merged_adapters=tuple(name for name in merged if name in by_name),
+            requires_grad={name: _is_trained(parts) for name, parts in by_name.items()},
+            devices={
+                name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in by_name.items()
+            },
+        )
+        for path, by_name in sites.items()
+    ]
+
+
+def model_status(base: nn.Module, adapters: Adapters, active: Sequence[str], merged: Sequence[str]) -> ModelStatus:
+    """The state of the model as a whole."""
+    trainable, total = count_parameters(base, adapters)
+    return ModelStatus(
+        base_model_type=type(base).__name__,
+        available_adapters=tuple(adapters),
+        active_adapters=tuple(active),
+        merged_adapters=tuple(merged),
+        methods={name: tuple(tuner.method for tuner in a.config.tuners) for name, a in adapters.items()},
+        requires_grad={name: _is_trained(adapter) for name, adapter in adapters.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len({path for adapter in adapters.values() for path, _ in adapter.sites()}),
+    )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def count_parameters(base: nn.Module, adapters: Adapters) -> tuple[int, int]:
+    """(trainable, all) parameters of a backbone and its adapters."""
+    parameters = {id(p): p for module in (base, *adapters.values()) for p in module.parameters()}.values()
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def trainable_parameters_report(base: nn.Module, adapters: Adapters) -> str:
+    """A table of the trainable parameters of each adapter by part, and their share of the model's."""
+    rows: list[tuple[str, str, int]] = []
+    for name, adapter in adapters.items():
+        counts: Counter[str] = Counter()
+        for label, parameter in _labelled(adapter):
+            if parameter.requires_grad:
+                counts[label] += parameter.numel()
+        rows += [(name, label, count) for label, count in counts.items()]
+    trainable, total = count_parameters(base, adapters)
+    share = 100 * trainable / total if total else 0.0
+    names = max([len(name) for name, _, _ in rows], default=0)
+    labels = max([len(label) for _, label, _ in rows], default=0)
+    lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for name, label, count in rows]
+    return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
+
+
+def _labelled(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with the kind of thing that it belongs to."""
+    own = dict(adapter.own_modules())
+    for path, part in adapter.all_parts():
+        for child, parameter in part.named_parameters():
+            kind = f"own module '{path}'" if path in own else f"{type(part).__name__}.{child.split('.')[0]}"
+            yield kind, parameter
+    for shared in adapter.shared_states():
+        for child, parameter in shared.named_parameters():
+            yield f"{type(shared).__name__}.{child.split('.')[0]}", parameter
