@@ -92,12 +92,12 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def hub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
 ) -> Iterator[HubServer]:
-    """A Hub with the users alice, who is logged in, and bob; `parametrize("hub", ["multipart"], indirect=True)`."""
+    """A Hub with the users alice, who is logged in, and bob; `parametrize("hub", ["xet"], indirect=True)`."""
     # The client's own, when it sends a file to the LFS store.
     warnings.filterwarnings("ignore", message="Use 'content=", category=DeprecationWarning)
     xet = request.param == "xet"
     tokens = {"hf_alice": "alice", "hf_bob": "bob"}
-    with HubServer(tmp_path / "hub", tokens, xet=xet, multipart=request.param == "multipart") as server:
+    with HubServer(tmp_path / "hub", tokens, xet=xet) as server:
         go_to(server, tmp_path / "home", xet, monkeypatch)
         # The client takes the proxies when it is made.
         close_session()

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback, for the unmodified client of huggingface_hub.
 
-Models and data sets, users, private and gated repositories, branches, tags, pull requests, commits, and the three ways
-of sending a large file: LFS in one part, LFS in several, and Xet. With Xet the content lies in a folder that
-hf_xet itself writes and reads (`casUrl: "local://..."`); all the rest is kept in memory.
+It answers what the library asks, and what its tests need to set the scene: models, users, private and gated
+repositories, branches, tags, pull requests, commits, and two ways of sending a large file: LFS and Xet. With Xet the
+content lies in a folder that hf_xet itself writes and reads (`casUrl: "local://..."`); all the rest is kept in memory.
 
     with HubServer(tmp_path) as hub:
         hub.put("alice/adapter", {"adapter_config.json": b"{}"})
@@ -40,7 +40,6 @@ import yaml  # type: ignore[import-untyped]
 LFS_SUFFIXES = {".bin", ".ckpt", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth", ".safetensors", ".zip"}
 LFS_SIZE = 10_000_000
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)).encode()
-PART_SIZE = 4096
 NEVER = 2**40
 
 
@@ -99,15 +98,12 @@ class PullRequest:
     title: str
     description: str
     author: str
-    date: str
-    status: str = "open"
 
 
 @dataclass
 class Repo:
     """A repository; `refs` maps full git names (`refs/heads/main`) to commit ids, `granted` may pass the gate."""
 
-    kind: str
     id: str
     private: bool = False
     gated: str | Literal[False] = False
@@ -120,19 +116,15 @@ class Repo:
     def owner(self) -> str:
         return self.id.split("/")[0]
 
-    @property
-    def prefix(self) -> str:
-        return "datasets/" if self.kind == "datasets" else ""
-
     def commit(self, revision: str) -> Commit:
         """The commit that a branch, a tag, a full reference or the id of a commit (7 characters or more) names."""
         for name in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
             if name in self.refs:
                 return self.commits[self.refs[name]]
-        found = [oid for oid in self.commits if oid.startswith(revision)] if len(revision) >= 7 else []
-        if len(found) != 1:
+        begun = [oid for oid in self.commits if oid.startswith(revision)] if len(revision) >= 7 else []
+        if len(begun) != 1:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[found[0]]
+        return self.commits[begun[0]]
 
     def branch(self, revision: str) -> str:
         """The reference that a commit to this revision moves."""
@@ -272,7 +264,7 @@ class XetStore:
 
 
 class HubServer:
-    """The Hub; `tokens` maps tokens to users, `page_size` is for listings, `multipart` sends LFS files in parts."""
+    """The Hub; `tokens` maps tokens to users, `page_size` is for listings."""
 
     def __init__(
         self,
@@ -280,16 +272,13 @@ class HubServer:
         tokens: Mapping[str, str] | None = None,
         xet: bool = False,
         page_size: int = 3,
-        multipart: bool = False,
     ) -> None:
         self.tokens = {"hf_alice": "alice"} if tokens is None else dict(tokens)
         self.page_size = page_size
-        self.multipart = multipart
         self.xet = XetStore(root / "cas") if xet else None
         self.log: list[Request] = []
-        self._repos: dict[tuple[str, str], Repo] = {}
+        self._repos: dict[str, Repo] = {}
         self._contents: dict[str, bytes] = {}
-        self._parts: dict[tuple[str, int], bytes] = {}
         self._faults: list[Fault] = []
         self._commits = 0
         self._lock = threading.RLock()
@@ -352,18 +341,16 @@ class HubServer:
     def seen(self, method: str, path_regex: str) -> list[Request]:
         return [one for one in list(self.log) if re.fullmatch(method, one.method) and re.search(path_regex, one.path)]
 
-    def repo(self, repo_id: str, kind: str = "models") -> Repo:
+    def repo(self, repo_id: str) -> Repo:
         """The repository itself: `private`, `gated` ("auto", "manual" or False) and `granted` may be set."""
-        return self._repos[kind, repo_id]
+        return self._repos[repo_id]
 
-    def put(
-        self, repo_id: str, files: Mapping[str, bytes | None], revision: str = "main", kind: str = "models"
-    ) -> Commit:
+    def put(self, repo_id: str, files: Mapping[str, bytes | None], revision: str = "main") -> Commit:
         """Commit files without any check (None deletes one); the repository is made if there is none."""
         with self._lock:
-            if (kind, repo_id) not in self._repos:
-                self._create(kind, repo_id)
-            repo = self._repos[kind, repo_id]
+            if repo_id not in self._repos:
+                self._create(repo_id)
+            repo = self._repos[repo_id]
             changed = dict(repo.commit(revision).files)
             for path, content in files.items():
                 if content is None:
@@ -372,24 +359,24 @@ class HubServer:
                     changed[path] = self._store(path, content)
             return self._commit(repo, repo.branch(revision), changed, "Put", "", repo.owner)
 
-    def tamper(self, repo_id: str, path: str, content: bytes, revision: str = "main", kind: str = "models") -> None:
+    def tamper(self, repo_id: str, path: str, content: bytes, revision: str = "main") -> None:
         """Serve other content for a file under its old hashes, as if the storage had rotted."""
         with self._lock:
-            blob = self._repos[kind, repo_id].commit(revision).files[path]
+            blob = self._repos[repo_id].commit(revision).files[path]
             if blob.sha256 and self.xet and self.xet.find(blob.sha256):
                 self.xet.hashes[blob.sha256] = self.xet.add(content)
             else:
                 self._contents[blob.etag] = content
 
-    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         with self._lock:
-            blobs = self._repos[kind, repo_id].commit(revision).files
+            blobs = self._repos[repo_id].commit(revision).files
             return {path: self._read(blob) for path, blob in blobs.items()}
 
-    def commits(self, repo_id: str, revision: str = "main", kind: str = "models") -> list[Commit]:
+    def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The commits of a branch, the newest first; the last one is the Hub's own that brought .gitattributes."""
         with self._lock:
-            return self._repos[kind, repo_id].history(revision)
+            return self._repos[repo_id].history(revision)
 
     # Connections
 
@@ -453,9 +440,6 @@ class HubServer:
                 return self._ranged(call, self._read(lfs_blob(sha256, 0)), {"ETag": f'"{sha256}"'})
             case "PUT", "upload", oid:
                 return self._upload(oid, call.body)
-            case "PUT", "upload", oid, number:
-                self._parts[oid, int(number)] = call.body
-                return Answer(headers={"ETag": f'"{hashlib.md5(call.body).hexdigest()}"'})
         raise Refusal(404, "Not found")
 
     def _upload(self, oid: str, content: bytes) -> Answer:
@@ -479,32 +463,23 @@ class HubServer:
 
     def _answer(self, call: Call) -> Answer:
         match call.method, *call.segments:
-            case "GET", "api", "whoami-v2":
-                auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-                return as_json({"type": "user", "name": self._user(call), "orgs": [], "auth": auth})
             case "POST", "api", "validate-yaml":
                 return self._validate_yaml(call.json()["content"])
             case ("POST" | "DELETE") as method, "api", "repos", ("create" | "delete"):
                 name = f"{call.json().get('organization') or self._user(call)}/{call.json()['name']}"
-                kind = f"{call.json().get('type') or 'model'}s"
                 if method == "POST":
-                    return self._create_repo(call, kind, name)
-                self._writable(call, self._visible(call, kind, name))
-                del self._repos[kind, name]
+                    return self._create_repo(call, name)
+                self._writable(call, self._visible(call, name))
+                del self._repos[name]
                 return Answer()
-            case "GET", "api", ("models" | "datasets") as kind:
-                return self._list(call, kind)
-            case _, "api", ("models" | "datasets") as kind, owner, name, *rest:
-                return self._of_repo(call, self._visible(call, kind, f"{owner}/{name}"), rest)
-            case "POST", "multipart", oid:
-                numbers = [part["partNumber"] for part in call.json()["parts"]]
-                return self._upload(oid, b"".join(self._parts.pop((oid, number)) for number in numbers))
-        kind, path = ("datasets", call.segments[1:]) if call.segments[0] == "datasets" else ("models", call.segments)
-        match call.method, *path:
+            case "GET", "api", "models":
+                return self._list(call)
+            case _, "api", "models", owner, name, *rest:
+                return self._of_repo(call, self._visible(call, f"{owner}/{name}"), rest)
             case "GET", owner, name, "resolve", revision, *parts:
-                return self._resolve(call, self._visible(call, kind, f"{owner}/{name}"), revision, "/".join(parts))
+                return self._resolve(call, self._visible(call, f"{owner}/{name}"), revision, "/".join(parts))
             case "POST", owner, name, "info", "lfs", "objects", action:
-                repo = self._visible(call, kind, f"{owner}/{name.removesuffix('.git')}")
+                repo = self._visible(call, f"{owner}/{name.removesuffix('.git')}")
                 self._user(call)
                 return self._lfs_batch(repo, call.json()) if action == "batch" else self._lfs_verify(call.json())
         raise Refusal(404, "Not found")
@@ -514,8 +489,8 @@ class HubServer:
             raise Refusal(401, "Invalid username or password.")
         return call.user
 
-    def _visible(self, call: Call, kind: str, repo_id: str) -> Repo:
-        repo = self._repos.get((kind, repo_id))
+    def _visible(self, call: Call, repo_id: str) -> Repo:
+        repo = self._repos.get(repo_id)
         if not repo or (repo.private and call.user != repo.owner):
             # To nobody in particular the Hub does not tell what is private from what is not there.
             raise Refusal(404 if call.user else 401, "Repository not found", "RepoNotFound")
@@ -543,20 +518,20 @@ class HubServer:
             return as_json({"errors": [{"message": "tabs must not be used in indentation"}], "warnings": []}, 400)
         return as_json({"errors": [], "warnings": []})
 
-    def _create_repo(self, call: Call, kind: str, repo_id: str) -> Answer:
+    def _create_repo(self, call: Call, repo_id: str) -> Answer:
         if repo_id.split("/")[0] != self._user(call):
             raise Refusal(403, f"You don't have the rights to create a repo under the namespace of {repo_id}.")
-        exists = (kind, repo_id) in self._repos
-        repo = self._repos[kind, repo_id] if exists else self._create(kind, repo_id)
-        url = f"{self.url}/{repo.prefix}{repo_id}"
+        exists = repo_id in self._repos
+        repo = self._repos[repo_id] if exists else self._create(repo_id)
+        url = f"{self.url}/{repo_id}"
         if exists:
             raise Refusal(409, "You already created this repo", url=url)
         asked = call.json()
         repo.private = asked.get("visibility") == "private" or asked.get("private", False)
         return as_json({"url": url})
 
-    def _create(self, kind: str, repo_id: str) -> Repo:
-        repo = self._repos[kind, repo_id] = Repo(kind, repo_id)
+    def _create(self, repo_id: str) -> Repo:
+        repo = self._repos[repo_id] = Repo(repo_id)
         files = {".gitattributes": self._store(".gitattributes", GIT_ATTRIBUTES)}
         self._commit(repo, "refs/heads/main", files, "initial commit", "", repo.owner)
         return repo
@@ -565,16 +540,8 @@ class HubServer:
         match call.method, *rest:
             case "GET", *revision if not revision or (revision[0] == "revision" and len(revision) == 2):
                 return self._info(call, repo, repo.commit(revision[1] if revision else "main"))
-            case "GET", "tree", revision, *folder:
-                return self._tree(call, repo, repo.commit(revision), "".join(f"{part}/" for part in folder))
-            case "POST", "paths-info", revision:
-                blobs = repo.commit(revision).files
-                paths = [path for path in call.form().get("paths", []) if path in blobs]
-                return as_json([self._entry(path, blobs[path]) for path in paths])
             case "GET", "refs":
                 return self._refs(call, repo)
-            case "GET", "commits", revision:
-                return self._page(call, [_as_listed(commit) for commit in repo.history(revision)])
             case "GET", ("xet-write-token" | "xet-read-token") as name, revision if self.xet:
                 if name == "xet-read-token":
                     self._ungated(call, repo)
@@ -587,11 +554,6 @@ class HubServer:
             case "POST", "commit", revision:
                 self._may_push(call, repo, revision)
                 return self._commit_call(call, repo, revision)
-            case "PUT", "settings":
-                self._writable(call, repo)
-                repo.private = call.json().get("visibility", "private" if repo.private else "public") == "private"
-                repo.gated = call.json().get("gated", repo.gated)
-                return as_json({})
             case "POST", "branch", name:
                 self._writable(call, repo)
                 if name.startswith("refs/"):
@@ -600,25 +562,19 @@ class HubServer:
             case "POST", "tag", revision:
                 self._writable(call, repo)
                 return self._set_ref(repo, f"refs/tags/{call.json()['tag']}", revision)
-            case "DELETE", ("branch" | "tag") as sort, name:
+            case "POST", "discussions", number, "merge":
                 self._writable(call, repo)
-                if not repo.refs.pop(f"refs/{'heads' if sort == 'branch' else 'tags'}/{name}", None):
-                    raise Refusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
-                return Answer()
-            case "POST", "discussions":
-                number = self._open_pull(
-                    repo, self._user(call), "main", call.json()["title"], call.json()["description"]
-                )
-                return as_json({"num": number})
-            case _, "discussions", number, *action if number.isdigit() and int(number) in repo.pulls:
-                return self._pull(call, repo, int(number), action)
+                pull = repo.pulls[int(number)]
+                files = dict(repo.commit(f"refs/pr/{number}").files)
+                self._commit(repo, "refs/heads/main", files, pull.title, pull.description, repo.owner)
+                return as_json({})
         raise Refusal(404, "Not found")
 
     # Reading
 
-    def _list(self, call: Call, kind: str) -> Answer:
+    def _list(self, call: Call) -> Answer:
         """The repositories that have all the tags which are asked for, the newest first."""
-        repos = [r for r in self._repos.values() if r.kind == kind and (not r.private or r.owner == call.user)]
+        repos = [r for r in self._repos.values() if not r.private or r.owner == call.user]
         listed: list[dict[str, Any]] = [
             {"id": r.id, "private": r.private, "tags": self._tags(r), "downloads": 0} for r in reversed(repos)
         ]
@@ -662,30 +618,6 @@ class HubServer:
             }
         )
 
-    def _tree(self, call: Call, repo: Repo, commit: Commit, folder: str) -> Answer:
-        entries: dict[str, dict[str, Any]] = {}
-        for path, blob in commit.files.items():
-            inner = path.removeprefix(folder).split("/")
-            if not path.startswith(folder):
-                continue
-            for depth in range(1, len(inner)):
-                name = folder + "/".join(inner[:depth])
-                entries[name] = {"type": "directory", "path": name, "oid": git_oid(name.encode()), "size": 0}
-            entries[path] = self._entry(path, blob)
-        if folder and not entries:
-            raise Refusal(404, f"{folder} does not exist on {commit.oid}", "EntryNotFound")
-        recursive = call.query.get("recursive") == "true"
-        found = [entries[path] for path in sorted(entries) if recursive or "/" not in path.removeprefix(folder)]
-        return self._page(call, found)
-
-    def _entry(self, path: str, blob: Blob) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
-        if blob.sha256:
-            entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
-            if self.xet and (known := self.xet.find(blob.sha256)):
-                entry["xetHash"] = known[0]
-        return entry
-
     def _page(self, call: Call, items: list[Any]) -> Answer:
         first = int(call.query.get("cursor", 0))
         last = first + self.page_size
@@ -714,7 +646,7 @@ class HubServer:
             return self._ranged(call, self._contents[blob.oid], headers)
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
         if self.xet and (known := self.xet.find(blob.sha256)):
-            route = f"{self.url}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.oid}"
+            route = f"{self.url}/api/models/{repo.id}/xet-read-token/{commit.oid}"
             headers |= {"X-Xet-Hash": known[0], "Link": f'<{route}>; rel="xet-auth"'}
         headers["Location"] = f"{self.cdn}/files/{blob.sha256}/{quote(path)}"
         return Answer(status=302, headers=headers)
@@ -762,13 +694,10 @@ class HubServer:
         for wanted in batch["objects"]:
             oid, size = wanted["oid"], wanted["size"]
             upload: dict[str, Any] = {"href": f"{self.cdn}/upload/{oid}"}
-            if self.multipart:
-                parts = {f"{n:05}": f"{self.cdn}/upload/{oid}/{n}" for n in range(1, -(-size // PART_SIZE) + 1)}
-                upload = {"href": f"{self.url}/multipart/{oid}", "header": {"chunk_size": str(PART_SIZE), **parts}}
-            verify = {"href": f"{self.url}/{repo.prefix}{repo.id}.git/info/lfs/objects/verify"}
+            verify = {"href": f"{self.url}/{repo.id}.git/info/lfs/objects/verify"}
             actions = {"actions": {"upload": upload, "verify": verify}} if self._size(oid) is None else {}
             objects.append({"oid": oid, "size": size, **actions})
-        return as_json({"transfer": "multipart" if self.multipart else "basic", "objects": objects})
+        return as_json({"transfer": "basic", "objects": objects})
 
     def _lfs_verify(self, uploaded: dict[str, Any]) -> Answer:
         if self._size(uploaded["oid"]) != uploaded["size"]:
@@ -798,14 +727,6 @@ class HubServer:
                     if size is None or more.get("size", size) != size:
                         raise Refusal(400, f"LFS object {oid} of {path} has not been uploaded.")
                     files[path] = lfs_blob(oid, size)
-                case {"key": "deletedFile", "value": {"path": str() as path}}:
-                    if files.pop(path, None) is None:
-                        raise Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound")
-                case {"key": "deletedFolder", "value": {"path": str() as folder}}:
-                    kept = {path: blob for path, blob in files.items() if not path.startswith(folder)}
-                    if len(kept) == len(files):
-                        raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-                    files = kept
                 case _:
                     raise Refusal(400, f"Unknown operation: {line}")
         if header.get("parentCommit") not in (None, parent.oid):
@@ -814,10 +735,10 @@ class HubServer:
         answer = {}
         if call.query.get("create_pr"):
             number = self._open_pull(repo, user, revision, title, message)
-            answer = {"pullRequestUrl": f"{self.url}/{repo.prefix}{repo.id}/discussions/{number}"}
+            answer = {"pullRequestUrl": f"{self.url}/{repo.id}/discussions/{number}"}
             revision = f"refs/pr/{number}"
         commit = self._commit(repo, repo.branch(revision), files, title, message, user)
-        url = f"{self.url}/{repo.prefix}{repo.id}/commit/{commit.oid}"
+        url = f"{self.url}/{repo.id}/commit/{commit.oid}"
         return as_json({"success": True, "commitOid": commit.oid, "commitUrl": url, **answer})
 
     def _commit(self, repo: Repo, ref: str, files: dict[str, Blob], title: str, message: str, author: str) -> Commit:
@@ -838,47 +759,9 @@ class HubServer:
 
     def _open_pull(self, repo: Repo, user: str, base: str, title: str, description: str) -> int:
         number = len(repo.pulls) + 1
-        head = repo.commit(base)
-        repo.pulls[number] = PullRequest(title, description, user, head.date)
-        repo.refs[f"refs/pr/{number}"] = head.oid
+        repo.pulls[number] = PullRequest(title, description, user)
+        repo.refs[f"refs/pr/{number}"] = repo.commit(base).oid
         return number
-
-    def _pull(self, call: Call, repo: Repo, number: int, action: list[str]) -> Answer:
-        pull = repo.pulls[number]
-        match call.method, *action:
-            case ["GET"]:
-                return as_json(
-                    {
-                        "num": number,
-                        "title": pull.title,
-                        "status": pull.status,
-                        "isPullRequest": True,
-                        "createdAt": pull.date,
-                        "author": {"name": pull.author},
-                        "repo": {"name": repo.id, "type": repo.kind.removesuffix("s")},
-                        "events": [],
-                        "changes": {"base": "refs/heads/main"},
-                        "filesWithConflicts": [],
-                        "diff": "",
-                    }
-                )
-            case "POST", "merge":
-                self._writable(call, repo)
-                files = dict(repo.commit(f"refs/pr/{number}").files)
-                self._commit(repo, "refs/heads/main", files, pull.title, pull.description, repo.owner)
-                pull.status = "merged"
-                return as_json({})
-            case "POST", "status":
-                self._writable(call, repo, pull.author)
-                pull.status = call.json()["status"]
-                event = {"id": f"{number}", "type": "status-change", "createdAt": pull.date}
-                return as_json({"newStatus": {**event, "data": {"status": pull.status}}})
-        raise Refusal(404, "Not found")
-
-
-def _as_listed(commit: Commit) -> dict[str, Any]:
-    listed = {"id": commit.oid, "title": commit.title, "message": commit.message, "date": commit.date}
-    return {**listed, "authors": [{"user": commit.author}]}
 
 
 def _pairs(query: str) -> Iterator[tuple[str, str]]:

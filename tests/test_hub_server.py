@@ -1,4 +1,4 @@
-"""The Hub of the tests against the real client: what it must answer, in LFS, multipart and Xet mode."""
+"""The Hub of the tests against the real client: what it must answer, in LFS and in Xet mode."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ import pytest
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
-    CommitOperationDelete,
     HfApi,
-    ModelCard,
-    RepoFile,
     hf_hub_download,
-    scan_cache_dir,
-    snapshot_download,
 )
 from huggingface_hub.errors import (
     BadRequestError,
@@ -40,39 +35,16 @@ REPO = "alice/adapter"
 CONFIG = b'{"peft_type": "LORA"}'
 WEIGHTS = bytes(range(256)) * 40
 FILES = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}
-CARD = "---\nlicense: mit\n---\n\n# Adapter\n"
+LISTING = "^/api/models([?]|$)"
 
-every_mode = pytest.mark.parametrize("hub", ["lfs", "multipart", "xet"], indirect=True)
 lfs_mode = pytest.mark.parametrize("hub", ["lfs"], indirect=True)
-xet_mode = pytest.mark.parametrize("hub", ["xet"], indirect=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
-    (folder / "README.md").write_text(CARD)
-    return folder
 
 
 def api() -> HfApi:
     return HfApi()
 
 
-def without_hub_files(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {path: content for path, content in files.items() if path != ".gitattributes"}
-
-
 # Repositories
-
-
-@lfs_mode
-def test_whoami_names_the_user_of_the_token(hub: HubServer) -> None:
-    assert api().whoami()["name"] == "alice"
-    with pytest.raises(HfHubHTTPError, match="Invalid"):
-        api().whoami(token="hf_nobody")
 
 
 @lfs_mode
@@ -90,77 +62,16 @@ def test_create_repo(hub: HubServer) -> None:
     assert [commit.title for commit in hub.commits(REPO)] == ["initial commit"]
 
 
-@lfs_mode
-def test_data_sets_are_repositories_of_their_own(hub: HubServer) -> None:
-    api().create_repo(REPO, repo_type="dataset")
-    api().upload_file(path_or_fileobj=WEIGHTS, path_in_repo="clouds.npz", repo_id=REPO, repo_type="dataset")
-    assert hub.files(REPO, kind="datasets")["clouds.npz"] == WEIGHTS
-    assert Path(hf_hub_download(REPO, "clouds.npz", repo_type="dataset")).read_bytes() == WEIGHTS
-    assert not api().repo_exists(REPO)
-
-
-@lfs_mode
-def test_delete_repo(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    with pytest.raises(HfHubHTTPError, match="403"):
-        api().delete_repo(REPO, token="hf_bob")
-    api().delete_repo(REPO)
-    assert not api().repo_exists(REPO)
-
-
-@lfs_mode
-def test_exists(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    assert api().repo_exists(REPO) and not api().repo_exists("alice/none")
-    assert api().file_exists(REPO, "adapter_config.json") and not api().file_exists(REPO, "none")
-    assert api().revision_exists(REPO, "main") and not api().revision_exists(REPO, "none")
-
-
-@lfs_mode
-def test_settings(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    api().update_repo_settings(REPO, private=True, gated="manual")
-    assert (hub.repo(REPO).private, hub.repo(REPO).gated) == (True, "manual")
-    info = api().model_info(REPO)
-    assert (info.private, info.gated) == (True, "manual")
-
-
 # Sending
 
 
-@every_mode
-def test_upload_folder(hub: HubServer, folder: Path) -> None:
-    api().create_repo(REPO)
-    info = api().upload_folder(repo_id=REPO, folder_path=folder, commit_message="Push")
-    assert without_hub_files(hub.files(REPO)) == {**FILES, "README.md": CARD.encode()}
+def test_a_commit_adds_and_replaces(hub: HubServer) -> None:
+    hub.put(REPO, {"adapter_config.json": b"{}"})
+    operations = [CommitOperationAdd(name, content) for name, content in FILES.items()]
+    info = api().create_commit(REPO, operations, commit_message="Replace", commit_description="All of it")
+    assert hub.files(REPO) == {".gitattributes": hub.files(REPO)[".gitattributes"], **FILES}
     newest = hub.commits(REPO)[0]
-    assert (newest.oid, newest.title, newest.author) == (info.oid, "Push", "alice")
-
-
-@every_mode
-def test_upload_file_of_a_path_of_bytes_and_of_an_open_file(hub: HubServer, folder: Path) -> None:
-    api().create_repo(REPO)
-    weights = folder / "adapter_model.safetensors"
-    api().upload_file(path_or_fileobj=weights, path_in_repo="a.safetensors", repo_id=REPO)
-    api().upload_file(path_or_fileobj=WEIGHTS[::-1], path_in_repo="b.safetensors", repo_id=REPO)
-    with weights.open("rb") as opened:
-        api().upload_file(path_or_fileobj=opened, path_in_repo="c/d.safetensors", repo_id=REPO)
-    sent = {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS[::-1], "c/d.safetensors": WEIGHTS}
-    assert without_hub_files(hub.files(REPO)) == sent
-
-
-@every_mode
-def test_create_commit_adds_and_deletes(hub: HubServer, folder: Path) -> None:
-    hub.put(REPO, {"old.json": b"{}", "logs/1.txt": b"1", "logs/2.txt": b"2"})
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd("adapter_model.safetensors", folder / "adapter_model.safetensors"),
-        CommitOperationAdd("adapter_config.json", CONFIG),
-        CommitOperationDelete("old.json"),
-        CommitOperationDelete("logs/"),
-    ]
-    api().create_commit(REPO, operations, commit_message="Replace", commit_description="All of it")
-    assert without_hub_files(hub.files(REPO)) == FILES
-    assert hub.commits(REPO)[0].message == "All of it"
+    assert (newest.oid, newest.title, newest.message, newest.author) == (info.oid, "Replace", "All of it", "alice")
 
 
 def test_parent_commit_must_be_the_newest(hub: HubServer) -> None:
@@ -173,13 +84,6 @@ def test_parent_commit_must_be_the_newest(hub: HubServer) -> None:
     assert hub.commits(REPO)[0].oid == second.oid
 
 
-def test_what_has_not_changed_is_not_sent_again(hub: HubServer, folder: Path) -> None:
-    hub.put(REPO, {**FILES, "README.md": CARD.encode()})
-    before = hub.commits(REPO)[0].oid
-    assert api().upload_folder(repo_id=REPO, folder_path=folder).oid == before
-    assert not hub.seen("POST", "/commit/")
-
-
 @lfs_mode
 def test_a_large_file_that_the_hub_has_is_not_uploaded_again(hub: HubServer) -> None:
     hub.put("alice/other", FILES)
@@ -189,52 +93,21 @@ def test_a_large_file_that_the_hub_has_is_not_uploaded_again(hub: HubServer) -> 
     assert hub.files(REPO)["adapter_model.safetensors"] == WEIGHTS
 
 
-@pytest.mark.parametrize("hub", ["multipart"], indirect=True)
-def test_multipart_sends_parts(hub: HubServer) -> None:
-    api().create_repo(REPO)
-    api().upload_file(path_or_fileobj=WEIGHTS, path_in_repo="adapter_model.safetensors", repo_id=REPO)
-    assert len(hub.seen("PUT", "/upload/")) == 3
-    assert len(hub.seen("POST", "/multipart/")) == 1
-
-
-@lfs_mode
-def test_xet_client_needs_xet_tokens(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    api().create_repo(REPO)
-    with pytest.raises(ConnectionError, match="xet-write-token"):
-        api().upload_file(path_or_fileobj=WEIGHTS, path_in_repo="adapter_model.safetensors", repo_id=REPO)
-
-
-def test_pull_requests(hub: HubServer, folder: Path) -> None:
-    hub.put(REPO, {"adapter_config.json": b"{}"})
-    info = api().upload_folder(repo_id=REPO, folder_path=folder, create_pr=True, token="hf_bob")
-    assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
-    assert hub.files(REPO)["adapter_config.json"] == b"{}"
-    assert hub.files(REPO, "refs/pr/1")["adapter_model.safetensors"] == WEIGHTS
-    assert Path(hf_hub_download(REPO, "adapter_config.json", revision="refs/pr/1")).read_bytes() == CONFIG
-    details = api().get_discussion_details(REPO, 1)
-    assert (details.author, details.status, details.is_pull_request) == ("bob", "open", True)
-    assert [ref.ref for ref in api().list_repo_refs(REPO, include_pull_requests=True).pull_requests or []] == [
-        "refs/pr/1"
-    ]
+def test_pull_requests(hub: HubServer) -> None:
+    hub.put(REPO, FILES)
+    add = [CommitOperationAdd("adapter_model.safetensors", WEIGHTS[::-1])]
+    made = api().create_commit(REPO, add, commit_message="Better", create_pr=True, token="hf_bob")
+    assert (made.pr_num, made.pr_revision) == (1, "refs/pr/1")
+    add = [CommitOperationAdd("notes.txt", b"more")]
+    api().create_commit(REPO, add, commit_message="More", revision="refs/pr/1", token="hf_bob")
+    changed = {**hub.files(REPO), "notes.txt": b"more", "adapter_model.safetensors": WEIGHTS[::-1]}
+    assert hub.files(REPO)["adapter_model.safetensors"] == WEIGHTS
+    assert hub.files(REPO, "refs/pr/1") == changed
+    assert Path(hf_hub_download(REPO, "notes.txt", revision="refs/pr/1")).read_bytes() == b"more"
     with pytest.raises(HfHubHTTPError, match="403"):
         api().merge_pull_request(REPO, 1, token="hf_bob")
     api().merge_pull_request(REPO, 1)
-    assert hub.files(REPO)["adapter_config.json"] == CONFIG
-    assert api().get_discussion_details(REPO, 1).status == "merged"
-
-
-def test_create_commit_and_create_pull_request_open_pull_requests(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    add = [CommitOperationAdd("adapter_model.safetensors", WEIGHTS[::-1])]
-    assert api().create_commit(REPO, add, commit_message="Better", create_pr=True).pr_revision == "refs/pr/1"
-    assert api().create_pull_request(REPO, title="Empty").num == 2
-    api().change_discussion_status(REPO, 2, "closed")
-    assert api().get_discussion_details(REPO, 2).status == "closed"
-    add = [CommitOperationAdd("notes.txt", b"more")]
-    api().create_commit(REPO, add, commit_message="More", revision="refs/pr/1")
-    changed = {"notes.txt": b"more", "adapter_model.safetensors": WEIGHTS[::-1]}
-    assert hub.files(REPO, "refs/pr/1") == {**hub.files(REPO), **changed}
+    assert hub.files(REPO) == changed
 
 
 # Revisions
@@ -258,24 +131,13 @@ def test_branches_and_tags(hub: HubServer) -> None:
         api().create_tag(REPO, tag="v1")
     with pytest.raises(BadRequestError):
         api().create_branch(REPO, branch="refs/pr/5")
-    api().delete_branch(REPO, branch="exp/a")
-    api().delete_tag(REPO, tag="v1")
-    assert not api().revision_exists(REPO, "v1")
-
-
-@lfs_mode
-def test_list_repo_commits_goes_through_the_pages(hub: HubServer) -> None:
-    oids = [hub.put(REPO, {"step.txt": b"%d" % step}).oid for step in range(5)]
-    assert [commit.commit_id for commit in api().list_repo_commits(REPO)][:-1] == oids[::-1]
-    assert len(hub.seen("GET", "/commits/")) == 2
 
 
 @lfs_mode
 def test_revision_that_does_not_exist(hub: HubServer) -> None:
     hub.put(REPO, FILES)
-    for ask in (api().model_info, api().list_repo_files, snapshot_download):
-        with pytest.raises(RevisionNotFoundError):
-            ask(REPO, revision="none")
+    with pytest.raises(RevisionNotFoundError):
+        api().model_info(REPO, revision="none")
     with pytest.raises(RevisionNotFoundError):
         hf_hub_download(REPO, "adapter_config.json", revision="none")
     with pytest.raises(RevisionNotFoundError):
@@ -296,27 +158,6 @@ def test_model_info(hub: HubServer) -> None:
     assert api().model_info(REPO, revision=commit.oid).sha == commit.oid
 
 
-@lfs_mode
-def test_list_repo_files_goes_through_the_pages(hub: HubServer) -> None:
-    names = [f"folder/{number}.json" for number in range(8)]
-    hub.put(REPO, dict.fromkeys(names, b"{}"))
-    assert api().list_repo_files(REPO) == [".gitattributes", *names]
-    assert len(hub.seen("GET", "/tree/")) == 4
-    assert [entry.path for entry in api().list_repo_tree(REPO)] == [".gitattributes", "folder"]
-    assert [entry.path for entry in api().list_repo_tree(REPO, "folder")] == names
-    with pytest.raises(RemoteEntryNotFoundError):
-        list(api().list_repo_tree(REPO, "none"))
-
-
-def test_get_paths_info(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    (found,) = api().get_paths_info(REPO, ["adapter_model.safetensors", "none"])
-    assert isinstance(found, RepoFile)
-    assert (found.path, found.size) == ("adapter_model.safetensors", len(WEIGHTS))
-    assert bool(found.xet_hash) == (hub.xet is not None)
-
-
-@every_mode
 def test_hf_hub_download_keeps_files(hub: HubServer) -> None:
     commit = hub.put(REPO, FILES)
     for name, content in FILES.items():
@@ -328,23 +169,6 @@ def test_hf_hub_download_keeps_files(hub: HubServer) -> None:
     assert len(hub.log) == asked
     with pytest.raises(RemoteEntryNotFoundError):
         hf_hub_download(REPO, "none.json")
-
-
-def test_dry_run_tells_the_size_and_writes_nothing(hub: HubServer) -> None:
-    hub.put(REPO, FILES)
-    info = hf_hub_download(REPO, "adapter_model.safetensors", dry_run=True)
-    assert (info.file_size, info.is_cached) == (len(WEIGHTS), False)
-    assert [request.method for request in hub.log] == ["HEAD"]
-    assert not Path(info.local_path).exists()
-
-
-def test_snapshot_download(hub: HubServer, tmp_path: Path) -> None:
-    hub.put(REPO, {**FILES, "logs/1.txt": b"1"})
-    path = Path(snapshot_download(REPO, allow_patterns=["adapter_*"]))
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
-    snapshot_download(REPO, local_dir=tmp_path / "local")
-    assert (tmp_path / "local/logs/1.txt").read_bytes() == b"1"
-    assert [repo.repo_id for repo in scan_cache_dir().repos] == [REPO]
 
 
 @lfs_mode
@@ -366,13 +190,6 @@ def test_a_client_without_xet_reads_what_one_with_it_has_sent(hub: HubServer, mo
 
 
 # The card
-
-
-def test_model_card(hub: HubServer) -> None:
-    api().create_repo(REPO)
-    ModelCard(CARD).push_to_hub(REPO)
-    assert hub.files(REPO)["README.md"].decode() == CARD
-    assert ModelCard.load(REPO).data.license == "mit"
 
 
 @lfs_mode
@@ -398,7 +215,6 @@ def test_private_repository(hub: HubServer) -> None:
             api().model_info(REPO, token=token)
         with pytest.raises(RepositoryNotFoundError):
             hf_hub_download(REPO, "adapter_config.json", token=token)
-        assert not api().repo_exists(REPO, token=token)
 
 
 def test_gated_repository(hub: HubServer) -> None:
@@ -429,7 +245,6 @@ def test_only_the_owner_writes(hub: HubServer) -> None:
     assert "a.bin" not in hub.files(REPO)
 
 
-@every_mode
 def test_token_stays_at_the_hub(hub: HubServer) -> None:
     api().create_repo(REPO, private=True)
     api().upload_file(path_or_fileobj=WEIGHTS, path_in_repo="adapter_model.safetensors", repo_id=REPO)
@@ -446,16 +261,16 @@ def test_token_stays_at_the_hub(hub: HubServer) -> None:
 @lfs_mode
 def test_503_is_tried_again(hub: HubServer, naps: list[float]) -> None:
     hub.put(REPO, FILES)
-    hub.fault("GET", "/tree/main", times=2, status=503)
-    assert "adapter_config.json" in api().list_repo_files(REPO)
+    hub.fault("GET", LISTING, times=2, status=503)
+    assert [model.id for model in api().list_models()] == [REPO]
     assert naps == [1, 2]
 
 
 @lfs_mode
 def test_a_hub_that_says_when_to_come_again(hub: HubServer, naps: list[float]) -> None:
     hub.put(REPO, FILES)
-    hub.fault("GET", "/tree/main", status=429, headers={"Retry-After": "30"})
-    api().list_repo_files(REPO)
+    hub.fault("GET", LISTING, status=429, headers={"Retry-After": "30"})
+    assert [model.id for model in api().list_models()] == [REPO]
     assert naps == [31]
 
 
@@ -496,15 +311,12 @@ def test_truncated_body(hub: HubServer, naps: list[float]) -> None:
 
 
 @lfs_mode
-def test_corrupt_body_of_the_same_size_goes_unnoticed_until_verified(hub: HubServer) -> None:
+def test_corrupt_body_of_the_same_size_goes_unnoticed(hub: HubServer) -> None:
     hub.put(REPO, FILES)
     hub.fault("GET", "adapter_model", corrupt=True)
     path = Path(hf_hub_download(REPO, "adapter_model.safetensors"))
     assert (path.stat().st_size, path.read_bytes() == WEIGHTS) == (len(WEIGHTS), False)
     assert path.resolve().name == hashlib.sha256(WEIGHTS).hexdigest()
-    hf_hub_download(REPO, "adapter_config.json")
-    checked = api().verify_repo_checksums(REPO)
-    assert [mismatch["path"] for mismatch in checked.mismatches] == ["adapter_model.safetensors"]
 
 
 def test_tampered_content(hub: HubServer) -> None:
@@ -512,8 +324,6 @@ def test_tampered_content(hub: HubServer) -> None:
     for name, content in FILES.items():
         hub.tamper(REPO, name, content[::-1])
         assert Path(hf_hub_download(REPO, name)).read_bytes() == content[::-1]
-    checked = api().verify_repo_checksums(REPO)
-    assert {mismatch["path"] for mismatch in checked.mismatches} == set(FILES)
 
 
 @lfs_mode
@@ -535,7 +345,7 @@ def test_headers(hub: HubServer) -> None:
 # The server itself
 
 
-def test_stop_is_quick_and_closes_what_clients_keep_open(hub: HubServer) -> None:
+def test_stop_closes_what_clients_keep_open(hub: HubServer) -> None:
     hub.put(REPO, FILES)
     hub.fault("GET", "/refs", delay=60)
     ended = []
@@ -551,11 +361,9 @@ def test_stop_is_quick_and_closes_what_clients_keep_open(hub: HubServer) -> None
     api().model_info(REPO)
     while not hub.seen("GET", "/refs"):
         time.sleep(0.001)
-    start = time.monotonic()
     hub.stop()
-    waiting.join()
-    assert time.monotonic() - start < 1
-    assert ended
+    waiting.join(30)
+    assert ended, "the client waits for the answer that comes late"
     with pytest.raises(httpx2.ConnectError):
         api().model_info(REPO)
 
@@ -575,14 +383,6 @@ def test_commits_at_the_same_time_are_all_kept(hub: HubServer) -> None:
 
 def send_step(step: int) -> CommitInfo:
     return api().upload_file(path_or_fileobj=b"%d" % step, path_in_repo=f"{step}.txt", repo_id=REPO)
-
-
-@lfs_mode
-def test_hostile_names_reach_the_client(hub: HubServer) -> None:
-    hub.put(REPO, {"../../evil": b"x", "é\r\nX: y": b"{}"})
-    assert not api().file_exists(REPO, "é\r\nX: z")
-    with pytest.raises(ValueError, match="evil"):
-        snapshot_download(REPO)
 
 
 @lfs_mode

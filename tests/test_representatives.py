@@ -135,7 +135,7 @@ def test_representatives_are_every_method_on_every_kind_and_every_backbone() -> 
 # ---- outputs ---------------------------------------------------------------------------------------------------------
 
 
-@every_representative
+@a_few
 def test_every_buffer_has_an_effect(method: str, backbone: TinyBackbone) -> None:
     model = adapt(backbone, method)
     output = run(model, backbone)
@@ -758,7 +758,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was(name: str, failure: str, 
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-@every_representative
+@a_few
 def test_a_failure_beside_a_method_leaves_the_model_as_it_was(
     method: str, backbone: TinyBackbone, entrance: str
 ) -> None:

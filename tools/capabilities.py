@@ -42,17 +42,29 @@ def spell(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "yes"
 
 
+def configurations(method: str) -> list[Mapping[str, Any]]:
+    """The changes of a method's defaults that are tried, in this order, until one is not refused."""
+    return [{}, *ALTERNATIVES.get(method, ())]
+
+
 def probe(method: str, backbone: TinyBackbone) -> tuple[str, str]:
     """("yes" or the changes of defaults that are needed, "") or ("no", why)."""
-    why = ""
-    for changes in ({}, *ALTERNATIVES.get(method, ())):
-        try:
-            _train(METHODS[method](**changes), backbone)
-        except PointPeftError as error:
-            why = why or str(error).replace(type(backbone.build()).__name__, "the backbone")
-        else:
+    first = ""
+    for changes in configurations(method):
+        why = refusal(METHODS[method](**changes), backbone)
+        if why is None:
             return spell(changes), ""
-    return "no", why
+        first = first or why
+    return "no", first
+
+
+def refusal(config: TunerConfig, backbone: TinyBackbone) -> str | None:
+    """The reason why a backbone is refused; None if the adapter works, `RuntimeError` where nothing happens."""
+    try:
+        _train(config, backbone)
+    except PointPeftError as error:
+        return str(error).replace(type(backbone.build()).__name__, "the backbone")
+    return None
 
 
 def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
@@ -93,9 +105,9 @@ def matrix() -> dict[str, dict[str, tuple[str, str]]]:
     }
 
 
-def page(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
+def page(answers: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
     """The page for a matrix."""
-    methods = sorted({method for row in found.values() for method in row})
+    methods = sorted({method for row in answers.values() for method in row})
     reasons: dict[str, int] = {}
     lines = [
         "# What works where",
@@ -107,7 +119,7 @@ def page(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
         f"| backbone | {' | '.join(methods)} |",
         f"|---|{'---|' * len(methods)}",
     ]
-    for name, row in found.items():
+    for name, row in answers.items():
         cells = []
         for method in methods:
             answer, why = row[method]
@@ -147,8 +159,8 @@ def labels(backbone: str) -> list[str]:
 def labelled(label: str) -> tuple[str, Mapping[str, Any]]:
     """The method and the changes of its defaults that a label stands for."""
     method, _, how = label.removesuffix("]").partition("[")
-    found = {spell(changes): changes for changes in ({}, *ALTERNATIVES.get(method, ()))}
-    return method, found[how or "yes"]
+    spelled = {spell(changes): changes for changes in configurations(method)}
+    return method, spelled[how or "yes"]
 
 
 def main() -> int:
