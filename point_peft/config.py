@@ -6,53 +6,25 @@ the methods.
 
 from __future__ import annotations
 
-import functools
-import sys
-import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from point_peft.anatomy.checking import anatomy_from_json
 from point_peft.anatomy.description import Anatomy, Block
-from point_peft.anatomy.values import from_json as anatomy_from_json
-from point_peft.anatomy.values import to_json as anatomy_to_json
 from point_peft.errors import PointPeftError, quoted
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
-
-V = TypeVar("V", covariant=True)
+from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, spell, to_json
 
 Combination = Literal["linear", "cat", "svd"]
 """A way to combine adapters, see `PointPeftModel.add_weighted_adapter`."""
 METHODS: dict[str, type[TunerConfig]] = {}
 """Every method by name; a class enters by being defined."""
-MAX_INTEGER = 2**24
-"""No integer of a configuration is larger."""
-
-
-class FrozenMapping(Mapping[str, V]):
-    """A mapping that can be hashed and not changed; it keeps its order. In JSON it is a list of pairs."""
-
-    def __init__(self, items: Mapping[str, V] | None = None) -> None:
-        self._items: dict[str, V] = dict(items or {})
-
-    def __getitem__(self, key: str) -> V:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +60,7 @@ class TunerConfig(ABC):
         METHODS[name] = cls
 
     def __post_init__(self) -> None:
-        freeze_collections(self)
-        check_types(self)
+        _check_fields(self)
         for layer in self.layers_to_transform or ():
             require(layer >= 0, self, "layers_to_transform", "block numbers from 0")
 
@@ -161,9 +132,8 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        freeze_collections(self)
+        _check_fields(self)
         require(bool(self.tuners), self, "tuners", "a list of at least one method's configuration")
-        check_types(self)
 
     @staticmethod
     def of(config: PeftConfig | TunerConfig) -> PeftConfig:
@@ -207,7 +177,7 @@ class PeftConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return _values(self)
+        return {**_values(self), "tuners": [tuner.to_json() for tuner in self.tuners]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PeftConfig:
@@ -241,114 +211,37 @@ def difference(config: PeftConfig, other: PeftConfig) -> str | None:
     return None
 
 
-# ---- validation ------------------------------------------------------------------------------------------------------
-
-
 def require(holds: bool, config: object, name: str, allowed: str) -> None:
     """Raise an error that names a field, its value and what is allowed, unless `holds`."""
     if not holds:
         raise PointPeftError(f"{type(config).__name__}.{name} is {quoted(getattr(config, name))}; allowed: {allowed}")
 
 
-def freeze_collections(config: Any) -> None:
-    """Turn lists given for fields into tuples, and dicts too, so that a configuration can be hashed and not changed."""
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, (list, set, frozenset)):
-            ordered = value if isinstance(value, list) else sorted(value, key=_by_type)
-            object.__setattr__(config, item.name, tuple(ordered))
-        elif isinstance(value, Mapping):
-            object.__setattr__(config, item.name, FrozenMapping(value))
-
-
-def _by_type(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value
-
-
-def check_types(config: Any) -> None:
-    """Check every field against its annotation; bool is not an int here, an int is a float, and an int has a limit.
-
-    The limit keeps products of sizes from overflowing; whether they fit into memory is not told by a configuration.
-    """
-    hints = _hints(config.__class__)
-    for item in fields(config):
-        hint = hints[item.name]
-        require(_fits(getattr(config, item.name), hint), config, item.name, _spell(hint))
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return any(type(value) is type(option) and value == option for option in get_args(hint))
-    if origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if origin is Mapping:
-        key, entry = get_args(hint)
-        return isinstance(value, FrozenMapping) and all(_fits(k, key) and _fits(v, entry) for k, v in value.items())
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return type(value) is int and abs(value) <= MAX_INTEGER
-    return type(value) is hint if hint in (bool, str, types.NoneType) else isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_spell(option) for option in get_args(hint))
-    if origin is Literal:
-        return " or ".join(repr(option) for option in get_args(hint))
-    if origin is Mapping:
-        return "a mapping of {} to {}".format(*map(_spell, get_args(hint)))
-    if origin is not None:
-        return f"a list of {_spell(get_args(hint)[0])}"
-    words: dict[Any, str] = {
-        int: f"an integer, at most {MAX_INTEGER}",
-        float: "a finite number",
-        bool: "True or False",
-        str: "a string",
-        types.NoneType: "None",
-    }
-    return words.get(hint, str(getattr(hint, "__name__", hint)))
+def _check_fields(config: Any) -> None:
+    """Freeze what is given for the fields, so that it can be hashed and not changed, and check it against the hints."""
+    for name, hint in hints_of(config.__class__).items():
+        object.__setattr__(config, name, frozen(getattr(config, name)))
+        require(fits(getattr(config, name), hint), config, name, spell(hint))
 
 
 def _values(config: Any) -> dict[str, Any]:
     """The fields of a configuration as JSON values; an anatomy only where one is stated."""
-    found = {item.name: _to_json(getattr(config, item.name)) for item in fields(config)}
-    return {name: value for name, value in found.items() if name != "anatomy" or value is not None}
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, TunerConfig):
-        return value.to_json()
-    if isinstance(value, Anatomy):
-        return anatomy_to_json(value)
-    if isinstance(value, FrozenMapping):
-        return [[key, entry] for key, entry in value.items()]  # a file's objects are sorted, and the order counts
-    return [_to_json(entry) for entry in value] if isinstance(value, tuple) else value
+    return {name: value for name, value in to_json(config).items() if name != "anatomy" or value is not None}
 
 
 def _known_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    known = {item.name for item in fields(kind)}
-    unknown = sorted(set(data) - known)
+    """The fields of a configuration from JSON values; those that do not fit are left to the check of the fields."""
+    hints = hints_of(kind)
+    unknown = sorted(set(data) - set(hints))
     if unknown:
         raise PointPeftError(
             f"{kind.__name__} has no field {quoted(unknown[0])}; a newer version of point_peft may have written it"
         )
-    hints = _hints(kind)
-    found = {name: _pairs(value) if get_origin(hints[name]) is Mapping else value for name, value in data.items()}
-    anatomy = data.get("anatomy")
-    return found if anatomy is None else {**found, "anatomy": anatomy_from_json(anatomy)}
-
-
-def _pairs(value: Any) -> Any:
-    """A list of pairs as a mapping; anything else, or a key that stands twice, is left to the check of types."""
-    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 and type(p[0]) is str for p in value)
-    return FrozenMapping(dict(value)) if pairs and len(dict(value)) == len(value) else value
+    values = dict(data)
+    for name, value in data.items():
+        if name == "anatomy":
+            values[name] = None if value is None else anatomy_from_json(value)
+        elif name != "tuners":
+            with suppress(MisfitError):
+                values[name] = from_json(value, hints[name])
+    return values

@@ -26,14 +26,14 @@ from point_peft import (
     describe,
     get_peft_model,
 )
-from point_peft.anatomy.checking import check_anatomy
+from point_peft.anatomy.checking import anatomy_from_json, check_anatomy
 from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import find_blocks, linear_shape
-from point_peft.anatomy.values import from_json, to_json
 from point_peft.backbones.layers import Encoder, Group, sine_features
 from point_peft.files.reading import read_folder
 from point_peft.running.nested import fetch, fetch_argument
+from point_peft.schema import to_json
 from point_peft.tracing.understanding import trace
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
 from tests.zoo.inputs import offset_list
@@ -776,7 +776,7 @@ def test_a_preset_fits_under_a_prefix(backbone: TinyBackbone) -> None:
     assert wrapped is not None
     check_anatomy(Wrapper(backbone.build()), wrapped)
     assert all(block.path.startswith("backbone.") for block in wrapped.blocks)
-    assert from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
+    assert anatomy_from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
 
 
 def test_a_part_of_a_name_is_no_prefix():
@@ -821,7 +821,7 @@ def test_an_anatomy_survives_json(backbone: TinyBackbone) -> None:
     model = backbone.build()
     for anatomy in (known_anatomy(model), traced_alone(backbone)):
         if anatomy is not None:
-            again = from_json(json.loads(json.dumps(to_json(anatomy))))
+            again = anatomy_from_json(json.loads(json.dumps(to_json(anatomy))))
             assert again == anatomy and hash(again) == hash(anatomy) and str(again) == str(anatomy)
 
 
@@ -861,14 +861,14 @@ def described(name: str) -> Anatomy:
 )
 def test_tampered_anatomies_are_refused(path, value, expected):
     with pytest.raises(AnatomyError, match=r"an anatomy holds .* where .* is expected") as caught:
-        from_json(tampered(path, value))
+        anatomy_from_json(tampered(path, value))
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}])
 def test_what_is_no_anatomy_is_refused(value):
     with pytest.raises(AnatomyError, match=r"where Anatomy is expected"):
-        from_json(value)
+        anatomy_from_json(value)
 
 
 def changed(anatomy: Anatomy, **fields: Any) -> Anatomy:
@@ -969,7 +969,7 @@ def test_the_anatomy_of_a_traced_model_is_saved_with_the_adapter(tmp_path):
     )
     model.save_pretrained(tmp_path)
     data = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    assert from_json(data["anatomy"]) == model.anatomy
+    assert anatomy_from_json(data["anatomy"]) == model.anatomy
     again = PointPeftModel.from_pretrained(backbone.build(), tmp_path).eval()
     assert again.anatomy == model.anatomy
     assert torch.equal(again(*args), model(*args))

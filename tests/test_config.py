@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import pytest
 
 from point_peft import METHODS, PeftConfig, PointPEFTConfig, TunerConfig
-from point_peft.config import MAX_INTEGER
 from point_peft.errors import PointPeftError
 from point_peft.parts.base import Blueprint
+from point_peft.schema import MAX_INTEGER
 
 
 def again(config: PeftConfig) -> PeftConfig:

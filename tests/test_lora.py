@@ -433,15 +433,17 @@ def test_the_fused_projection_of_an_attention_is_changed_by_its_weight(use_dora:
 class SplitBlock(nn.Module):
     """A block whose query, key and value are layers of their own."""
 
-    def __init__(self, names: tuple[str, str, str]) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
         self.names = names
         self.norm = nn.LayerNorm(6)
-        self.attention = nn.ModuleDict({**{name: nn.Linear(6, 6) for name in names}, "out": nn.Linear(6, 6)})
+        # Of two layers, the second makes key and value.
+        made = {name: nn.Linear(6, 12 if len(names) == 2 and name == names[1] else 6) for name in names}
+        self.attention = nn.ModuleDict({**made, "out": nn.Linear(6, 6)})
         self.mlp = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.attention[name](self.norm(x)) for name in self.names)
+        q, k, v = torch.cat([self.attention[name](self.norm(x)) for name in self.names], -1).chunk(3, -1)
         x = x + self.attention["out"](nn.functional.scaled_dot_product_attention(q, k, v))
         found: Tensor = x + self.mlp(x)
         return found
@@ -450,7 +452,7 @@ class SplitBlock(nn.Module):
 def split(*names: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module("blocks", nn.Sequential(*[SplitBlock(names) for _ in range(2)]))  # type: ignore[arg-type]
+    model.add_module("blocks", nn.Sequential(*[SplitBlock(names) for _ in range(2)]))
     return model
 
 
@@ -460,6 +462,36 @@ def test_split_projections_are_chosen_by_their_names(names: tuple[str, str, str]
     model = get_peft_model(split(*names), config, example_inputs=torch.randn(2, 5, 6))
     chosen = [f"blocks.{block}.attention.{name}" for block in range(2) for name in (names[0], names[2])]
     assert [row.name for row in model.get_layer_status()] == chosen
+
+
+def test_the_layers_of_a_convolution_on_graphs_are_chosen_by_their_names() -> None:
+    """In torch_geometric's, `lin_dst` makes the query, `lin_src` the key and `lin` the value."""
+    pytest.importorskip("torch_geometric")
+    backbone = BACKBONES["pyg_point_transformer"]
+    config = LoraConfig(qkv=["q", "v"], modules_to_save=[])
+    model = get_peft_model(backbone.build(), config, example_inputs=backbone.example)
+    moved(model.adapters["default"], 1)
+    names = [row.name for row in model.get_layer_status()]
+    assert sorted(names) == sorted(f"layers.{block}.conv.{name}" for block in range(3) for name in ("lin_dst", "lin"))
+    args = backbone.inputs(2, 1)
+    output = model.eval()(*args)
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapters.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert not torch.allclose(model(*args), output)
+
+
+def test_a_layer_of_key_and_value_is_chosen_whole_or_not_at_all() -> None:
+    x = torch.randn(2, 5, 6)
+
+    def adapted(qkv: list[Any]) -> list[str]:
+        config = LoraConfig(qkv=qkv, layers_to_transform=[0], modules_to_save=[])
+        model = get_peft_model(split("q", "kv"), config, example_inputs=x)
+        return [row.name.rpartition(".")[2] for row in model.get_layer_status()]
+
+    assert adapted(["q"]) == ["q"] and adapted(["k", "v"]) == ["kv"]
+    with pytest.raises(AnatomyError, match=r"qkv=\('q', 'v'\): 'blocks.0.attention.kv' makes k and v together"):
+        adapted(["q", "v"])
 
 
 def test_where_query_key_and_value_cannot_be_told_it_is_refused() -> None:

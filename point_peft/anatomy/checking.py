@@ -1,14 +1,25 @@
-"""An anatomy checked against a model."""
+"""An anatomy checked: its values against their annotations, what it names against a model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Stage
 from point_peft.anatomy.structure import prefix_rows
-from point_peft.anatomy.values import from_json, to_json
 from point_peft.errors import AnatomyError, quoted
 from point_peft.nearest import nearest_names
+from point_peft.schema import MisfitError, from_json, to_json
+
+
+def anatomy_from_json(data: Any) -> Anatomy:
+    """The anatomy that `schema.to_json` gave; raises `AnatomyError` for anything else."""
+    try:
+        anatomy: Anatomy = from_json(data, Anatomy)
+    except MisfitError as error:
+        raise AnatomyError(f"an anatomy holds {error}") from error
+    return anatomy
 
 
 def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
@@ -33,7 +44,7 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
                 block.mlp_norm,
             ]
         _check_stage(stage)
-    if from_json(to_json(anatomy)) != anatomy:
+    if anatomy_from_json(to_json(anatomy)) != anatomy:
         raise AnatomyError("an anatomy holds tuples, not lists")
     for path in named:
         if path is not None and path not in modules:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
+from point_peft.anatomy.roles import VALUES_BESIDE_EDGES, role_of_name
 from point_peft.errors import AnatomyError
 
 
@@ -29,9 +30,6 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
-_SPLIT = frozenset({"q", "k", "v", "kv", "qk", "src", "dst", "query", "key", "value", "queries", "keys", "values"})
-
-
 def _attentions(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Paths of the attention modules, each with the paths of its query, key and value projections."""
     for path, module in modules.items():
@@ -42,12 +40,11 @@ def _attentions(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[s
         # An MLP that widens threefold is told from a fused projection by the layer that narrows again.
         widths = {width for _, width in linears.values()}
         fused = [name for name, (out, width) in linears.items() if out == 3 * width and out not in widths]
-        split = [name for name, child in module.named_children() if _SPLIT & set(name.split("_")) and _linears(child)]
+        split = [name for name, child in module.named_children() if role_of_name(name) and _linears(child)]
         if len(fused) == 1 and len(_linears(module)) >= 2:
             yield path, (f"{path}.{fused[0]}",)
         elif not fused and len(split) >= 2:
-            # In torch_geometric's convolutions the layer for the values has no name but `lin`.
-            values = [name for name in linears if name == "lin" and {"lin_src", "lin_dst"} <= set(split)]
+            values = [name for name in linears if name == VALUES_BESIDE_EDGES and {"lin_src", "lin_dst"} <= set(split)]
             projections = [child for name in (*split, *values) for child in _linears(module.get_submodule(name), name)]
             yield path, tuple(f"{path}.{name}" for name in projections)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from point_peft.adapting.heads import PooledHead
 from point_peft.errors import AdapterError, AdapterFileError, quoted
+from point_peft.schema import fits
 
 # Layers that a file may ask for.
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -39,8 +39,8 @@ _MAX_LAYERS = 256
 _MAX_SIZE = 2**20
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is(hint: Any) -> Callable[[Any], bool]:
+    return lambda value: fits(value, hint)
 
 
 def _is_size(value: Any) -> bool:
@@ -60,22 +60,18 @@ def _is_dimension(value: Any) -> bool:
     return value is None or (type(value) is int and abs(value) < 8)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 # What the constructor arguments of the layers may be.
 _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("in_features", "out_features", "in_channels", "out_channels", "groups"), _is_size),
     **dict.fromkeys(("num_features", "num_channels", "num_groups"), _is_size),
     **dict.fromkeys(("kernel_size", "stride", "dilation", "normalized_shape"), _is_sizes),
-    **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats", "inplace"), _is_bool),
+    **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats", "inplace"), _is(bool)),
     **dict.fromkeys(("dim", "start_dim", "end_dim"), _is_dimension),
-    **dict.fromkeys(("eps", "p", "negative_slope"), _is_number),
-    "momentum": lambda value: value is None or _is_number(value),
+    **dict.fromkeys(("eps", "p", "negative_slope"), _is(float)),
+    "momentum": _is(float | None),
     "padding": _is_padding,
-    "padding_mode": lambda value: value in ("zeros", "reflect", "replicate", "circular"),
-    "approximate": lambda value: value in ("none", "tanh"),
+    "padding_mode": _is(Literal["zeros", "reflect", "replicate", "circular"]),
+    "approximate": _is(Literal["none", "tanh"]),
 }
 
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 from torch import nn
 
 from point_peft.anatomy.description import Block
+from point_peft.anatomy.roles import projects
 from point_peft.anatomy.structure import linear_shape, mlp_linears
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
-from point_peft.parts.roles import projects
 from point_peft.tuners.ia3.parts import HiddenPart, KeyValuePart
 
 

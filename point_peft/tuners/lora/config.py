@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +11,20 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
+from point_peft.anatomy.roles import projects
 from point_peft.anatomy.structure import linear_shape
-from point_peft.config import Combination, FrozenMapping, TunerConfig, require
+from point_peft.config import Combination, TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
+from point_peft.schema import FrozenMapping
 from point_peft.tuners.lora.combining import combined_tensors
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
 from point_peft.tuners.lora.patterns import anchored, pattern_values
 from point_peft.tuners.lora.peft_format import SHARED, exactly, read_fields, why_no_layer
 
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
-_ROLES = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +136,21 @@ class LoraConfig(TunerConfig):
         """The layers of a block that make query, key and value, as far as they are chosen."""
         if len(block.qkv) <= 1 or self.qkv == QKV:
             return block.qkv or (block.attention,)
-        roles = {path: _role(path.removeprefix(f"{block.attention}.")) for path in block.qkv}
-        unknown = [path for path, role in roles.items() if role is None]
-        if unknown:
+        roles = {path: projects(block, path) for path in block.qkv}
+        told = "".join(roles.values())
+        unclear = [path for path, role in roles.items() if not role or any(told.count(one) > 1 for one in role)]
+        if unclear:
             raise AnatomyError(
-                f"qkv={self.qkv}: whether '{unknown[0]}' makes the query, the key or the value cannot be told from its "
+                f"qkv={self.qkv}: whether '{unclear[0]}' makes the query, the key or the value cannot be told from its "
                 "name: leave qkv out and name the layers in target_modules"
             )
-        return [path for path, role in roles.items() if role in self.qkv]
+        for path, role in roles.items():
+            if 0 < len(set(role) & set(self.qkv)) < len(role):
+                raise AnatomyError(
+                    f"qkv={self.qkv}: '{path}' makes {' and '.join(role)} together: choose both, or leave qkv out and "
+                    "name the layers in target_modules"
+                )
+        return [path for path, role in roles.items() if role[0] in self.qkv]
 
     def _part(self, path: str, module: nn.Module, r: int, alpha: float, fused: bool) -> LoraPart:
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -177,8 +184,3 @@ def _shape(module: nn.Module, weight: str) -> tuple[int, int] | None:
     return None if fused is None else (fused.shape[0], fused.shape[1])
 
 
-def _role(name: str) -> str | None:
-    """The one of q, k and v that a layer of an attention makes which is called so there, None if the name is silent."""
-    words = set(re.split(r"[._]", name.lower()))
-    roles = [role for role, names in _ROLES.items() if names & words]
-    return roles[0] if len(roles) == 1 else None
