@@ -19,7 +19,7 @@ from point_peft.anatomy.description import Anatomy, Block
 from point_peft.errors import PointPeftError, quoted
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
-from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, spell, to_json
+from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, limits_of, spell, to_json
 
 Combination = Literal["linear", "cat", "svd"]
 """A way to combine adapters, see `PointPeftModel.add_weighted_adapter`."""
@@ -218,10 +218,13 @@ def require(holds: bool, config: object, name: str, allowed: str) -> None:
 
 
 def _check_fields(config: Any) -> None:
-    """Freeze what is given for the fields, so that it can be hashed and not changed, and check it against the hints."""
+    """Freeze what is given for the fields, so that it can be hashed, and check it against their annotations."""
     for name, hint in hints_of(config.__class__).items():
         object.__setattr__(config, name, frozen(getattr(config, name)))
         require(fits(getattr(config, name), hint), config, name, spell(hint))
+    for name, limits in limits_of(config.__class__).items():
+        for limit in limits if getattr(config, name) is not None else ():
+            require(limit.holds(getattr(config, name)), config, name, limit.words)
 
 
 def _values(config: Any) -> dict[str, Any]:

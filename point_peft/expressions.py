@@ -71,7 +71,7 @@ def match_expression(
         raise MatchError(f"{field}: {shortened(pattern)} is not a regular expression: {error}") from error
     except _Unsupported as error:
         raise MatchError(f"{field}: {shortened(pattern)} uses {error}, which is not supported here") from error
-    found, steps = [], MAX_STEPS - MAX_STEPS // share
+    matched, steps = [], MAX_STEPS - MAX_STEPS // share
     for name in names:
         scan = _Scan(name)
         scan.steps = steps
@@ -80,14 +80,14 @@ def match_expression(
         except _TooMuchWork as error:
             raise MatchError(f"{field}: {shortened(pattern)} takes too long to match") from error
         if ends >> len(name) & 1:
-            found.append(name)
+            matched.append(name)
         steps = scan.steps
-    if required and not found:
+    if required and not matched:
         hint = ""
         if any(name == pattern or name.endswith("." + pattern) for name in names):
             hint = f"; a string is a regular expression for the whole name, a list [{pattern!r}] matches its end"
         raise no_match(pattern, names, what, field, hint)
-    return tuple(found)
+    return tuple(matched)
 
 
 def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Matcher:

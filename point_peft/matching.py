@@ -38,7 +38,7 @@ def match_names(
     names = [name for name in dict.fromkeys(names) if name]
     if isinstance(patterns, str):
         return match_expression(patterns, names, what, field, required, share)
-    found: set[str] = set()
+    meant: set[str] = set()
     for entry in patterns:
         if not isinstance(entry, str) or not entry:
             raise MatchError(f"{field}: an entry must be a non-empty string, not {entry!r}")
@@ -47,5 +47,5 @@ def match_names(
             is_name = entry.replace(".", "").isidentifier() or entry.replace(".", "").isalnum()
             hint = "" if is_name else "; a list holds names, a regular expression is given as one string"
             raise no_match(entry, names, what, field, hint)
-        found.update(hits)
-    return tuple(name for name in names if name in found)
+        meant.update(hits)
+    return tuple(name for name in names if name in meant)

@@ -14,14 +14,12 @@ from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.heads import HeadSource
 from point_peft.adapting.site import CHILD, SITE
 from point_peft.anatomy.description import Anatomy
-from point_peft.anatomy.presets import known_anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError, PointPeftError
 from point_peft.hub.place import Token
 from point_peft.running.forward import close_forward, mark, open_forward, opened, reopen, replica
-from point_peft.running.nested import call_arguments
 from point_peft.running.reading import depth, unwind
-from point_peft.tracing.understanding import trace, verified
+from point_peft.tracing import understand
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -198,26 +196,15 @@ def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     >>> [block.path for block in describe(backbone).blocks]
     ['blocks.blocks.0', 'blocks.blocks.1']
     """
-    anatomy = _anatomy(model, example_inputs or None)
-    if isinstance(anatomy, AnatomyError):
-        raise anatomy
-    return anatomy
+    return understand(model, example_inputs or None)
 
 
 def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | AnatomyError:
-    """The anatomy of a model as far as it is known, or why it is not."""
-    known = known_anatomy(model)
-    if example_inputs is None:
-        kind = type(model).__name__
-        return known or AnatomyError(
-            f"no preset describes {kind}: pass example_inputs=(...), two or more clouds, to let one forward be traced"
-        )
-    args, kwargs = call_arguments(example_inputs)
+    """The anatomy of a model, or why it is not known."""
     try:
-        traced = trace(model, args, kwargs)
+        return understand(model, example_inputs)
     except AnatomyError as error:
-        return known or error
-    return traced if known is None else verified(known, traced)
+        return error
 
 
 def _check_plain(model: nn.Module) -> None:

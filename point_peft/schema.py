@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from point_peft.errors import PointPeftError, quoted
 
@@ -44,6 +44,24 @@ class FrozenMapping(Mapping[str, V]):
         return repr(self._items)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Values that a field may have, in words and as a test: an entry of `Annotated`. None is always allowed by it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: int) -> Limit:
+    """The limit of numbers from `least` on."""
+    return Limit(f"{least} or more", lambda value: value >= least)
+
+
+Count = Annotated[int, at_least(1)]
+Factor = Annotated[float, Limit("more than 0", lambda value: value > 0)]
+Dropout = Annotated[float, Limit("0 or more and less than 1", lambda value: 0 <= value < 1)]
+
+
 class MisfitError(PointPeftError):
     """A JSON value is not what an annotation asks for; the text names the innermost value that is not."""
 
@@ -61,7 +79,7 @@ def frozen(value: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation asks for, of a dataclass only whether it is one of that class.
+    """Tell whether a value is what an annotation asks for, of a dataclass only whether it is one of that class.
 
     A bool is no int here, an int is a float, both have limits; sequences are tuples, mappings are frozen.
     """
@@ -105,9 +123,16 @@ def spell(hint: Any) -> str:
 
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """The annotations of the fields of a dataclass."""
+    """The annotations of the fields of a dataclass, without limits."""
     hints = get_type_hints(kind)
     return {item.name: hints[item.name] for item in fields(kind)}
+
+
+@functools.cache
+def limits_of(kind: type) -> dict[str, tuple[Limit, ...]]:
+    """The limits of the fields of a dataclass that have any."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {item.name: get_args(hint)[1:] for item in fields(kind) if get_origin(hint := hints[item.name]) is Annotated}
 
 
 def to_json(value: Any) -> Any:
@@ -120,7 +145,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any, hint: Any) -> Any:
-    """What an annotation asks for, from the JSON value that `to_json` gave; raises `MisfitError` for anything else."""
+    """The value that `to_json` turned into this JSON value; raises `MisfitError` if the annotation does not fit it."""
     origin, options = get_origin(hint), get_args(hint)
     if origin in _UNIONS:
         if value is None and types.NoneType in options:

@@ -1,4 +1,4 @@
-"""What the library understands of a backbone: blocks, stages, token layout, coordinates, heads.
+"""A backbone as the library understands it: blocks, stages, token layout, coordinates, heads.
 
 The blocks are found by their structure: an attention, a norm and a linear layer outside the attention. What structure
 does not tell, such as where the token coordinates come from, is data for known `families`, or is found in one
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Layout = Literal["bgc", "gbc", "packed"]
-"""How the tokens that a block receives are laid out: (b, g, c), sequence first (g, b, c), or all samples' in (n, c)."""
+"""The layout of the tokens that a block receives: (b, g, c), sequence first (g, b, c), or all samples' in (n, c)."""
 Steps = tuple[int | str, ...]
 """The way to a tensor inside nested tuples, lists and mappings: numbers and names of items."""
 
@@ -64,7 +64,7 @@ class Block:
 
     @property
     def attention_kind(self) -> str:
-        """How query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention."""
+        """The way query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention."""
         return {0: "nn.MultiheadAttention", 1: "one fused projection"}.get(len(self.qkv), "split projections")
 
 
@@ -95,7 +95,7 @@ class Stage:
     position_embedding: str | None = None
     """The module that turns coordinates (b, g, 3) into positions (b, g, c)."""
     position: Literal["every_block", "once"] = "every_block"
-    """Whether the positional embedding is added before every block or before the first only."""
+    """Added before every block, or before the first only."""
     masks: tuple[Steps, ...] = ()
     """Arguments of a block that say which token may attend to which (..., l, l). What they hold is not assumed."""
     mask_visible: bool = False
@@ -103,9 +103,9 @@ class Stage:
     padding_masks: tuple[Steps, ...] = ()
     """Arguments of a block that say which tokens (b, l) are padding."""
     prompts: bool = True
-    """Whether prompts can be put among the tokens and are attended there."""
+    """True if prompts can be put among the tokens and are attended there."""
     unknown: str = ""
-    """What could not be established, so that no method can use it."""
+    """The reason why something could not be established, so that no method can use it."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -114,7 +114,7 @@ class Stage:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether prompts can be put among the tokens: not where these are packed, and attended in patches."""
+        """True if prompts can be put among the tokens: not where these are packed, and attended in patches."""
         return self.prompts and self.layout != "packed"
 
 
@@ -138,7 +138,7 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What a backbone is made of. `str()` gives a readable summary; `dataclasses.replace` corrects a part of it."""
+    """The make of a backbone. `str()` gives a readable summary; `dataclasses.replace` corrects a part of it."""
 
     source: str
     """The preset that supplied what structure does not tell, `traced`, or whatever the user wrote."""
@@ -149,9 +149,9 @@ class Anatomy:
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     last_block_calls: int = 1
-    """How often the block that the prior is taken after runs in one forward."""
+    """Runs, in one forward, of the block that the prior is taken after."""
     patches_read: bool = True
-    """Whether the prediction depends on what the last block makes of the patch tokens, and not on the prefix alone."""
+    """True if the prediction depends on what the last block makes of the patch tokens, and not on the prefix alone."""
     reads: tuple[Read, ...] = ()
     uncalled: tuple[str, ...] = ()
     """Modules with parameters of their own that a traced forward neither called nor read."""
@@ -162,7 +162,7 @@ class Anatomy:
         return tuple(block for stage in self.stages for block in stage.blocks)
 
     def agrees(self, other: Anatomy) -> bool:
-        """Whether another says the same, from whatever source it knows it."""
+        """Tell whether another says the same, from whatever source it knows it."""
         return replace(self, source=other.source) == other
 
     @property
@@ -177,7 +177,7 @@ class Anatomy:
 
     @property
     def adaptable(self) -> dict[str, str]:
-        """What can be adapted how: kind of part -> where it can go."""
+        """Kind of part -> where it can go."""
         blocks, total = self.blocks, len(self.blocks)
         located = [stage for stage in self.stages if stage.coordinates is not None]
         linears = sum(len(b.qkv) + len(b.linears) + (b.projection is not None) for b in blocks)

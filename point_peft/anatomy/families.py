@@ -1,9 +1,10 @@
-"""What the structure of known families of models does not tell, as data: one `Preset` a family."""
+"""Families of models, as data: a `Preset` each for what structure does not tell; a variant says what differs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from point_peft.anatomy.description import Layout, Steps, Tap
 
@@ -27,7 +28,7 @@ class StagePreset:
     patch_tokens: tuple[str, ...] = ()
     """Modules that make the patch embedding; those that exist run one after another, the output of the last is it."""
     neighbourhoods: bool = False
-    """Whether the first of them gets nothing but neighbourhoods (b, g, k, 3)."""
+    """True if the first of them gets nothing but neighbourhoods (b, g, k, 3)."""
     layout: Layout = "bgc"
     tokens: Steps = (0,)
     outputs: tuple[Steps, ...] = ((),)
@@ -57,9 +58,14 @@ class Preset:
     final_norms: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     patches_read: bool = True
-    """Whether the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
+    """True if the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
     reads: str | None = None
     """A regular expression for modules that are not called: their parent reads their weights."""
+
+
+def variant(preset: Preset, *, stage: Mapping[str, Any], **differs: Any) -> Preset:
+    """A preset of one stage with other fields, and with other fields of its stage."""
+    return replace(preset, stages=(replace(preset.stages[0], **stage),), **differs)
 
 
 _PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
@@ -88,82 +94,101 @@ _GRAPH_ENCODER = StagePreset(
 )
 _SCENE_HEADS = ("seg_head", "cls_head")
 _EMBEDDED = Tap(module="pos_embed", side="input")
+# Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
+_POINT_MAE = Preset(
+    name="Point-MAE family",
+    requires=("blocks.blocks.0", "group_divider", "encoder", "pos_embed", "norm"),
+    absent=("h_encoder", "generator_blocks"),
+    stages=(
+        StagePreset(
+            blocks=r"blocks\.blocks\.\d+",
+            coordinates=_GROUPED,
+            points=_CLOUD,
+            embedding="pos_embed",
+            patch_tokens=("encoder", "reduce_dim"),
+            neighbourhoods=True,
+        ),
+    ),
+    stem=("group_divider", "encoder", "reduce_dim"),
+    tokens=("cls_token", "img_token", "text_token"),
+    positions=("cls_pos", "img_pos", "text_pos"),
+    final_norms=("norm",),
+    heads=(
+        "cls_head_finetune",
+        "label_conv",
+        "propagation_0",
+        "convs1",
+        "bns1",
+        "convs2",
+        "bns2",
+        "convs3",
+        "convs1_cls",
+        "bns1_cls",
+        "convs2_cls",
+        "bns2_cls",
+        "convs3_cls",
+    ),
+)
+# The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
+_POINT_GPT = Preset(
+    name="PointGPT",
+    requires=("blocks.layers.0", "blocks.ln_f", "group_divider", "encoder", "pos_embed"),
+    stages=(
+        StagePreset(
+            blocks=r"blocks\.layers\.\d+",
+            coordinates=_GROUPED,
+            points=_CLOUD,
+            patch_tokens=("encoder",),
+            neighbourhoods=True,
+            layout="gbc",
+            masks=((1,),),
+        ),
+    ),
+    stem=("group_divider", "encoder"),
+    # As in the original, the positions of the two tokens are exchanged.
+    tokens=("blocks.sos", "cls_token"),
+    positions=("cls_pos", "sos_pos"),
+    final_norms=("blocks.ln_f",),
+    heads=("blocks.cls_norm", "blocks.cls_head_finetune", "cls_norm", "cls_head_finetune", *_PART_SEGMENTATION),
+)
+# Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
+_POINT_M2AE = Preset(
+    name="Point-M2AE family",
+    requires=("h_encoder.encoder_blocks.0.blocks.0", "group_dividers.0", "h_encoder.token_embed.0"),
+    stages=(
+        StagePreset(
+            blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
+            coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
+            embedding="h_encoder.encoder_pos_embeds.{stage}",
+            points=Tap(module="group_dividers.{stage}", side="input"),
+            patch_tokens=("h_encoder.token_embed.{stage}",),
+            masks=((1,),),
+        ),
+    ),
+    stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
+    final_norms=("norm", "h_encoder.encoder_norms.2"),
+    heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
+)
+# Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
+_PTV1 = Preset(
+    name="PTv1",
+    requires=("enc1.1.transformer2", "enc1.0"),
+    stages=(
+        StagePreset(
+            blocks=r"(?:enc|dec)\d+\.\d+",
+            coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
+            samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+            layout="packed",
+            tokens=(0, 1),
+            outputs=((1,),),
+        ),
+    ),
+    heads=("cls",),
+)
 PRESETS: tuple[Preset, ...] = (
-    # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
-    Preset(
-        name="Point-MAE family",
-        requires=("blocks.blocks.0", "group_divider", "encoder", "pos_embed", "norm"),
-        absent=("h_encoder", "generator_blocks"),
-        stages=(
-            StagePreset(
-                blocks=r"blocks\.blocks\.\d+",
-                coordinates=_GROUPED,
-                points=_CLOUD,
-                embedding="pos_embed",
-                patch_tokens=("encoder", "reduce_dim"),
-                neighbourhoods=True,
-            ),
-        ),
-        stem=("group_divider", "encoder", "reduce_dim"),
-        tokens=("cls_token", "img_token", "text_token"),
-        positions=("cls_pos", "img_pos", "text_pos"),
-        final_norms=("norm",),
-        heads=(
-            "cls_head_finetune",
-            "label_conv",
-            "propagation_0",
-            "convs1",
-            "bns1",
-            "convs2",
-            "bns2",
-            "convs3",
-            "convs1_cls",
-            "bns1_cls",
-            "convs2_cls",
-            "bns2_cls",
-            "convs3_cls",
-        ),
-    ),
-    # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
-    Preset(
-        name="PointGPT",
-        requires=("blocks.layers.0", "blocks.ln_f", "group_divider", "encoder", "pos_embed"),
-        stages=(
-            StagePreset(
-                blocks=r"blocks\.layers\.\d+",
-                coordinates=_GROUPED,
-                points=_CLOUD,
-                patch_tokens=("encoder",),
-                neighbourhoods=True,
-                layout="gbc",
-                masks=((1,),),
-            ),
-        ),
-        stem=("group_divider", "encoder"),
-        # As in the original, the positions of the two tokens are exchanged.
-        tokens=("blocks.sos", "cls_token"),
-        positions=("cls_pos", "sos_pos"),
-        final_norms=("blocks.ln_f",),
-        heads=("blocks.cls_norm", "blocks.cls_head_finetune", "cls_norm", "cls_head_finetune", *_PART_SEGMENTATION),
-    ),
-    # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
-    Preset(
-        name="Point-M2AE family",
-        requires=("h_encoder.encoder_blocks.0.blocks.0", "group_dividers.0", "h_encoder.token_embed.0"),
-        stages=(
-            StagePreset(
-                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
-                coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
-                embedding="h_encoder.encoder_pos_embeds.{stage}",
-                points=Tap(module="group_dividers.{stage}", side="input"),
-                patch_tokens=("h_encoder.token_embed.{stage}",),
-                masks=((1,),),
-            ),
-        ),
-        stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
-        final_norms=("norm", "h_encoder.encoder_norms.2"),
-        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
-    ),
+    _POINT_MAE,
+    _POINT_GPT,
+    _POINT_M2AE,
     # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
     Preset(
         name="Uni3D",
@@ -204,23 +229,13 @@ PRESETS: tuple[Preset, ...] = (
         final_norms=("encoder.norm",),
         heads=("prediction",),
     ),
-    # torch-pointcloud's Point-MAE: grouping is a function, what it gives is first seen as the input of pos_embed.
-    Preset(
+    # torch-pointcloud's: grouping is a function, what it gives is first seen as the input of the positional embedding.
+    variant(
+        _POINT_MAE,
         name="torch-pointcloud Point-MAE",
         requires=("blocks.blocks.0", "encoder", "pos_embed", "norm_f", "head"),
         absent=("group_divider",),
-        stages=(
-            StagePreset(
-                blocks=r"blocks\.blocks\.\d+",
-                coordinates=_EMBEDDED,
-                embedding="pos_embed",
-                patch_tokens=("encoder",),
-                neighbourhoods=True,
-            ),
-        ),
-        stem=("encoder",),
-        tokens=("cls_token",),
-        positions=("cls_pos",),
+        stage={"coordinates": _EMBEDDED},
         final_norms=("norm_f",),
         heads=("label_conv", "propagation_0", "head"),
     ),
@@ -242,40 +257,23 @@ PRESETS: tuple[Preset, ...] = (
         final_norms=("encoder.norm",),
         heads=("head",),
     ),
-    Preset(
+    variant(
+        _POINT_GPT,
         name="torch-pointcloud PointGPT",
         requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
         absent=("group_divider",),
-        stages=(
-            StagePreset(
-                blocks=r"blocks\.layers\.\d+",
-                coordinates=_EMBEDDED,
-                patch_tokens=("encoder",),
-                neighbourhoods=True,
-                layout="gbc",
-                masks=((1,),),
-            ),
-        ),
-        stem=("encoder",),
-        tokens=("blocks.sos", "cls_token"),
-        positions=("cls_pos", "sos_pos"),
-        final_norms=("blocks.ln_f",),
+        stage={"coordinates": _EMBEDDED},
         heads=("cls_norm", "head"),
     ),
-    Preset(
+    variant(
+        _POINT_M2AE,
         name="torch-pointcloud Point-M2AE",
         requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
         absent=("group_dividers",),
-        stages=(
-            StagePreset(
-                blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
-                coordinates=Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
-                patch_tokens=("h_encoder.token_embed.{stage}",),
-                masks=((1,),),
-            ),
-        ),
-        stem=("h_encoder.token_embed.0",),
-        final_norms=("norm", "h_encoder.encoder_norms.2"),
+        stage={
+            "coordinates": Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
+            "embedding": None,
+        },
         heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
     ),
     # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.
@@ -295,35 +293,12 @@ PRESETS: tuple[Preset, ...] = (
         stem=("embedding",),
         heads=_SCENE_HEADS,
     ),
-    # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
-    Preset(
-        name="PTv1",
-        requires=("enc1.1.transformer2", "enc1.0"),
-        stages=(
-            StagePreset(
-                blocks=r"(?:enc|dec)\d+\.\d+",
-                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
-                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
-                layout="packed",
-                tokens=(0, 1),
-                outputs=((1,),),
-            ),
-        ),
-        heads=("cls",),
-    ),
-    Preset(
+    _PTV1,
+    variant(
+        _PTV1,
         name="PTv2",
         requires=("patch_embed.blocks.blocks.0", "enc_stages.0.blocks.blocks.0"),
-        stages=(
-            StagePreset(
-                blocks=r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+",
-                coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
-                samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
-                layout="packed",
-                tokens=(0, 1),
-                outputs=((1,),),
-            ),
-        ),
+        stage={"blocks": r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+"},
         heads=_SCENE_HEADS,
     ),
     Preset(

@@ -17,10 +17,9 @@ from point_peft.anatomy.structure import block_width, find_blocks, linear_shape,
 def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
     """The prefixes of paths under which a model's modules hold a backbone of this family; "" for the model itself."""
     first = preset.requires[0]
-    found = [path.removesuffix(first) for path in modules if path.endswith(first)]
     return [
         prefix
-        for prefix in found
+        for prefix in (path.removesuffix(first) for path in modules if path.endswith(first))
         if (not prefix or prefix.endswith("."))
         and all(prefix + other in modules for other in preset.requires)
         and not any(prefix + other in modules for other in preset.absent)
@@ -29,11 +28,11 @@ def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
 
 def from_preset(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, prefix: str) -> Anatomy | None:
     """The anatomy of a model, with all its modules, that has a backbone of this family under a prefix."""
-    found = find_blocks(modules)
+    every_block = find_blocks(modules)
     stages: list[Stage] = []
     for entry in preset.stages:
         pattern = re.compile(re.escape(prefix) + f"(?:{entry.blocks})")
-        blocks = [block for path, block in found.items() if pattern.fullmatch(path)]
+        blocks = [block for path, block in every_block.items() if pattern.fullmatch(path)]
         groups = stage_groups(model, blocks)
         stages += [_stage(model, modules, entry, prefix, number, group) for number, group in enumerate(groups)]
     if not stages:
@@ -49,7 +48,7 @@ def from_preset(model: nn.Module, modules: Mapping[str, nn.Module], preset: Pres
                 row += prefix_rows(known[prefix + name])
     rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
     heads = [prefix + name for name in preset.heads if prefix + name in modules] + _beside(modules, prefix)
-    heads = heads or _unclaimed(modules, preset, prefix, found)
+    heads = heads or _unclaimed(modules, preset, prefix, every_block)
     return Anatomy(
         source=f"preset {preset.name}",
         stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
@@ -95,7 +94,7 @@ def _unclaimed(modules: Mapping[str, nn.Module], preset: Preset, prefix: str, bl
 
 
 def _normalises(module: nn.Module | None) -> bool:
-    """Whether a final norm is there, and not an identity in its place."""
+    """Tell whether a final norm is there, and not an identity in its place."""
     return module is not None and not isinstance(module, nn.Identity)
 
 
@@ -145,7 +144,7 @@ def _stage(
 
 
 def _made_from_coordinates(embedding: nn.Module) -> bool:
-    """Whether the first layer of a positional embedding reads three channels."""
+    """Tell whether the first layer of a positional embedding reads three channels."""
     shapes = [shape for module in embedding.modules() if (shape := linear_shape(module))]
     return bool(shapes) and shapes[0][1] == 3
 
@@ -155,7 +154,7 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
     modules = dict(model.named_modules())
     for preset in PRESETS:
         fitting = (from_preset(model, modules, preset, prefix) for prefix in prefixes(modules, preset))
-        found = [anatomy for anatomy in fitting if anatomy is not None]
-        if found:
-            return found[0] if len(found) == 1 else None
+        anatomies = [anatomy for anatomy in fitting if anatomy is not None]
+        if anatomies:
+            return anatomies[0] if len(anatomies) == 1 else None
     return None

@@ -26,7 +26,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: it says so by its class name and has no children."""
+    """Tell whether a module normalises: it says so by its class name and has no children."""
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
@@ -194,5 +194,5 @@ def stage_groups(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[Block,
 
 
 def prefix_rows(tensor: Tensor) -> int:
-    """How many token rows a prefix tensor (1, rows, c), (rows, c) or (c,) stands for."""
+    """The number of token rows that a prefix tensor (1, rows, c), (rows, c) or (c,) stands for."""
     return tensor.numel() // tensor.shape[-1]

@@ -1,4 +1,4 @@
-"""What compilers and exporters need: one call in their graph, or a loop."""
+"""Sampling and neighbours for compilers and exporters: one call in their graph, or a loop."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Te
         together = min(size, QUERIES)
         same = queries is points and together == size and torch.equal(query_offset, offset)
         blocks = tree if same else build_tree(queries, query_offset, together)
-        found = torch.empty(len(queries), k, dtype=torch.int64, device=points.device)
+        index = torch.empty(len(queries), k, dtype=torch.int64, device=points.device)
         step = max(1, PAIRS // int(torch.bincount(tree.sample).max()))
         for begin in range(0, len(blocks.count), step):
             part = torch.arange(begin, min(begin + step, len(blocks.count)), device=points.device)
@@ -65,10 +65,10 @@ def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Te
             for block, table in leaf_tables(owner, leaf, together * size, 0, len(tree.count)):
                 nearest = nearest_in_leaves(blocks.inside[:, block], table, tree, k)
                 real = torch.arange(together, device=points.device) < blocks.count[block, None]
-                found[blocks.index[block][real]] = nearest[real]
+                index[blocks.index[block][real]] = nearest[real]
         own = counts_of(offset)[samples_of(query_offset, len(queries))]
         missing = torch.arange(k, device=points.device) >= own[:, None]
-        return torch.where(missing, found[:, :1], found)
+        return torch.where(missing, index[:, :1], index)
 
 
 def ragged_farthest_point_sample(

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from point_peft.anatomy.description import Block, Layout, Stage, Tap
 from point_peft.running.tokens import batch_first, is_padding
-from point_peft.tracing.observing import (
-    Trace,
-    channel_weights,
-    gradients_of,
-)
+from point_peft.tracing.observing import Trace, channel_weights, gradients_of
 
 MAX_PREFIX = 16
 """More tokens than this before the patches are not taken for prefix tokens."""
@@ -23,8 +19,8 @@ MAX_PREFIX = 16
 
 def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     path = stage.blocks[0].path
-    found = _coordinates(stage, seen, tokens)
-    if found is None:
+    located = _coordinates(stage, seen, tokens)
+    if located is None:
         return replace(
             stage,
             prompts=False,
@@ -34,7 +30,7 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
                 "config.anatomy"
             ),
         )
-    tap, coordinates, patches, embedding = found
+    tap, coordinates, patches, embedding = located
     layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
     rows = batch_first(tokens, layout)
     g = coordinates.shape[1]
@@ -69,14 +65,12 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
 
 
 def _position_once(stage: Stage, seen: Trace) -> bool:
-    """Whether every block gets what the one before returned, and nothing is added in between."""
-    if len(stage.blocks) < 2:
-        return False
-    return not any(_added(one, two, stage, seen) for one, two in pairwise(stage.blocks))
+    """Tell whether every block gets what the one before returned, and nothing is added in between."""
+    return len(stage.blocks) > 1 and not any(_added(one, two, stage, seen) for one, two in pairwise(stage.blocks))
 
 
 def _added(one: Block, two: Block, stage: Stage, seen: Trace) -> bool:
-    """Whether the second of two blocks gets something else than what the first returned."""
+    """Tell whether the second of two blocks gets something else than what the first returned."""
     made = seen.first(one.path).outputs[stage.outputs[0]]
     given = seen.first(two.path).inputs.get(stage.tokens)
     return given is None or not torch.equal(made, given)
@@ -86,7 +80,7 @@ def _points(seen: Trace, coordinates: Tensor, when: int) -> Tap | None:
     """Where the clouds (b, n, 3) are seen that the coordinates (b, g, 3) are chosen from: in what a module is called
     with that returns these, else in what the model is called with."""
     b, g, _ = coordinates.shape
-    found: Tap | None = None
+    latest: Tap | None = None
     for path, call in seen.before(when):
         if path and not any(
             value.shape == coordinates.shape and torch.equal(value, coordinates) for value in call.outputs.values()
@@ -99,8 +93,8 @@ def _points(seen: Trace, coordinates: Tensor, when: int) -> Tap | None:
             if _consists_of(coordinates, rearrange(value, "b n xyz -> (b n) xyz"))
         ]
         if clouds:
-            found = Tap(module=path, side="input", steps=clouds[0])
-    return found
+            latest = Tap(module=path, side="input", steps=clouds[0])
+    return latest
 
 
 def _tokenizer(seen: Trace, block: str, patches: Tap, coordinates: Tensor) -> tuple[str, ...]:
@@ -127,7 +121,7 @@ def _tokenizer(seen: Trace, block: str, patches: Tap, coordinates: Tensor) -> tu
 
 
 def _neighbourhoods(value: Tensor, centres: Tensor) -> bool:
-    """Whether a tensor (b, g, k, 3) holds neighbourhoods relative to their centres, which are among them."""
+    """Tell whether a tensor (b, g, k, 3) holds neighbourhoods relative to their centres, which are among them."""
     if value.ndim != 4 or value.shape[:2] != centres.shape[:2] or value.shape[3] != 3:
         return False
     return bool((value == 0).all(dim=3).any(dim=2).all())
@@ -184,7 +178,7 @@ def _as_many(coordinates: Tensor, tokens: Tensor) -> bool:
 
 
 def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
-    """Whether every row of `chosen` (b, g, 3) is bit for bit a row of `cloud` (n, 3)."""
+    """Tell whether every row of `chosen` (b, g, 3) is bit for bit a row of `cloud` (n, 3)."""
     rows = rearrange(chosen, "b g xyz -> (b g) xyz")
     if rows.dtype != cloud.dtype:
         return False
@@ -222,7 +216,7 @@ def _embeddings(seen: Trace, block: str, patches: Tensor) -> tuple[Tap | None, l
 
 
 def _rank(seen: Trace, path: str) -> tuple[int, int]:
-    """What tells a positional from a patch embedding: coordinates as input, else the smaller input."""
+    """The order that tells a positional from a patch embedding: coordinates as input, else the smaller input."""
     inputs = list(seen.first(path).inputs.values())
     if not inputs:
         return 9, 0
@@ -230,7 +224,7 @@ def _rank(seen: Trace, path: str) -> tuple[int, int]:
 
 
 def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int) -> bool:
-    """Whether each of a few patch tokens depends on its own row of the coordinates, and on no other."""
+    """Tell whether each of a few patch tokens depends on its own row of the coordinates, and on no other."""
     if tokens.grad_fn is None or coordinates.grad_fn is None:
         return False
     g = coordinates.shape[1]

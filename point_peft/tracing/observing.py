@@ -1,4 +1,4 @@
-"""What can be seen of a model while it runs: every call of its modules, and how what they made depends on what.
+"""Watching a model while it runs: every call of its modules, and how what they made depends on what.
 
 Tensors are kept as they were at the time, and as they are in the autograd graph, which tells dependencies exactly.
 """
@@ -25,7 +25,7 @@ _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_po
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module: tensors by the steps that lead to them, as they were and as they are in the graph."""
 
     when: int
@@ -37,9 +37,9 @@ class Call:
 
 @dataclass
 class Trace:
-    """What was seen while a model ran."""
+    """Calls, reads and clouds that were seen while a model ran."""
 
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     """Module path -> its calls, in the order in which modules were first called."""
     clouds: list[Tensor] = field(default_factory=list)
     """Coordinates (n, 3) of all points that the model was given, by input."""
@@ -52,13 +52,13 @@ class Trace:
     uses: Mapping[int, int] = field(default_factory=dict)
     """Parameter, by its identity -> how many functions were given it."""
     samples: int = 0
-    """How many clouds the example holds, as far as packed inputs tell."""
+    """The number of clouds in the example, as far as packed inputs tell."""
     output: Any = None
 
-    def first(self, path: str) -> Call:
+    def first(self, path: str) -> ModuleCall:
         return self.calls[path][0]
 
-    def before(self, when: int) -> Iterator[tuple[str, Call]]:
+    def before(self, when: int) -> Iterator[tuple[str, ModuleCall]]:
         """The first calls of the modules that began before, in order."""
         for path, calls in self.calls.items():
             if calls[0].when < when:
@@ -88,7 +88,8 @@ class _Reads(TorchFunctionMode):
             id(tensor): path for path, module in model.named_modules() for tensor in module._parameters.values()
         }
         self.running = running
-        self.found: dict[str, str] = {}
+        self.readers: dict[str, str] = {}
+        """Module -> the first other module that used its parameters."""
         self.uses: Counter[int] = Counter()
         """Parameter, by its identity -> how many functions were given it."""
 
@@ -100,7 +101,7 @@ class _Reads(TorchFunctionMode):
             self.uses[id(value)] += 1
             owner = self.owners.get(id(value))
             if owner and self.running and owner not in self.running:
-                self.found.setdefault(owner, self.running[-1])
+                self.readers.setdefault(owner, self.running[-1])
         return func(*args, **kwargs)
 
 
@@ -109,19 +110,19 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wid
     seen = Trace()
 
     def kept(value: Tensor) -> Tensor:
-        """What may be tokens, coordinates or sample numbers is kept as it is now, whatever is done in place later."""
+        """Keep what may be tokens, coordinates or sample numbers as it is now, whatever is done in place later."""
         wanted = value.ndim < 2 or value.shape[-1] in (3, *widths)
         return value.detach().clone() if wanted else value.detach()
 
     paths = {module: path for path, module in model.named_modules()}
     count = 0
     running: list[str] = []
-    open_calls: list[Call] = []
+    open_calls: list[ModuleCall] = []
 
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal count
         live = dict(all_arguments(inputs, named))
-        call = Call(count, {steps: kept(value) for steps, value in live.items()}, live_inputs=live)
+        call = ModuleCall(count, {steps: kept(value) for steps, value in live.items()}, live_inputs=live)
         count += 1
         running.append(paths[module])
         open_calls.append(call)
@@ -151,7 +152,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wid
     finally:
         for handle in handles:
             handle.remove()
-    seen.reads = {owner: reader for owner, reader in reads.found.items() if owner not in seen.calls}
+    seen.reads = {owner: reader for owner, reader in reads.readers.items() if owner not in seen.calls}
     seen.uses = reads.uses
     return seen
 
@@ -195,7 +196,7 @@ def _note_cloud(seen: Trace, value: Tensor) -> None:
 
 
 def _sample_count(value: Tensor) -> int:
-    """How many samples numbers (n,) or ends (b,) of samples speak of, 0 if they do neither."""
+    """The number of samples that sample numbers (n,) or ends of samples (b,) speak of, 0 if they are neither."""
     steps = value.diff()
     if bool((steps < 0).any()) or int(value[0]) < 0:
         return 0
@@ -214,7 +215,7 @@ def reaching(seen: Trace, blocks: Sequence[str]) -> list[str]:
 
 
 def returned(seen: Trace) -> list[Tensor]:
-    """What the model returns, losses apart."""
+    """The tensors that the model returns, losses apart."""
     return [value for value in _tensors(seen.output) if value.ndim and value.grad_fn is not None]
 
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from point_peft.anatomy.description import Stage, Steps, Tap, spell_steps
 from point_peft.geometry.offsets import as_offset
-from point_peft.tracing.observing import (
-    Trace,
-)
+from point_peft.tracing.observing import Trace
 
 
 def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
@@ -41,11 +39,11 @@ def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
         if value.is_floating_point() and may_be_coordinates(value)
     }
     if any(not torch.equal(one, two) for one, two in combinations(alike.values(), 2)):
-        found = ", ".join(f"input{spell_steps(steps)}" for steps in alike)
+        places = ", ".join(f"input{spell_steps(steps)}" for steps in alike)
         return replace(
             packed,
             unknown=(
-                f"'{path}' gets more than one tensor ({n}, 3) that may be the coordinates of its tokens ({found}); "
+                f"'{path}' gets more than one tensor ({n}, 3) that may be the coordinates of its tokens ({places}); "
                 "state which in config.anatomy"
             ),
         )
@@ -70,7 +68,7 @@ def _latest(seen: Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | No
     if fitting:
         steps = list(call.inputs)[fitting[0][1]]
         return Tap(module=block, side="input", steps=steps)
-    found: Tap | None = None
+    last: Tap | None = None
     latest = -1
     for path, other in seen.before(call.when):
         # What holds the block is still running when that begins, and has not returned yet.
@@ -80,12 +78,12 @@ def _latest(seen: Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | No
         for side, values in sides:
             for steps, value in values.items():
                 if other.when >= latest and fits(value):
-                    found, latest = Tap(module=path, side=side, steps=steps), other.when
-    return found
+                    last, latest = Tap(module=path, side=side, steps=steps), other.when
+    return last
 
 
 def _inside(value: Tensor, seen: Trace) -> bool:
-    """Whether points lie within the bounds of an input cloud, as means of its points do; or whole numbers do."""
+    """Tell whether points lie within the bounds of an input cloud, as means of its points do; or whole numbers do."""
     clouds = seen.clouds if value.is_floating_point() else seen.grid
     return (
         any(bool((value >= cloud.amin(0) - 1e-4).all() and (value <= cloud.amax(0) + 1e-4).all()) for cloud in clouds)

@@ -1,4 +1,4 @@
-"""What lies around the blocks, as a trace shows it: stem, heads, norms, prefix tokens."""
+"""The surroundings of the blocks, as a trace shows them: stem, heads, norms, prefix tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from point_peft.anatomy.description import Anatomy, Layout, PrefixParameter, Read, Stage
 from point_peft.anatomy.structure import is_norm, prefix_rows
 from point_peft.running.tokens import batch_first
-from point_peft.tracing.observing import (
-    Trace,
-    channel_weights,
-    connected,
-    gradients_of,
-    returned,
-)
+from point_peft.tracing.observing import Trace, channel_weights, connected, gradients_of, returned
 
 
 def whole_anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list[str]) -> Anatomy:
@@ -76,7 +70,7 @@ def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
 
 
 def _patches_read(stage: Stage, seen: Trace) -> bool:
-    """Whether what the last block makes of the patch tokens has an influence on what the model returns."""
+    """Tell whether what the last block makes of the patch tokens has an influence on what the model returns."""
     results = returned(seen)
     tokens = seen.calls[stage.blocks[-1].path][-1].live_outputs[stage.outputs[0]]
     if stage.unknown or stage.layout == "packed" or not results:
@@ -117,15 +111,15 @@ def _prefix_parameters(model: nn.Module, stage: Stage, seen: Trace) -> list[Pref
         for one, two in pairwise(stage.blocks):
             given = seen.first(two.path).live_inputs[stage.tokens]
             added.append(given - seen.first(one.path).live_outputs[stage.outputs[0]])
-    found: dict[str, PrefixParameter] = {}
+    prefix: dict[str, PrefixParameter] = {}
     for row in range(stage.prefix_tokens):
         again = [{name for name, _ in _additive(change, row, stage.layout, small)} for change in added]
         for name, own in _additive(tokens, row, stage.layout, small):
             times = sum(name in names for names in again)
-            if name not in found and times in (0, len(again)):  # and not before some of the blocks only
+            if name not in prefix and times in (0, len(again)):  # and not before some of the blocks only
                 role: Literal["token", "position"] = "position" if times else "token"
-                found[name] = PrefixParameter(name=name, role=role, row=row - own)
-    return sorted(found.values(), key=lambda parameter: (parameter.role == "position", parameter.row))
+                prefix[name] = PrefixParameter(name=name, role=role, row=row - own)
+    return sorted(prefix.values(), key=lambda parameter: (parameter.role == "position", parameter.row))
 
 
 def _additive(

@@ -26,7 +26,7 @@ class Probe:
     stage: Stage
     prompts: Tensor
     result: Tensor | None = None
-    """What the first block makes of the other tokens."""
+    """The other tokens as the first block returns them."""
 
 
 def with_prompts(stage: Stage, again: Callable[[Probe], None]) -> Stage:
@@ -54,7 +54,8 @@ def with_prompts(stage: Stage, again: Callable[[Probe], None]) -> Stage:
     return replace(stage, prompts=False)
 
 
-def probed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], probe: Probe) -> None:
+def run_probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], probe: Probe) -> None:
+    """Run the model with the probe's prompts in its blocks, and note in the probe what came of it."""
     stage = probe.stage
     dim, at = token_dim(stage.layout), stage.prefix_tokens or 0
     paths = {model.get_submodule(block.path): block.path for block in stage.blocks}

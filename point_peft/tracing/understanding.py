@@ -1,9 +1,10 @@
-"""The anatomy of a backbone that no preset describes, from one traced forward; what is not verified is refused.
+"""The one door to the anatomy of a backbone: what a preset says of it, and what a traced forward shows.
 
-Names play no part. Coordinates of dense tokens are a tensor (b, g, 3) whose points are all points of the input cloud.
-That they are in the order of the tokens is verified: they are what the positional embedding is made from, whose sum
-with the patch embedding is what the first block gets, or else the gradient of each token to the coordinates lies on its
-own. What is added to prefix tokens is told by its gradient too. Then prompts are tried.
+In a trace names play no part, and what is not verified is refused. Coordinates of dense tokens are a tensor (b, g, 3)
+whose points are all points of the input cloud. That they are in the order of the tokens is verified: they are what the
+positional embedding is made from, whose sum with the patch embedding is what the first block gets, or else the gradient
+of each token to the coordinates lies on its own. What is added to prefix tokens is told by its gradient too. Then
+prompts are tried.
 """
 
 from __future__ import annotations
@@ -15,19 +16,40 @@ import torch
 from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Block, Stage
+from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import block_width, find_blocks, mlp_entrance, stage_groups
 from point_peft.errors import AnatomyError
 from point_peft.running.forward import eval_mode
+from point_peft.running.nested import call_arguments
 from point_peft.tracing.dense import dense_stage
-from point_peft.tracing.observing import (
-    Trace,
-    gradients,
-    observe,
-    reaching,
-)
+from point_peft.tracing.observing import Trace, gradients, observe, reaching
 from point_peft.tracing.packed import packed_stage
 from point_peft.tracing.surroundings import whole_anatomy
-from point_peft.tracing.trial import Probe, probed, with_prompts
+from point_peft.tracing.trial import Probe, run_probe, with_prompts
+
+
+def understand(model: nn.Module, example_inputs: Any = None) -> Anatomy:
+    """The anatomy of a model: what a preset says of its family, which a forward on example inputs verifies or replaces.
+
+    Example inputs are a tensor, a tuple of positional or a dict of named arguments, of two or more clouds; without them
+    the model is not run. Raises `AnatomyError` if nothing is known, with what the forward lacks.
+    """
+    known = known_anatomy(model)
+    if example_inputs is None:
+        if known is None:
+            raise AnatomyError(
+                f"no preset describes {type(model).__name__}: pass example_inputs=(...), two or more clouds, to let "
+                "one forward be traced"
+            )
+        return known
+    args, kwargs = call_arguments(example_inputs)
+    try:
+        traced = trace(model, args, kwargs)
+    except AnatomyError:
+        if known is None:
+            raise
+        return known
+    return traced if known is None else _verified(known, traced)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
@@ -62,14 +84,14 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         def again(probe: Probe) -> None:
             torch.random.set_rng_state(state)
             with torch.no_grad():
-                probed(model, args, kwargs, probe)
+                run_probe(model, args, kwargs, probe)
 
         stages = [with_prompts(stage, again) for stage in stages]
         return whole_anatomy(model, stages, seen, dead=[path for path in called if path not in live])
 
 
-def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
-    """What a preset says of a model, as far as a traced forward bears it out; where it does not, what was traced."""
+def _verified(known: Anatomy, traced: Anatomy) -> Anatomy:
+    """A preset's anatomy as far as a traced forward bears it out; where it does not, what was traced."""
     packed = all(stage.layout == "packed" for stage in known.stages)
     if [_skeleton(stage) for stage in known.stages] != [_skeleton(stage) for stage in traced.stages]:
         # Of packed tokens an example of one cloud does not tell enough.
@@ -82,10 +104,10 @@ def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
                 stage,
                 blocks=tuple(
                     replace(block, mlp_norm=seen.mlp_norm)
-                    for block, seen in zip(stage.blocks, found.blocks, strict=True)
+                    for block, seen in zip(stage.blocks, shown.blocks, strict=True)
                 ),
             )
-            for stage, found in zip(known.stages, traced.stages, strict=True)
+            for stage, shown in zip(known.stages, traced.stages, strict=True)
         ),
         prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
         heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
@@ -95,7 +117,7 @@ def verified(known: Anatomy, traced: Anatomy) -> Anatomy:
 
 
 def _skeleton(stage: Stage) -> tuple[Any, ...]:
-    """What must be right of a stage for anything to be put into it."""
+    """Facts about a stage that must be right for anything to be put into it."""
     blocks = tuple(block.path for block in stage.blocks)
     position = stage.position if stage.prefix_tokens and len(blocks) > 1 else None
     return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
@@ -115,12 +137,12 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
         )
     steps, tokens = candidates[0]
     outputs = tuple(
-        found for found, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
+        place for place, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
     )
     if not outputs:
         raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
     # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
-    outputs = (outputs[0], *(found for found in outputs[1:] if found[-1:] == ("features",)))
+    outputs = (outputs[0], *(place for place in outputs[1:] if place[-1:] == ("features",)))
     stage = Stage(
         blocks=tuple(_with_mlp_norm(block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
     )

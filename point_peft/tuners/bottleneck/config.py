@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Block
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.sequence import at_mlp, mlp_of
+from point_peft.schema import Dropout, Limit
 from point_peft.tuners.bottleneck.parts import ParallelPart, SerialPart
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -28,20 +29,14 @@ class BottleneckConfig(TunerConfig):
 
     placement: Literal["houlsby", "pfeiffer", "adaptformer"] = "pfeiffer"
     """After attention and MLP, after the MLP, or beside the MLP."""
-    width: int | None = None
+    width: Annotated[int | None, Limit("1 or more, or None", lambda width: width >= 1)] = None
     """The channels r in the middle; None: 64 for "adaptformer", else 16."""
-    scale: float | None = None
+    scale: Annotated[float | None, Limit("more than 0, or None", lambda scale: scale > 0)] = None
     """The factor s of what is added; None: 0.1 for "adaptformer", else 1."""
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
     """Dropout in the middle."""
     activation: Literal["gelu", "relu"] | None = None
     """None: as published, GELU for "houlsby", else ReLU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.width is None or self.width >= 1, self, "width", "1 or more, or None")
-        require(self.scale is None or self.scale > 0, self, "scale", "more than 0, or None")
-        require(0.0 <= self.dropout < 1.0, self, "dropout", "0 or more and less than 1")
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)

@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Block, Stage
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.scale_shift import block_sites, channels_of, key_layers, patch_taps
 from point_peft.parts.sequence import at_mlp, check_takes_prompts, mlp_of
+from point_peft.schema import Count, Dropout
 from point_peft.tuners.dapt.parts import (
     AdapterPart,
     DynamicAdapter,
@@ -37,9 +38,9 @@ class DAPTConfig(TunerConfig):
 
     method: ClassVar[str] = "DAPT"
 
-    width: int = 64
+    width: Count = 64
     """The channels r in the middle of the adapter; 72 was published for ModelNet40."""
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """Of the adapter."""
     internal_prompts: bool = True
     """Let each block make a prompt for the blocks after it."""
@@ -49,11 +50,6 @@ class DAPTConfig(TunerConfig):
     """Prefix tokens and positions that are trained; None: all."""
     init: Literal["identity", "published"] = "identity"
     """The start of gamma and beta: at one and zero, or normally distributed around them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.width >= 1, self, "width", "1 or more")
-        require(0.0 <= self.dropout < 1.0, self, "dropout", "0 or more and less than 1")
 
     @property
     def identity_at_init(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from point_peft.anatomy.description import Anatomy, Block, Tap
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
@@ -15,6 +15,7 @@ from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter
 from point_peft.parts.quick_bottleneck import quick_bottleneck
 from point_peft.parts.sequence import check_located, check_takes_prompts
+from point_peft.schema import Count, Dropout, Factor, Limit, at_least
 from point_peft.tuners.ga_prompt.parts import CloudPart, Geometry, ShapedPart, ShapeState, shape_mlp
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 
@@ -25,52 +26,37 @@ class GAPromptConfig(TunerConfig):
 
     method: ClassVar[str] = "GA_PROMPT"
 
-    num_prompts: int = 10
+    num_prompts: Annotated[int, at_least(0)] = 10
     """Prompts p that each of the prompt layers gets."""
-    prompt_layers: int = 6
+    prompt_layers: Annotated[int, at_least(0)] = 6
     """The number of adapted blocks that get prompts, counted from the first."""
     shift: bool = True
     """Let a shift net move the points of the cloud and give its shape to prompts and adapters."""
-    shift_scale: float = 0.8
-    shift_centres: int = 128
+    shift_scale: Factor = 0.8
+    shift_centres: Annotated[int, at_least(2)] = 128
     """Centres of the shift net's first level, half as many of its second: as many as the backbone has tokens."""
-    shift_neighbours: int = 32
+    shift_neighbours: Annotated[int, at_least(2)] = 32
     """Points in a neighbourhood of its first level, half as many of its second."""
-    shape_width: int = 16
-    shape_scale: float = 0.5
-    point_prompts: int = 5
+    shape_width: Count = 16
+    shape_scale: Factor = 0.5
+    point_prompts: Annotated[int, at_least(0)] = 5
     """Learned points that join the cloud."""
-    point_prompt_factor: float = 5.0
+    point_prompt_factor: Factor = 5.0
     """Their factor, by which they learn faster."""
-    adapter_width: int = 16
-    adapter_dropout: float = 0.1
-    adapter_scale: float = 0.7
-    centre_ratio: float = 0.5
+    adapter_width: Count = 16
+    adapter_dropout: Dropout = 0.1
+    adapter_scale: Factor = 0.7
+    centre_ratio: Annotated[float, Limit("more than 0 and at most 1", lambda ratio: 0 < ratio <= 1)] = 0.5
     """Centres of neighbourhoods per patch token."""
-    neighbours: int = 16
+    neighbours: Count = 16
     """Tokens in a neighbourhood, at most as many as there are tokens."""
-    propagation_scale: float = 0.3
-    centre_scale: float = 0.3
+    propagation_scale: Annotated[float, at_least(0)] = 0.3
+    centre_scale: Annotated[float, at_least(0)] = 0.3
     geometry: Geometry = "consistent"
     """Prompts are neighbours of patches by coordinates of their own, or "replacement": in the place of the last."""
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all."""
     init: Literal["identity", "published"] = "identity"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_prompts", "prompt_layers", "point_prompts"):
-            require(getattr(self, name) >= 0, self, name, "0 or more")
-        for name in ("shift_centres", "shift_neighbours"):
-            require(getattr(self, name) >= 2, self, name, "2 or more")
-        for name in ("shape_width", "adapter_width", "neighbours"):
-            require(getattr(self, name) >= 1, self, name, "1 or more")
-        for name in ("shift_scale", "shape_scale", "point_prompt_factor", "adapter_scale"):
-            require(getattr(self, name) > 0.0, self, name, "more than 0")
-        for name in ("propagation_scale", "centre_scale"):
-            require(getattr(self, name) >= 0.0, self, name, "0 or more")
-        require(0.0 <= self.adapter_dropout < 1.0, self, "adapter_dropout", "0 or more and less than 1")
-        require(0.0 < self.centre_ratio <= 1.0, self, "centre_ratio", "more than 0 and at most 1")
 
     @property
     def identity_at_init(self) -> bool:

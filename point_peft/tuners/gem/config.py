@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.sequence import check_located
+from point_peft.schema import Count, at_least
 from point_peft.tuners.gem.context_adapter import ContextAdapter
 from point_peft.tuners.gem.parts import GEMPart
 from point_peft.tuners.gem.spatial_adapter import SpatialAdapter
@@ -20,22 +21,15 @@ class GEMConfig(TunerConfig):
 
     method: ClassVar[str] = "GEM"
 
-    spatial_width: int = 16
+    spatial_width: Count = 16
     """The channels r of the sparse convolution."""
-    context_width: int = 36
+    context_width: Count = 36
     """The channels d of the latent tokens and their attention."""
-    num_latents: int = 8
+    # Of one alone, neither a softmax over latents nor a neighbourhood depends on anything.
+    num_latents: Annotated[int, at_least(2)] = 8
     """The latent tokens m of a block."""
-    neighbours: int = 27
+    neighbours: Annotated[int, at_least(2)] = 27
     """The nearest tokens that can lie in the kernel, itself among them; at most as many as there are."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("spatial_width", "context_width"):
-            require(getattr(self, name) >= 1, self, name, "1 or more")
-        # Of one alone, neither a softmax over latents nor a neighbourhood depends on anything.
-        for name in ("num_latents", "neighbours"):
-            require(getattr(self, name) >= 2, self, name, "2 or more")
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)

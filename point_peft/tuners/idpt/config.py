@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.sequence import check_takes_prompts
+from point_peft.schema import Count, Limit
 from point_peft.tuners.idpt.generator import PromptGenerator
 from point_peft.tuners.idpt.parts import FeaturePart, InstancePrompt, PromptPosition
 
@@ -22,18 +23,13 @@ class IDPTConfig(TunerConfig):
 
     method: ClassVar[str] = "IDPT"
 
-    prompt_layer: int | None = None
+    prompt_layer: Annotated[int | None, Limit("a block's number from 0", lambda number: number >= 0)] = None
     """The number of the block that the prompt enters at, counted from 0 over all blocks; None: the last of those that
     are chosen. It stays to the last."""
-    neighbours: int = 20
+    neighbours: Count = 20
     """Nearest tokens in the space of features, at most as many as there are."""
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.neighbours >= 1, self, "neighbours", "1 or more")
-        require(self.prompt_layer is None or self.prompt_layer >= 0, self, "prompt_layer", "a block's number from 0")
 
     @property
     def identity_at_init(self) -> bool:

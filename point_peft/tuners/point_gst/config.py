@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.sequence import check_located, note_stream
+from point_peft.schema import Count, at_least
 from point_peft.tuners.point_gst.parts import SpectralAdapter, SpectralPart, Transform
 
 
@@ -20,19 +21,14 @@ class PointGSTConfig(TunerConfig):
 
     method: ClassVar[str] = "POINT_GST"
 
-    rank: int = 36
+    rank: Count = 36
     """The channels r that are transformed."""
-    local_size: int = 32
+    local_size: Annotated[int, at_least(2)] = 32
     """Tokens in a local graph, at most."""
     transform: Transform = "fourier"
     """U a(U^T h), or with U and U^T exchanged, as published."""
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.rank >= 1, self, "rank", "1 or more")
-        require(self.local_size >= 2, self, "local_size", "2 or more")
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)

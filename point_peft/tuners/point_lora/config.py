@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.second_grouping import CarryingPart, Init, TokenMlps, modules_to_tune, stage_to_group, token_mlp
+from point_peft.schema import Count, Factor, at_least
 from point_peft.tuners.point_lora.low_rank import LowRankPart, SharedMlps
 from point_peft.tuners.point_lora.selection import SelectedTokens, Selection
 
@@ -36,11 +37,11 @@ class PointLoRAConfig(TunerConfig):
 
     method: ClassVar[str] = "POINT_LORA"
 
-    r: int = 8
-    lora_alpha: float = 8
-    shared_mlp_width: int = 32
+    r: Count = 8
+    lora_alpha: Factor = 8
+    shared_mlp_width: Annotated[int, at_least(0)] = 32
     shared_mlp_scale: float = 1.0
-    token_mlp_width: int = 32
+    token_mlp_width: Count = 32
     num_groups: Sequence[int] = (128, 64)
     group_size: Sequence[int] = (32, 64)
     num_selected: Sequence[int] = (32, 8)
@@ -51,10 +52,6 @@ class PointLoRAConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.r >= 1, self, "r", "1 or more")
-        require(self.lora_alpha > 0, self, "lora_alpha", "more than 0")
-        require(self.shared_mlp_width >= 0, self, "shared_mlp_width", "0 or more")
-        require(self.token_mlp_width >= 1, self, "token_mlp_width", "1 or more")
         sizes = min(self.num_groups, default=0)
         require(sizes >= 1, self, "num_groups", "one number or more, each 1 or more")
         count = len(self.num_groups)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.second_grouping import Init, modules_to_tune, stage_to_group
 from point_peft.parts.sequence import note_stream
+from point_peft.schema import Count
 from point_peft.tuners.ppt.parts import PositionMlps, PromptedBlock, PromptGrouping
 
 
@@ -27,17 +28,12 @@ class PPTConfig(TunerConfig):
 
     method: ClassVar[str] = "PPT"
 
-    num_groups: int = 128
-    group_size: int = 32
-    mlp_width: int = 256
+    num_groups: Count = 128
+    group_size: Count = 32
+    mlp_width: Count = 256
     init: Init = "identity"
     tuned_modules: str | Sequence[str] | None = None
     tuned_tokens: str | Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_groups", "group_size", "mlp_width"):
-            require(getattr(self, name) >= 1, self, name, "1 or more")
 
     @property
     def identity_at_init(self) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from point_peft.anatomy.description import Block, Stage
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.sequence import check_located
+from point_peft.schema import Count, Limit
 from point_peft.tuners.stag.parts import SidePart
 from point_peft.tuners.stag.side_network import SideNetwork
 
@@ -29,20 +30,13 @@ class STAGConfig(TunerConfig):
     size: Literal["std", "sl"] = "std"
     """Standard: the same modules at all blocks. Slightly large: a down-projection for three blocks each, and a graph
     module for two."""
-    width: int = 192
+    width: Count = 192
     """The channels w of the side tokens."""
-    neighbours: int = 8
+    neighbours: Count = 8
     """Tokens in a neighbourhood, itself among them; at most as many as there are."""
-    first_graph_layer: int | None = None
+    first_graph_layer: Annotated[int | None, Limit("a block number from 0, or None", lambda number: number >= 0)] = None
     """The number of the first block that the side network displaces tokens after; None: half the number of blocks."""
     init: Literal["identity", "published"] = "identity"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "neighbours"):
-            require(getattr(self, name) >= 1, self, name, "1 or more")
-        first = self.first_graph_layer
-        require(first is None or first >= 0, self, "first_graph_layer", "a block number from 0, or None")
 
     @property
     def identity_at_init(self) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from point_peft.config import TunerConfig, require
+from point_peft.config import TunerConfig
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.sequence import check_takes_prompts
+from point_peft.schema import Count, Dropout
 from point_peft.tuners.vpt.parts import DeepPrompts, ShallowPrompts
 
 
@@ -18,17 +19,12 @@ class VPTConfig(TunerConfig):
 
     method: ClassVar[str] = "VPT"
 
-    num_prompts: int = 10
+    num_prompts: Count = 10
     """Prompts p that a block gets."""
     mode: Literal["deep", "shallow"] = "deep"
     """Prompts of its own for each block, or one set that enters at the first block of a stage and stays to its last."""
-    prompt_dropout: float = 0.0
+    prompt_dropout: Dropout = 0.0
     """Dropout of the prompts' channels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_prompts >= 1, self, "num_prompts", "1 or more")
-        require(0.0 <= self.prompt_dropout < 1.0, self, "prompt_dropout", "0 or more and less than 1")
 
     @property
     def identity_at_init(self) -> bool:
