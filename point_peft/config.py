@@ -7,7 +7,7 @@ the methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from point_peft.anatomy.checking import anatomy_from_json
-from point_peft.anatomy.description import Anatomy, Block
+from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.errors import PointPeftError, quoted
-from point_peft.parts.backbone import Backbone
+from point_peft.matching import match_names
+from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
 from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, limits_of, spell, to_json
 
@@ -71,6 +72,31 @@ class TunerConfig(ABC):
     def chosen_blocks(self, backbone: Backbone) -> tuple[tuple[int, Block], ...]:
         """(number, block) of the blocks that are meant, for methods whose `target_modules` name blocks."""
         return backbone.select_blocks(self.method, self.target_modules, self.exclude_modules, self.layers_to_transform)
+
+    def chosen_stages(self, backbone: Backbone) -> list[tuple[int, Stage, list[Block]]]:
+        """(number, stage, blocks) of the stages that have blocks that are meant, with these."""
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        stages = enumerate(backbone.known_anatomy(self.method).stages)
+        split = [(number, stage, [block for block in chosen if block in stage.blocks]) for number, stage in stages]
+        return [entry for entry in split if entry[2]]
+
+    def chosen_modules(
+        self, backbone: Backbone, inside: Callable[[Block], Iterable[str]], ahead: Iterable[str] = ()
+    ) -> list[str]:
+        """Paths of the modules that are meant, for methods whose `target_modules` name modules.
+
+        None means those `inside` every block and, unless `layers_to_transform` leaves some out, those `ahead` of the
+        blocks and the final norms.
+        """
+        blocks = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
+        within = None if self.layers_to_transform is None else blocks
+        if self.target_modules is not None:
+            paths = list(match_names(self.target_modules, list(backbone.modules)))
+        else:
+            paths = [path for block in blocks for path in inside(block)]
+            if within is None:
+                paths = [*ahead, *paths, *backbone.known_anatomy(self.method).final_norms]
+        return narrowed(paths, self.method, self.exclude_modules, within)
 
     @property
     def identity_at_init(self) -> bool:

@@ -147,20 +147,14 @@ UNFINISHED: dict[str, list[str]] = {
         "what is read in an hour: ",
     ],
     "one name, one thing": [
-        "Call: ",
         "gradients: ",
         "pooled: ",
-        "wide: ",
-        "z_order: ",
     ],
     "not with What, Whether, How or Who": [
         "point_peft/adapting/",
-        "point_peft/anatomy/",
         "point_peft/backbones/",
-        "point_peft/geometry/",
         "point_peft/parts/",
         "point_peft/running/",
-        "point_peft/tracing/",
         "point_peft/tuners/point_peft/",
     ],
 }

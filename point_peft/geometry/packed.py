@@ -17,13 +17,13 @@ from point_peft.geometry.offsets import checked_offset, counts_of, runs_of, samp
 from point_peft.geometry.search import (
     PAIRS,
     QUERIES,
+    along_curve,
     build_tree,
     leaf_tables,
     near_leaves,
     nearest_in_leaves,
     needed_leaves,
-    wide,
-    z_order,
+    packed_points,
 )
 
 
@@ -37,7 +37,7 @@ def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Te
     Queries and points are cut into blocks of near ones. A block of queries goes down the boxes around the points and
     keeps those that can hold a neighbour, then looks at every point of the leaves it is left with.
     """
-    queries, points = wide(queries, "queries"), wide(points, "points")
+    queries, points = packed_points(queries, "queries"), packed_points(points, "points")
     query_offset = checked_offset(query_offset, len(queries), "query_offset")
     offset = checked_offset(offset, len(points), "offset")
     if len(query_offset) != len(offset):
@@ -81,7 +81,7 @@ def ragged_farthest_point_sample(
     along a Z-order curve into blocks of nearly equal size, and each block is sampled like a cloud of its own. No
     gradient. Raises on a ratio outside 0 .. 1.
     """
-    points = wide(points, "points")
+    points = packed_points(points, "points")
     offset = checked_offset(offset, len(points), "offset")
     if not 0 < ratio <= 1:
         raise PointPeftError(f"ragged_farthest_point_sample: ratio must be above 0 and at most 1, got {ratio}")
@@ -94,7 +94,7 @@ def ragged_farthest_point_sample(
         end = count.cumsum(0)
         # The members of a block in the order of their numbers, as its first point and ties depend on it.
         owner = bounds.new_empty(len(points))
-        owner[z_order(points, offset)] = torch.repeat_interleave(size, output_size=len(points))
+        owner[along_curve(points, offset)] = torch.repeat_interleave(size, output_size=len(points))
         member = owner.argsort(stable=True)
         index = member.new_empty(int(count.sum()))
         # Blocks of like size together: no row is padded to twice its length.
@@ -132,7 +132,7 @@ def nearest_weights(queries: Tensor, sources: Tensor, index: Tensor, eps: float 
     Where `ragged_knn` repeats the nearest source for those that are missing, it counts once. Differentiable in queries
     and sources.
     """
-    queries, sources = wide(queries, "queries"), wide(sources, "sources")
+    queries, sources = packed_points(queries, "queries"), packed_points(sources, "sources")
     if index.ndim != 2 or len(index) != len(queries):
         raise PointPeftError(
             f"nearest_weights: index must be (m, k) for {len(queries)} queries, got {tuple(index.shape)}"

@@ -200,7 +200,7 @@ def _gap(low: Tensor, high: Tensor, query: Tensor) -> Tensor:
     return total
 
 
-def z_order(points: Tensor, offset: Tensor) -> Tensor:
+def along_curve(points: Tensor, offset: Tensor) -> Tensor:
     """The points (n,) of each sample in the order of a Z-order curve through the cube around the sample."""
     n = len(points)
     own = samples_of(offset, n)
@@ -216,7 +216,7 @@ def z_order(points: Tensor, offset: Tensor) -> Tensor:
     return order[own[order].argsort(stable=True)]
 
 
-def wide(points: Tensor, name: str) -> Tensor:
+def packed_points(points: Tensor, name: str) -> Tensor:
     """Points (n, 3), half precision widened. Raises if they are something else, or not finite."""
     if points.ndim != 2 or points.shape[1] != 3:
         raise PointPeftError(f"{name} must be (n, 3), got {tuple(points.shape)}")

@@ -82,19 +82,20 @@ class SequencePart(Part):
         return BlockTokens(prefix, inserted, patches)
 
 
-class StreamNote(Part):
-    """At the norm ahead of a block's MLP: notes what it gets, the stream of tokens after the attention."""
+class InputNote(Part):
+    """Notes what its module gets, under a name, for a part at the block that holds the module."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, name: str) -> None:
         super().__init__()
         self.block = block.path
+        self.name = name
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.note((call.adapter, self.tuner, "stream", self.block), args[0] if args else kwargs["input"])
+        call.forward.note((call.adapter, self.tuner, self.name, self.block), (*args, *kwargs.values())[0])
         return args, kwargs
 
 
-def note_stream(block: Block, method: str) -> tuple[str, StreamNote]:
+def note_stream(block: Block, method: str) -> tuple[str, InputNote]:
     """The site and the part that note a block's stream of tokens after the attention."""
     if block.mlp_norm is None:
         raise AnatomyError(
@@ -102,7 +103,7 @@ def note_stream(block: Block, method: str) -> tuple[str, StreamNote]:
             "MLP, and that was not found: name it in config.anatomy (Block.mlp_norm), pass example_inputs, or use "
             "another method"
         )
-    return block.mlp_norm, StreamNote(block)
+    return block.mlp_norm, InputNote(block, "stream")
 
 
 def noted_stream(call: Call, part: SequencePart, like: BlockTokens) -> Tensor:
@@ -117,18 +118,6 @@ def noted_stream(call: Call, part: SequencePart, like: BlockTokens) -> Tensor:
     return torch.cat([noted[:, :ahead], noted[:, noted.shape[1] - g :]], dim=1)
 
 
-class EntranceNote(Part):
-    """Where a block's MLP is no module of its own: notes what its first layer gets, for the part at its last."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block.path
-
-    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.note((call.adapter, self.tuner, "entrance", self.block), (*args, *kwargs.values())[0])
-        return args, kwargs
-
-
 class EntrancePart(Part):
     """A part at a block's MLP that reads what the MLP gets."""
 
@@ -136,7 +125,7 @@ class EntrancePart(Part):
         super().__init__()
         self.block = block.path
         self.noted = mlp_entrance(block) != block.mlp
-        """True where an `EntranceNote` is needed, because this module is only the last layer of the MLP."""
+        """True if an `InputNote` is needed, because this module is only the last layer of the MLP."""
 
     def entrance(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The input of the MLP, in this call of the block."""
@@ -160,7 +149,7 @@ def at_mlp(block: Block, part: EntrancePart) -> list[tuple[str, Part]]:
     """The sites of a part at a block's MLP, and of what notes for it what the MLP gets."""
     entrance = mlp_entrance(block)
     assert block.mlp is not None and entrance is not None  # who asks has seen to it
-    noting: list[tuple[str, Part]] = [(entrance, EntranceNote(block))] if part.noted else []
+    noting: list[tuple[str, Part]] = [(entrance, InputNote(block, "entrance"))] if part.noted else []
     return [*noting, (block.mlp, part)]
 
 

@@ -66,7 +66,7 @@ class Trace:
 
 
 @contextmanager
-def gradients(model: nn.Module) -> Iterator[None]:
+def with_gradients(model: nn.Module) -> Iterator[None]:
     """In here every parameter takes part in the graph; afterwards those that did before."""
     frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
     try:

@@ -22,7 +22,7 @@ from point_peft.errors import AnatomyError
 from point_peft.running.forward import eval_mode
 from point_peft.running.nested import call_arguments
 from point_peft.tracing.dense import dense_stage
-from point_peft.tracing.observing import Trace, gradients, observe, reaching
+from point_peft.tracing.observing import Trace, observe, reaching, with_gradients
 from point_peft.tracing.packed import packed_stage
 from point_peft.tracing.surroundings import whole_anatomy
 from point_peft.tracing.trial import Probe, run_probe, with_prompts
@@ -65,7 +65,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             "the attention"
         )
     devices = sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
-    with gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
+    with with_gradients(model), eval_mode(model.modules()), torch.random.fork_rng(devices):
         state = torch.random.get_rng_state()
         seen = observe(model, args, kwargs, {block_width(model, block) for block in blocks.values()})
         called = [path for path in seen.calls if path in blocks]

@@ -62,23 +62,18 @@ class DAPTConfig(TunerConfig):
         for block in chosen:
             mlp_of(block, self.method)
         plan, prompted = Blueprint(), dict[str, Stage]()
-        for number, stage in enumerate(anatomy.stages):
-            blocks = [block for block in chosen if block in stage.blocks]
-            if blocks and self.position == "once" and stage.position == "every_block":
+        for number, stage, blocks in self.chosen_stages(backbone):
+            if self.position == "once" and stage.position == "every_block":
                 for block in stage.blocks:
                     plan.parts.append((block.path, PositionOnce(stage, number, first=block == stage.blocks[0])))
-            if blocks and self.internal_prompts:
+            if self.internal_prompts:
                 made = self._prompts(backbone, anatomy, number, blocks)
                 plan.parts += made
                 prompted |= {path: stage for path, part in made if part.gamma is not None}
         for block in chosen:
             channels = anatomy.stages[anatomy.stage_of(block)].width
-            part = AdapterPart(
-                DynamicAdapter(channels, self.width, self.dropout),
-                block,
-                prompted=prompted.get(block.path),
-            )
-            plan.parts += at_mlp(block, part)
+            adapter = DynamicAdapter(channels, self.width, self.dropout)
+            plan.parts += at_mlp(block, AdapterPart(adapter, block, prompted=prompted.get(block.path)))
         # After the adapters: where both are at one layer, it is scaled and shifted before they add to it.
         plan.parts += self._scale_shift(backbone, anatomy, chosen)
         if self.init == "published":

@@ -32,18 +32,11 @@ class GEMConfig(TunerConfig):
     """The nearest tokens that can lie in the kernel, itself among them; at most as many as there are."""
 
     def build(self, backbone: Backbone) -> Blueprint:
-        anatomy = backbone.known_anatomy(self.method)
         plan = Blueprint()
-        for _, block in self.chosen_blocks(backbone):
-            number = anatomy.stage_of(block)
-            stage = anatomy.stages[number]
-            check_located(stage, self.method, block.path)
-            part = GEMPart(
-                stage,
-                number,
-                spatial=SpatialAdapter(stage.width, self.spatial_width),
-                context=ContextAdapter(stage.width, self.context_width, self.num_latents),
-                neighbours=self.neighbours,
-            )
-            plan.parts.append((block.path, part))
+        for number, stage, blocks in self.chosen_stages(backbone):
+            check_located(stage, self.method, blocks[0].path)
+            for block in blocks:
+                spatial = SpatialAdapter(stage.width, self.spatial_width)
+                context = ContextAdapter(stage.width, self.context_width, self.num_latents)
+                plan.parts.append((block.path, GEMPart(stage, number, spatial, context, self.neighbours)))
         return plan

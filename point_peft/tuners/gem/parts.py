@@ -18,13 +18,7 @@ class GEMPart(SequencePart):
     prefix = "gem"
 
     def __init__(
-        self,
-        stage: Stage,
-        number: int,
-        *,
-        spatial: SpatialAdapter,
-        context: ContextAdapter,
-        neighbours: int,
+        self, stage: Stage, number: int, spatial: SpatialAdapter, context: ContextAdapter, neighbours: int
     ) -> None:
         super().__init__(stage, number)
         self.spatial = spatial

@@ -33,14 +33,13 @@ class PointGSTConfig(TunerConfig):
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
         plan = Blueprint()
-        for _, block in self.chosen_blocks(backbone):
-            index = anatomy.stage_of(block)
-            stage = anatomy.stages[index]
-            check_located(stage, self.method, block.path)
-            # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
-            scales = 2 if anatomy.patches_read or block != anatomy.blocks[-1] else 0
-            adapter = SpectralAdapter(stage.width, self.rank, self.transform, scales=scales)
-            plan.parts.append((block.path, SpectralPart(stage, index, adapter, self.local_size)))
-            plan.parts.append(note_stream(block, self.method))
+        for index, stage, blocks in self.chosen_stages(backbone):
+            check_located(stage, self.method, blocks[0].path)
+            for block in blocks:
+                # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
+                scales = 2 if anatomy.patches_read or block != anatomy.blocks[-1] else 0
+                adapter = SpectralAdapter(stage.width, self.rank, self.transform, scales=scales)
+                plan.parts.append((block.path, SpectralPart(stage, index, adapter, self.local_size)))
+                plan.parts.append(note_stream(block, self.method))
         tune_prefix(plan, backbone, self.method, self.tuned_tokens)
         return plan

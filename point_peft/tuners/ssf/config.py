@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
-from point_peft.matching import match_names
-from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.scale_shift import block_sites, channels_of, key_layers, patch_taps
 from point_peft.tuners.ssf.parts import PatchPart, ScaleShiftPart
@@ -32,17 +30,9 @@ class SSFConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
-        within = None if self.layers_to_transform is None else chosen
-        patches = patch_taps(anatomy)
-        if self.target_modules is not None:
-            paths: Sequence[str] = match_names(self.target_modules, list(backbone.modules))
-        else:
-            around = ([], []) if within is not None else (list(patches), list(anatomy.final_norms))
-            paths = [*around[0], *(path for block in chosen for path in block_sites(block)), *around[1]]
-        keys = key_layers(anatomy)
+        patches, keys = patch_taps(anatomy), key_layers(anatomy)
         plan = Blueprint()
-        for path in narrowed(paths, self.method, self.exclude_modules, within):
+        for path in self.chosen_modules(backbone, block_sites, ahead=patches):
             module = backbone.modules[path]
             if channels_of(module) is not None:
                 part = ScaleShiftPart(module, shift=path not in keys, only_mergeable=self.only_mergeable)

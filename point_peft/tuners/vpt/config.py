@@ -32,23 +32,13 @@ class VPTConfig(TunerConfig):
         return False
 
     def build(self, backbone: Backbone) -> Blueprint:
-        anatomy = backbone.known_anatomy(self.method)
-        chosen = self.chosen_blocks(backbone)
+        last = backbone.known_anatomy(self.method).blocks[-1]
+        kind = DeepPrompts if self.mode == "deep" else ShallowPrompts
         plan = Blueprint()
-        for number, stage in enumerate(anatomy.stages):
-            blocks = [block for _, block in chosen if block in stage.blocks]
-            if not blocks:
-                continue
+        for number, stage, blocks in self.chosen_stages(backbone):
             check_takes_prompts(stage, self.method, "Use a method that adapts the layers, as LORA or SSF")
             for block in blocks:
-                pooled = block == anatomy.blocks[-1] and bool(backbone.pooled)
-                if self.mode == "deep":
-                    plan.parts.append(
-                        (block.path, DeepPrompts(stage, number, self.num_prompts, self.prompt_dropout, pooled=pooled))
-                    )
-                else:
-                    count = self.num_prompts if block == blocks[0] else 0
-                    plan.parts.append(
-                        (block.path, ShallowPrompts(stage, number, count, self.prompt_dropout, pooled=pooled))
-                    )
+                pooled = block == last and bool(backbone.pooled)
+                count = self.num_prompts if self.mode == "deep" or block == blocks[0] else 0
+                plan.parts.append((block.path, kind(stage, number, count, self.prompt_dropout, pooled=pooled)))
         return plan
