@@ -2,9 +2,6 @@
 
 The one rule for every field that names modules: a list holds names, exact or a dotted suffix; a single string is a
 regular expression for the whole name; every list entry, and every expression, must match something.
-
-An expression may come from a stranger's file, and `re` backtracks without bound. So the expression is only parsed by
-Python; matching it follows the set of all positions that it can have reached, which needs no backtracking.
 """
 
 from __future__ import annotations

@@ -32,17 +32,7 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy) -> None:
     for stage in anatomy.stages:
         named += [tap.module for tap in stage.taps]
         named += [*stage.tokenizer, stage.position_embedding]
-        for block in stage.blocks:
-            named += [
-                block.path,
-                block.attention,
-                *block.qkv,
-                block.projection,
-                *block.norms,
-                block.mlp,
-                *block.linears,
-                block.mlp_norm,
-            ]
+        named += [path for block in stage.blocks for path in (block.path, *block.modules)]
         _check_stage(stage)
     if anatomy_from_json(to_json(anatomy)) != anatomy:
         raise AnatomyError("an anatomy holds tuples, not lists")
@@ -78,8 +68,6 @@ def _check_stage(stage: Stage) -> None:
     if len(set(paths)) != len(paths) or not all(paths):
         raise AnatomyError(f"the blocks of a stage must be different modules of the model, got {paths}")
     for block in stage.blocks:
-        parts = [block.attention, block.mlp, block.mlp_norm, block.projection]
-        parts += [*block.qkv, *block.norms, *block.linears]
-        outside = [part for part in parts if part is not None and not (part + ".").startswith(block.path + ".")]
+        outside = [path for path in block.modules if not (path + ".").startswith(block.path + ".")]
         if outside:
             raise AnatomyError(f"the anatomy says that '{outside[0]}' is a part of block '{block.path}': it is not")

@@ -63,6 +63,12 @@ class Block:
     """The norm ahead of the MLP: what it gets is the stream of tokens after the attention."""
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of all modules in it that have a role."""
+        named = (self.attention, *self.qkv, self.projection, *self.norms, self.mlp, *self.linears, self.mlp_norm)
+        return tuple(path for path in named if path is not None)
+
+    @property
     def attention_kind(self) -> str:
         """The way query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention."""
         return {0: "nn.MultiheadAttention", 1: "one fused projection"}.get(len(self.qkv), "split projections")

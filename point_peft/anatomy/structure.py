@@ -25,6 +25,18 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None if any(module.children()) else (weight.shape[0], weight.shape[1])
 
 
+def weight_to_adapt(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
+    """Name and shape (out, in) of the weight of a linear layer, or of the fused projection in an nn.MultiheadAttention.
+
+    None for anything else, and where query, key and value are of different widths and so are not fused.
+    """
+    shape = linear_shape(module)
+    if shape is not None:
+        return "weight", shape
+    fused = module._parameters.get("in_proj_weight")
+    return None if fused is None else ("in_proj_weight", (fused.shape[0], fused.shape[1]))
+
+
 def is_norm(module: nn.Module) -> bool:
     """Tell whether a module normalises: it says so by its class name and has no children."""
     return "norm" in type(module).__name__.lower() and not any(module.children())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Block, Tap
 from point_peft.anatomy.roles import projects
-from point_peft.anatomy.structure import is_norm, linear_shape
+from point_peft.anatomy.structure import is_norm, weight_to_adapt
 from point_peft.parts.base import Call, Part
 from point_peft.parts.tuned import per_channel
 from point_peft.running.nested import Args, Kwargs, fetch, put
@@ -17,12 +17,9 @@ from point_peft.running.nested import Args, Kwargs, fetch, put
 
 def channels_of(module: nn.Module) -> int | None:
     """The channels that a linear layer, a norm with a weight or a fused projection gives; None for anything else."""
-    if isinstance(module, nn.MultiheadAttention):
-        fused = module._parameters.get("in_proj_weight")
-        return None if fused is None else fused.shape[0]
-    shape = linear_shape(module)
-    if shape is not None:
-        return shape[0]
+    projection = weight_to_adapt(module)
+    if projection is not None:
+        return projection[1][0]
     weight = module._parameters.get("weight")
     return weight.shape[0] if is_norm(module) and weight is not None and weight.ndim == 1 else None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block, Stage
 from point_peft.anatomy.structure import mlp_entrance
@@ -35,6 +35,11 @@ class BlockTokens:
     def tokens(self) -> Tensor:
         """All of them in order, (b, e + p + g, c)."""
         return torch.cat([self.prefix, self.prompts, self.patches], dim=1)
+
+
+def small_normal(*shape: int) -> nn.Parameter:
+    """A trained tensor that begins small and random, as prompts and positions do."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
 
 
 class SequencePart(Part):

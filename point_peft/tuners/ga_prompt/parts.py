@@ -15,7 +15,7 @@ from point_peft.parts.base import Call, Part, SharedState
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.propagation import GeometryAwareAdapter, Neighbourhoods, neighbourhoods
 from point_peft.parts.second_grouping import run_apart
-from point_peft.parts.sequence import BlockTokens, SequencePart
+from point_peft.parts.sequence import BlockTokens, SequencePart, small_normal
 from point_peft.running.nested import Args, Kwargs, all_arguments, fetch_argument, put_argument
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
 
@@ -28,9 +28,7 @@ class ShapeState(SharedState):
     def __init__(self, prefix: str, prompts: int, shape: nn.Sequential | None) -> None:
         super().__init__()
         self.prefix = prefix
-        self.prompt_coordinates = nn.Parameter(torch.empty(prompts, 3)) if prompts else None
-        if self.prompt_coordinates is not None:
-            nn.init.trunc_normal_(self.prompt_coordinates, std=0.02)
+        self.prompt_coordinates = small_normal(prompts, 3) if prompts else None
         self.shape = shape
 
 
@@ -136,9 +134,7 @@ class ShapedPart(SequencePart):
         neighbours: int,
     ) -> None:
         super().__init__(stage, number)
-        self.embeddings = nn.Parameter(torch.empty(prompts, stage.width)) if prompts else None
-        if self.embeddings is not None:
-            nn.init.trunc_normal_(self.embeddings, std=0.02)
+        self.embeddings = small_normal(prompts, stage.width) if prompts else None
         self.shape_scale = shape_scale
         """Zero without a shift net, which leaves no shape."""
         self.norm = None if adapter is None else nn.LayerNorm(stage.width)

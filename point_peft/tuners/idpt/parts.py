@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from point_peft.anatomy.description import Stage
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, SharedState
-from point_peft.parts.sequence import LastingPrompts, SequencePart
+from point_peft.parts.sequence import LastingPrompts, SequencePart, small_normal
 from point_peft.running.nested import Args, Kwargs
 from point_peft.tuners.idpt.generator import PromptGenerator
 
@@ -22,7 +21,7 @@ class PromptPosition(SharedState):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02))
+        self.position = small_normal(channels)
 
     def file_name(self, name: str) -> str:
         return self.prefix

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from point_peft.anatomy.description import Block, Stage
-from point_peft.anatomy.structure import linear_shape
+from point_peft.anatomy.structure import weight_to_adapt
 from point_peft.config import TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
@@ -111,14 +111,10 @@ class PointLoRAConfig(TunerConfig):
 
 def _adapted(path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
     """The name of the weight that is adapted, and its shape (out, in)."""
-    shape = linear_shape(module)
-    if shape is not None:
-        return "weight", shape
-    # The fused projection of nn.MultiheadAttention is a tensor of its own.
-    fused = module._parameters.get("in_proj_weight")
-    if fused is None:
+    weight = weight_to_adapt(module)
+    if weight is None:
         raise AnatomyError(
             f"'{path}' is a {type(module).__name__}; {PointLoRAConfig.method} adapts linear layers and the fused "
             "projection of nn.MultiheadAttention: use LORA with target_modules"
         )
-    return "in_proj_weight", (fused.shape[0], fused.shape[1])
+    return weight

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from einops import repeat
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Stage
 from point_peft.parts.base import Call
-from point_peft.parts.sequence import LastingPrompts, SequencePart
+from point_peft.parts.sequence import LastingPrompts, SequencePart, small_normal
 from point_peft.running.nested import Args, Kwargs
-
-
-def embeddings(count: int, channels: int) -> nn.Parameter:
-    """New prompts (p, c)."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(count, channels), std=0.02))
 
 
 class DeepPrompts(SequencePart):
@@ -26,7 +20,7 @@ class DeepPrompts(SequencePart):
 
     def __init__(self, stage: Stage, number: int, count: int, dropout: float, *, pooled: bool) -> None:
         super().__init__(stage, number)
-        self.embeddings = embeddings(count, stage.width)
+        self.embeddings = small_normal(count, stage.width)
         self.dropout = nn.Dropout(dropout)
         self.pooled = pooled
         """True if a head of the adapter pools what becomes of the prompts in this block."""
@@ -51,7 +45,7 @@ class ShallowPrompts(LastingPrompts):
 
     def __init__(self, stage: Stage, number: int, count: int, dropout: float, *, pooled: bool) -> None:
         super().__init__(stage, number, begins=count > 0, pooled=pooled)
-        self.embeddings = embeddings(count, stage.width) if count else None
+        self.embeddings = small_normal(count, stage.width) if count else None
         self.dropout = nn.Dropout(dropout)
 
     def made(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
