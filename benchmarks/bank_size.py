@@ -17,12 +17,15 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from examples.data import load_digits_clouds
-from examples.quickstart import CONFIG, LEARNING_RATES, Recipe, point_peft
+from examples.compare import LEARNING_RATES, Run, point_peft
+from examples.data import Clouds, load_digits_clouds
+from examples.training import Recipe
+from point_peft import PointPEFTConfig
 from tools.methods import table
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "bank_size.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "bank_size.md"
 SHARES = (1.0, 1800 / 11392)
 
 
@@ -32,13 +35,10 @@ def page(train: int, seeds: int, epochs: int) -> str:
     cells: list[list[str]] = []
     options = f"--train {train} --seeds {seeds} --epochs {epochs} "
     for share in SHARES:
-        size = max(round(share * train), CONFIG.num_prompts)
-        config = replace(CONFIG, bank_size=size)
-        runs = [
-            point_peft(data, Recipe(epochs=epochs), LEARNING_RATES["Point-PEFT"], seed, config)[1]
-            for seed in range(seeds)
-        ]
-        tests, vals = [run.test for run in runs], [run.val[-1] for run in runs]
+        config = PointPEFTConfig()
+        size = max(round(share * train), config.num_prompts)
+        runs = [trained(data, Recipe(epochs=epochs), seed, replace(config, bank_size=size)) for seed in range(seeds)]
+        tests, vals = [run.test for run in runs], [run.curve.val[-1] for run in runs]
         cells.append([f"{size}", f"{100 * size / train:.0f} %", _spread(vals), _spread(tests)])
     return "\n".join(
         [
@@ -54,6 +54,12 @@ def page(train: int, seeds: int, epochs: int) -> str:
             "",
         ]
     )
+
+
+def trained(data: Clouds, recipe: Recipe, seed: int, config: PointPEFTConfig) -> Run:
+    """Point-PEFT as in the comparison of the quickstart, with another configuration."""
+    torch.manual_seed(seed)
+    return point_peft(data, recipe, LEARNING_RATES["Point-PEFT"], config)
 
 
 def _spread(values: Sequence[float]) -> str:

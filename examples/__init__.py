@@ -1,1 +1,1 @@
-"""Runnable examples: pre-training on procedural solids, and the main job from data to adapter file."""
+"""Scripts to read from top to bottom and to run: from data to an adapter's file, serving, export."""

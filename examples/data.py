@@ -15,8 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tools.shapes import unit_sphere
-
 Split = tuple[Tensor, Tensor]  # points (m, n, 3) float32, labels (m,) int64
 
 
@@ -43,6 +41,12 @@ class Clouds:
         new = torch.tensor(table)
         splits = [(points, new[labels]) for points, labels in (self.train, self.val, self.test)]
         return Clouds(name, class_names, *splits)
+
+
+def unit_sphere(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(n, 3) moved to mean zero and scaled so that the largest norm is one."""
+    centred = points - points.mean(axis=0)
+    return np.asarray(centred / max(float(np.linalg.norm(centred, axis=1).max()), 1e-9))
 
 
 def take(split: Split, count: int | None, seed: int = 0) -> Split:

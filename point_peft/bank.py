@@ -44,9 +44,9 @@ def build_bank(
     ranks = _ranks()
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    progress = tqdm(  # type: ignore[no-untyped-call]
-        batches, desc="memory bank", unit="batch", disable=ranks is not None and torch.distributed.get_rank() > 0
-    )
+    # One process of several draws a bar, and none does where stderr is no terminal: that is what None means.
+    hidden = ranks is not None and torch.distributed.get_rank() > 0
+    progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
     with eval_mode(root.base_model.modules()):
         for batch in progress:
             tokens = _frozen_tokens(root, *_model_inputs(batch, to_inputs), bank.source, adapter_name)

@@ -1,78 +1,15 @@
-"""The examples: the generator of solids, the lifted digits, a tiny pre-training, the quickstart from end to end."""
+"""The examples: the data sets, the quickstart from end to end and beside other methods, serving."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-from examples import data, quickstart, serve
+from examples import compare, data, quickstart, serve
 from point_peft import LoraConfig, get_peft_model
-from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
-from point_peft.backbones.checkpoint import EMBEDDED
-from tools import pretrain, shapes
-
-TINY: dict[str, Any] = {
-    "trans_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "num_group": 16,
-    "group_size": 8,
-    "encoder_dims": 24,
-}
-
-
-# --- solids ---
-
-
-def test_solids_are_reproducible_and_independent_of_their_number():
-    first = shapes.sample_shapes(6, n=128, seed=3)
-    assert np.array_equal(first, shapes.sample_shapes(6, n=128, seed=3))
-    assert np.array_equal(first[:4], shapes.sample_shapes(4, n=128, seed=3))
-    assert not np.array_equal(first, shapes.sample_shapes(6, n=128, seed=4))
-    assert len({cloud.tobytes() for cloud in first}) == 6
-
-
-@pytest.mark.parametrize("family", shapes.FAMILIES, ids=lambda family: family.__name__)
-def test_every_family_gives_solids(family):
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        points = shapes.unit_sphere(family(rng, 256))
-        assert points.ndim == 2 and points.shape[1] == 3 and len(points) > 32
-        assert np.isfinite(points).all()
-        assert np.linalg.svd(points)[1][1] > 0.01  # neither a point nor a line
-
-
-def test_clouds_fill_the_unit_sphere():
-    clouds = shapes.sample_shapes(20, n=200)
-    assert clouds.dtype == np.float32 and clouds.shape == (20, 200, 3)
-    assert np.allclose(np.linalg.norm(clouds, axis=2).max(axis=1), 1, atol=1e-5)
-    assert np.allclose(clouds.mean(axis=1), 0, atol=1e-5)
-
-
-def test_loft_is_sampled_uniformly_by_area():
-    """On a cylinder, 4 high and of radius 1, the side holds as many points as its share of the area."""
-    rng = np.random.default_rng(0)
-    circle = shapes.superellipse(1.0, 64)
-    rings = np.stack([np.concatenate([circle, np.full((64, 1), z)], axis=1) for z in (-2.0, 1.5, 2.0)])
-    points = shapes.sample_loft(rng, shapes.with_caps(rings), 20_000)
-    side = np.abs(points[:, 2]) < 2 - 1e-9
-    assert abs(side.mean() - 8 / 10) < 0.01
-    assert abs((points[side, 2] > 1.5).mean() - 1 / 8) < 0.01
-
-
-def test_rotations_are_rotations():
-    turns = shapes.random_rotations(np.random.default_rng(0), 50)
-    assert np.allclose(turns @ turns.transpose(0, 2, 1), np.eye(3))
-    assert np.allclose(np.linalg.det(turns), 1)
-
 
 # --- data ---
 
@@ -140,75 +77,42 @@ def test_radhar_reader(tmp_path):
     assert data.activity_groups(clouds).test[1].max() == 2
 
 
-# --- pre-training ---
-
-
-def tiny_autoencoder() -> pretrain.MaskedAutoencoder:
-    torch.manual_seed(0)
-    return pretrain.MaskedAutoencoder(PointTransformer(**TINY), depth=1, num_heads=2)
-
-
-def test_chamfer_of_equal_sets_is_zero():
-    points = torch.rand(4, 8, 3)
-    assert pretrain.chamfer(points, points[:, torch.randperm(8)]) == 0
-    assert pretrain.chamfer(points, points + torch.tensor([3.0, 0, 0])) > 1
-
-
-def test_pretraining_learns_and_repeats(monkeypatch):
-    monkeypatch.setattr(pretrain, "GROUP_COUNTS", (16,))
-    solids = torch.from_numpy(shapes.sample_shapes(24, n=96))
-    losses = []
-    for _ in range(2):
-        model = tiny_autoencoder()
-        losses.append(pretrain.pretrain(model, solids, steps=20, minutes=math.inf, batch_size=8, lr=2e-3, seed=0))
-    assert losses[0] == losses[1] and len(losses[0]) == 20
-    assert np.mean(losses[0][-3:]) < 0.7 * losses[0][0]
-
-
-def test_every_trained_tensor_of_the_autoencoder_gets_a_gradient():
-    model = tiny_autoencoder()
-    model(torch.from_numpy(shapes.sample_shapes(4, n=96))).backward()
-    unused = {name for name, p in model.named_parameters() if p.grad is None}
-    assert {name.split(".")[1] for name in unused} == {"cls_token", "cls_pos", "cls_head_finetune"}
-
-
-def test_export_reads_back(tmp_path):
-    path = tmp_path / "backbone.safetensors"
-    backbone = PointTransformer(**TINY)
-    pretrain.export(backbone, path, {"seed": 0})
-    fresh = PointTransformer(**TINY)
-    report = load_checkpoint(fresh, path)
-    assert not report.unexpected
-    assert {name.split(".")[0] for name in report.missing} == {"cls_token", "cls_pos", "cls_head_finetune"}
-    assert all(tensor.dtype == torch.float16 for tensor in load_file(path).values() if tensor.is_floating_point())
-    name = "encoder.first_conv.0.weight"
-    assert torch.allclose(fresh.state_dict()[name], backbone.state_dict()[name], atol=1e-3)
-
-
-def test_embedded_backbone():
-    weights, config = EMBEDDED.with_suffix(".safetensors"), EMBEDDED.with_suffix(".json")
-    assert weights.stat().st_size <= 4_000_000
-    assert json.loads(config.read_text()) == pretrain.CONFIG
-    with safe_open(weights, "pt") as file:
-        assert {"seed", "steps", "shapes"} <= set(file.metadata())
-    model = default_backbone(cls_dim=7).eval()
-    clouds = torch.from_numpy(shapes.sample_shapes(2, n=256))
-    assert model(clouds).shape == (2, 7)
-    assert 1e6 < sum(p.numel() for name, p in model.named_parameters() if "head" not in name) < 2e6
-
-
 # --- quickstart ---
 
 
-def test_quickstart_from_end_to_end(tmp_path, capsys):
-    """It saves, reloads and swaps (and asserts equal logits itself), and leaves two adapters and a picture."""
-    quickstart.main(["--epochs", "1", "--train", "40", "--val", "20", "--test", "40", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for words in (*quickstart.METHODS, "train: 40 of ", "bit for bit", "second task", "microseconds", "MB"):
+def tiny(*options: str) -> list[str]:
+    """The options of a quickstart of seconds, and further ones."""
+    return ["--epochs", "1", "--train", "40", "--val", "20", "--test", "40", *options]
+
+
+def test_quickstart_from_end_to_end(tmp_path, capfd):
+    """It saves, reloads and swaps (and compares logits itself), and leaves two adapters and a picture."""
+    quickstart.main(tiny("--out", str(tmp_path)))
+    printed, bars = capfd.readouterr()
+    for words in ("train: 40 of ", "epoch 1/1", "bit for bit", "second task", "microseconds", "MB"):
         assert words in printed
+    assert bars == ""  # nobody watches
     for task in ("first", "second"):
         assert (tmp_path / task / "adapter_model.safetensors").is_file()
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_beside_other_methods(tmp_path, capsys):
+    quickstart.main(tiny("--out", str(tmp_path / "out"), "--compare", "--seeds", "1"))
+    table = capsys.readouterr().out.splitlines()[-len(compare.METHODS) :]
+    for method, line in zip(compare.METHODS, table, strict=True):
+        assert line.strip().startswith(method) and "%" in line
+    trainable = [int(line.split()[-5].replace(",", "")) for line in table]
+    assert trainable[0] < trainable[2] < trainable[1] / 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_says_what_an_option_needs(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="--data radhar needs --file"):
+        quickstart.main(["--data", "radhar", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main(["--seeds", "2", "--out", str(tmp_path)])
+    assert "--seeds is for --compare" in capsys.readouterr().err
 
 
 # --- serving ---
@@ -225,14 +129,9 @@ def test_serving_answers_every_task_with_its_own_adapter(capsys):
 
 
 def test_serving_notices_a_wrong_answer():
-    points = torch.from_numpy(shapes.sample_shapes(2, n=128))
+    points = torch.rand(2, 128, 3)
     model = get_peft_model(serve.backbone(), LoraConfig(r=2, target_modules=["qkv"]), "digit")
     given = serve.answer(model, serve.BASE, 1, points)
     serve.check(model, [given], points)
     with pytest.raises(SystemExit, match="1 of 2 answers are wrong, the first to 'digit'"):
         serve.check(model, [given, dataclasses.replace(given, task="digit", logits=given.logits + 1)], points)
-
-
-def test_quickstart_needs_the_radar_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"--file"):
-        quickstart.main(["--data", "radhar", "--out", str(tmp_path)])

@@ -133,8 +133,6 @@ UNFINISHED: dict[str, list[str]] = {
         "point_peft/tuners/point_peft/openmp.py: torch._C",
     ],
     "files 500, functions 60, classes 350 lines at most": [
-        "examples/quickstart.py: ",
-        "examples/serve.py: ",
         "point_peft/hub/pushing.py: push has",
         "point_peft/running/forward.py: __init__ has",
         "point_peft/tuners/point_peft/compiled_attention.py: _to_attention has",

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from examples.data import unit_sphere
+
 Array = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float32]
 Generator = np.random.Generator
@@ -48,12 +50,6 @@ def iterate_shapes(count: int, n: int = 1024, seed: int = 0) -> Iterator[Points]
     """The clouds of `sample_shapes` one by one, for a progress bar."""
     for index in range(count):
         yield sample_shape(np.random.default_rng((seed, index)), n)
-
-
-def unit_sphere(points: Array) -> Array:
-    """(n, 3) moved to mean zero and scaled so that the largest norm is one."""
-    centred = points - points.mean(axis=0)
-    return np.asarray(centred / max(float(np.linalg.norm(centred, axis=1).max()), 1e-9))
 
 
 # --- lofts ---
