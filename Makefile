@@ -1,34 +1,50 @@
-# make quickstart   set up .venv and run the main job
-# make test         set up .venv and run lint, types and the tests
-# make lint, make types, make clean
-#
-# PYTHON is the interpreter that makes the environment, VENV where it lies; ARGS goes to the quickstart, PYTEST_ARGS to
-# pytest.
-
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Quiet unless something fails: warnings and errors are still shown.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
+# Rules of form, configurations, names; and from longer files every method on one backbone, and what a file holds.
+SMOKE := tests/test_structure.py tests/test_config.py tests/test_matching.py tests/test_conformance.py tests/test_state.py
+SMOKE_ONLY := not test_conformance and not test_state or point_mae or round_trip or wrong_tensor
 
-.PHONY: quickstart test lint types clean
+.PHONY: help quickstart check test gpu lint types smoke clean
 .DELETE_ON_ERROR:
 
+help:
+	@echo 'make quickstart  make .venv, install, and run the main job; ARGS="--help" says what it takes'
+	@echo 'make check       a minute: lint, types and a few quick tests; before every commit'
+	@echo 'make test        everything: lint, types and the whole suite; PYTEST_ARGS goes to pytest'
+	@echo 'make gpu         on a machine with a GPU: what can only be known there, into one folder; at most six minutes'
+	@echo 'make lint, make types, make smoke    a part of make check'
+	@echo 'make clean       remove .venv and all that was made'
+	@echo 'PYTHON=python3.12 VENV=.venv312 choose the interpreter and the environment'
+
 quickstart: $(VENV)/.examples
-	$(BIN)/python -m examples.quickstart $(ARGS)
+	@start=$$(date +%s) && $(BIN)/python -m examples.quickstart $(ARGS) && \
+	echo "all of it, after installation, took $$(($$(date +%s) - start)) s"
+
+check: lint types smoke
 
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+gpu: $(VENV)/.test
+	$(BIN)/python -m tools.gpu $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 
 types: $(VENV)/.test
 	$(BIN)/mypy $(SOURCES)
+
+smoke: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SMOKE) -k '$(SMOKE_ONLY)'
 
 # pip is the last thing that venv puts in place.
 $(BIN)/pip:
@@ -36,12 +52,14 @@ $(BIN)/pip:
 
 # A stamp says what was installed; it is older than what it was installed from as soon as that changes.
 $(VENV)/.examples: $(SETUP) | $(BIN)/pip
-	$(PIP_INSTALL) -e '.[examples]'
-	touch $@
+	@echo 'installing point_peft and what the examples need into $(VENV); this takes some minutes the first time'
+	@$(PIP_INSTALL) -e '.[examples]'
+	@touch $@
 
 $(VENV)/.test: $(SETUP) | $(BIN)/pip
-	$(PIP_INSTALL) -e '.[test,examples]'
-	touch $@ $(VENV)/.examples
+	@echo 'installing point_peft and what the tests need into $(VENV); this takes some minutes the first time'
+	@$(PIP_INSTALL) -e '.[test,examples]'
+	@touch $@ $(VENV)/.examples
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
