@@ -34,8 +34,11 @@ PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() 
 
 
 def each(pairs: Iterable[Pair]) -> pytest.MarkDecorator:
-    """Run a test of `method` and `backbone` on each of the pairs."""
-    named = [pytest.param(method, backbone, id=f"{method}-{backbone.name}") for method, backbone in pairs]
+    """Run a test of `method` and `backbone` on each of the pairs; those of the first backbone are quick ones."""
+    named = []
+    for method, backbone in pairs:
+        marks = [pytest.mark.smoke] if backbone.name == "point_mae" else []
+        named.append(pytest.param(method, backbone, id=f"{method}-{backbone.name}", marks=marks))
     return pytest.mark.parametrize(("method", "backbone"), named)
 
 

@@ -14,6 +14,8 @@ from point_peft.backbones import PointTransformer, PointTransformerPartSeg, laye
 from point_peft.backbones.layers import DropPath, Encoder, Group, sine_features
 from point_peft.errors import PointPeftError
 
+pytestmark = pytest.mark.smoke
+
 
 def small(**options: Any) -> PointTransformer:
     torch.manual_seed(0)

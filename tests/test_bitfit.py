@@ -15,6 +15,8 @@ from point_peft.backbones import PointTransformer
 from point_peft.running.reading import depth
 from tests.zoo import BACKBONES, clouds
 
+pytestmark = pytest.mark.smoke
+
 
 def randomise(model: PointPeftModel, scale: float = 1.0) -> None:
     torch.manual_seed(0)

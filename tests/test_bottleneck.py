@@ -14,6 +14,8 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from tests.zoo import BACKBONES, clouds
 
+pytestmark = pytest.mark.smoke
+
 PLACEMENTS = ("houlsby", "pfeiffer", "adaptformer")
 
 

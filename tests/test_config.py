@@ -14,6 +14,8 @@ from point_peft.errors import PointPeftError
 from point_peft.parts.base import Blueprint
 from point_peft.schema import MAX_INTEGER
 
+pytestmark = pytest.mark.smoke
+
 
 def again(config: PeftConfig) -> PeftConfig:
     return PeftConfig.from_json(json.loads(json.dumps(config.to_json())))

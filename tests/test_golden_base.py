@@ -12,6 +12,8 @@ from point_peft import geometry
 from point_peft.backbones import PointTransformer, PointTransformerPartSeg
 from tests import golden
 
+pytestmark = pytest.mark.smoke
+
 TOLERANCE = 1e-5
 
 

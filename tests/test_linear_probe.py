@@ -8,6 +8,8 @@ from point_peft import AdapterError, LinearProbeConfig, PointPeftError, get_peft
 from point_peft.backbones import PointTransformer
 from tests.zoo import BACKBONES
 
+pytestmark = pytest.mark.smoke
+
 
 def test_only_the_head_is_trained():
     model = get_peft_model(PointTransformer(), LinearProbeConfig())

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from point_peft.tuners.point_peft import chunked_attention, local_attention
 from point_peft.tuners.point_peft.local_attention import pooled_attention
 
+pytestmark = pytest.mark.smoke
+
 SCALE = 0.3
 
 

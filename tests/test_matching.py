@@ -13,6 +13,8 @@ from point_peft.errors import MatchError
 from point_peft.matching import match_names
 from point_peft.nearest import nearest_names
 
+pytestmark = pytest.mark.smoke
+
 PARTS = ("", ".attn", ".attn.qkv", ".attn.proj", ".mlp.fc1")
 BLOCKS = [f"blocks.blocks.{i}{part}" for i in range(12) for part in PARTS]
 NAMES = ["", "encoder", "encoder.first_conv.0", *BLOCKS, "norm", "cls_head_finetune", "cls_head_finetune.0"]

@@ -10,6 +10,8 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from tests.zoo import BACKBONES
 
+pytestmark = pytest.mark.smoke
+
 
 def adapted(name, **fields):
     backbone = BACKBONES[name]

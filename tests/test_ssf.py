@@ -11,6 +11,8 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from tests.zoo import BACKBONES, clouds
 
+pytestmark = pytest.mark.smoke
+
 
 def adapted(name="point_mae", **fields):
     backbone = BACKBONES[name]

@@ -14,6 +14,8 @@ from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(("mode", "count"), [("deep", 46_080), ("shallow", 3_840)])
 def test_parameters_on_point_mae(mode, count):
