@@ -30,7 +30,7 @@ Pair = tuple[str, TinyBackbone]
 
 METHOD_NAMES = sorted(METHODS)
 PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() for method in capabilities.labels(name)]
-"""What the page of capabilities calls supported, in the form that it asks for, and whatever it does not know."""
+"""Pairs that the page of capabilities calls supported, in the form that it asks for, and those it does not know."""
 
 
 def each(pairs: Iterable[Pair]) -> pytest.MarkDecorator:
@@ -117,7 +117,7 @@ _filled: dict[tuple[str, PeftConfig], dict[str, Tensor]] = {}
 
 
 def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, how: PeftConfig) -> dict[str, Tensor]:
-    """What the bank of an adapter holds once it is built; built once for a configuration on a backbone."""
+    """Buffers of an adapter's bank once it is built; built once for a configuration on a backbone."""
     key = (backbone.name, how)
     if key not in _filled:
         build_bank(model, backbone, name)

@@ -56,7 +56,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of a method and path; see `HubServer.fault`."""
+    """Failure of the next `times` requests of a method and path; see `HubServer.fault`."""
 
     method: str
     path: str
@@ -581,7 +581,7 @@ class HubServer:
         return self._page(call, [entry for entry in listed if set(call.filters) <= set(entry["tags"])])
 
     def _tags(self, repo: Repo) -> list[str]:
-        """What the Hub makes of the YAML in a repository's card."""
+        """Tags that the Hub makes of the YAML in a repository's card."""
         card = repo.commit("main").files.get("README.md")
         matter = re.match(r"---\r?\n(.*?)\r?\n---", self._read(card).decode(), re.DOTALL) if card else None
         fields = yaml.safe_load(matter[1]) if matter else {}

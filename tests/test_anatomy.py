@@ -1,4 +1,4 @@
-"""What the library understands of a backbone: by structure, by presets, by one traced forward, and as JSON."""
+"""Anatomy of a backbone: by structure, by presets, by one traced forward, and as JSON."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class S:
 
 @dataclass(frozen=True)
 class E:
-    """What the source of a model says of it."""
+    """Facts that the source of a model tells of it."""
 
     stages: tuple[S, ...]
     heads: frozenset[str]
@@ -282,7 +282,7 @@ def stage_of(stage: Stage) -> S:
 
 @functools.cache
 def traced_alone(backbone: TinyBackbone) -> Anatomy:
-    """What one traced forward tells of a backbone, presets left out."""
+    """The anatomy that one traced forward tells, presets left out."""
     return trace(backbone.build(), backbone.inputs(3, 1), {})
 
 
@@ -365,7 +365,7 @@ def same_tensors(model: nn.Module, args: tuple[Any, ...], one: Tap | None, two: 
 
 
 def seen(model: nn.Module, args: tuple[Any, ...], tap: Tap) -> Tensor:
-    """What is seen at a place when the module is called first."""
+    """The value at a place when the module is called first."""
     found: list[Any] = []
 
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -1019,7 +1019,7 @@ def test_the_adapters_of_a_model_go_by_one_anatomy(tmp_path):
 
 
 def test_a_stated_anatomy_is_not_traced():
-    """What tracing would refuse."""
+    """A model that tracing would refuse."""
     anatomy = trace(Unknown(), clouds(3, 0), {})
     with pytest.raises(AnatomyError, match=r"were never called"):
         get_peft_model(Piecewise(), LoraConfig(), example_inputs=clouds(3, 0))

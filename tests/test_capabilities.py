@@ -14,7 +14,7 @@ from tools import capabilities
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_what_the_page_calls_unsupported_is_refused(name: str) -> None:
-    """What it calls supported, and with which changes, the matrix of `tests/test_conformance.py` runs."""
+    """Pairs that it calls supported, and the changes for them, are run by the matrix of `tests/test_conformance.py`."""
     page = capabilities.known()
     for method in sorted(METHODS):
         assert (method, name) in page, "write the page anew: python -m tools.capabilities"

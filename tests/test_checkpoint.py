@@ -167,7 +167,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 class Payload:
-    """What a hostile pickle would hold."""
+    """Content of a hostile pickle."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return Path.touch, (Path("payload"),)  # type: ignore[return-value]

@@ -48,7 +48,7 @@ from tests.zoo import BACKBONES, TinyBackbone
 def test_an_adapter_acts_where_it_is_active_and_nowhere_else(
     method: str, backbone: TinyBackbone, tmp_path: Path
 ) -> None:
-    """What a fresh one changes, its heads, effect and gradients, batch mates, files, and the backbone without it."""
+    """Change by a fresh one, heads, effect and gradients, batch mates, files, and the backbone without it."""
     model, args, without = adapt(backbone, method, fresh=True), backbone.inputs(3, 6), plain(backbone, 3, 6)
     adapter = get_adapter(model, "default")
     assert {path for path, _ in adapter.own_modules()} == set(backbone.heads), "other default heads than are known"

@@ -50,7 +50,7 @@ POOLED = {
     ("patch_token", "max"): "max",
     ("patch_token", "mean"): "mean",
 }
-"""What the official head takes of the tokens, and how it is called here; whatever else it says, it leaves out."""
+"""Pooling of the official head, and its name here; whatever else the file says, it leaves out."""
 
 
 def ours(official: str) -> str:
@@ -147,7 +147,7 @@ def test_positions_at_every_block_are_another_model():
 
 
 def lengths(model: PointPeftModel) -> list[int]:
-    """How many tokens each block gets."""
+    """Number of tokens that each block gets."""
     found: list[int] = []
     handles = [
         block.register_forward_pre_hook(lambda m, args: found.append(args[0].shape[1])) for block in blocks_of(model)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec..
 
 
 def outputs_of_onnx(model: nn.Module, shapes: dict[str, Any], file: Path, batches: tuple[int, ...]) -> list[Tensor]:
-    """What onnxruntime gives for clouds of these numbers, of a file that was exported with three."""
+    """Outputs of onnxruntime for clouds of these numbers, of a file that was exported with three."""
     program = torch.onnx.export(model, clouds(3, 5), dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None
     program.save(file)

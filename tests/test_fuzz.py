@@ -174,7 +174,7 @@ HOSTILE: list[Any] = [
     *([], {}, [[]], [{}], {"": None}, [None], ["q", "k"], [["q", 3]], ["q", "q"], [0], [-1], [2**70], [0] * 3000),
 ]
 RAW = ["1e400", "-1e400", "NaN", "9" * 5000, "[" * 70 + "]" * 70, "[" * 990 + "]" * 990, '{"a":' * 99 + "1" + "}" * 99]
-"""What json.dumps would not write."""
+"""Texts that json.dumps would not write."""
 CHANGES = ["replace", "number", "remove", "rename", "add", "wrap", "unwrap", "swap", "double"]
 
 
@@ -229,7 +229,7 @@ def changed(tree: dict[str, Any], data: st.DataObject) -> bytes:
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """What the header of a safetensors file says, and the values."""
+    """The header of a safetensors file, and the values."""
     start = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:start]), data[start:]
 
@@ -265,7 +265,7 @@ def test_a_changed_header(saved: dict[str, Path], tmp_path: Path, source: str, d
 @often(150)
 @given(data=st.data())
 def test_a_changed_record(saved: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
-    """What PEFT's format cannot say lies in the header, and a stranger may write it there as well."""
+    """Facts that PEFT's format cannot say lie in the header, and a stranger may write them there as well."""
     folder = saved["LORA in PEFT's format"]
     header, values = parts((folder / TENSOR_FILE).read_bytes())
     del header["__metadata__"][SEAL]

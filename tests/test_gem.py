@@ -42,7 +42,7 @@ def tensors(model: PointPeftModel, block: int = 0) -> dict[str, Tensor]:
 
 
 def entering(model: PointPeftModel, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model gives its first block, and what that gets with the adapter."""
+    """Tokens that the model gives its first block, and those that it gets with the adapter."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -301,7 +301,7 @@ def own_head(model: PointPeftModel) -> PooledHead:
 
 
 def what_is_pooled(model: PointPeftModel, points: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head gets, and the tokens of the base after the final norm."""
+    """The input of the head, and the tokens of the base after the final norm."""
     seen: list[Tensor] = []
     head = own_head(model)
     handles = [
@@ -335,7 +335,7 @@ def test_a_named_head_takes_its_sizes_from_the_backbone() -> None:
 
 
 def test_a_pooled_head_without_prompts_is_the_backbones_own() -> None:
-    """What Point-MAE pools itself, by name: the same numbers, with the weights of the backbone's head."""
+    """The pooling of Point-MAE itself, by name: the same numbers, with the weights of the backbone's head."""
     model = pooled_model(mlp_head(48, 5, "cls+max"), LinearProbeConfig(modules_to_save=[]))
     with model.disable_adapter():
         expected = logits(model)

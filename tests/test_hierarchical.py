@@ -98,7 +98,7 @@ def packed(points: Tensor) -> tuple[None, Tensor, Tensor]:
 
 
 def recorded(model: nn.Module) -> dict[str, Tensor]:
-    """What the levels are given and return in the coming forward."""
+    """Inputs and outputs of the levels in the coming forward."""
     seen: dict[str, Tensor] = {}
     for part in ("token_embed", "encoder_pos_embeds", "encoder_blocks"):
         for i, module in enumerate(model.get_submodule(f"h_encoder.{part}").children()):
@@ -187,7 +187,7 @@ def head_names() -> set[str]:
 
 
 def pretrained(source: HierarchicalPointTransformerPartSeg, prefix: str = "") -> dict[str, Tensor]:
-    """What a Point-M2AE pre-training run saves, as far as names go."""
+    """The names in the checkpoint of a Point-M2AE pre-training run."""
     encoder = {name: tensor for name, tensor in snapshot(source).items() if name.startswith("h_encoder.")}
     others = {
         "mask_token", "h_decoder.0.blocks.0.norm1.weight", "decoder_pos_embeds.0.0.weight", "decoder_norm.weight",

@@ -180,7 +180,7 @@ def test_other_files_of_the_repository_stay(hub: HubServer, model: PointPeftMode
 
 @in_one_mode
 def test_only_the_adapters_own_files_are_pushed(hub: HubServer, model: PointPeftModel, tmp_path: Path) -> None:
-    """What lies beside an adapter that was saved, and what a link there leads to, stays at home."""
+    """Files beside an adapter that was saved, and those that a link there leads to, stay at home."""
     secret = tmp_path / "secret"
     secret.write_text("a password")
     folder = tmp_path / "saved"

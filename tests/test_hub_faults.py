@@ -1,4 +1,4 @@
-"""What goes wrong between a model and the Hub, row by row: the input, the error, and the state afterwards.
+"""Failures between a model and the Hub, row by row: the input, the error, and the state afterwards.
 
 Of every row: the error is one sentence of this package, the model is as it was bit for bit, and once nothing is wrong
 any more, the same call works and gives the right logits: the cache and the repository are right.
@@ -69,7 +69,7 @@ def expected(trained: PointPeftModel) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> PointPeftModel:
-    """What adapters are loaded into; each test leaves it as it was."""
+    """A model that adapters are loaded into; each test leaves it as it was."""
     return adapt(MAE, "BITFIT")
 
 

@@ -171,7 +171,7 @@ def test_a_cloud_that_is_no_number_spoils_no_other(method: str, backbone: TinyBa
 
 @a_few
 def test_an_empty_batch_is_as_for_the_backbone_or_refused(method: str, backbone: TinyBackbone) -> None:
-    """What a backbone takes, its adapters take or refuse clearly; where it fails itself, nothing else goes wrong."""
+    """Inputs of a backbone are taken or refused clearly; where it fails itself, nothing else goes wrong."""
     args, model = changed(backbone.inputs(2, 5), lambda tensor: tensor[:0]), adapt(backbone, method)
     failure: type[BaseException] = PointPeftError
     try:

@@ -527,7 +527,7 @@ def two(**second: Any) -> PointPeftModel:
 
 
 def changes(model: PointPeftModel, name: str) -> dict[str, Tensor]:
-    """What an adapter adds to each weight."""
+    """The update that an adapter adds to each weight."""
     found = {}
     for path, part in model.adapters[name].all_parts():  # type: ignore[operator]
         module = model.base_model.get_submodule(path)

@@ -138,7 +138,7 @@ def test_a_changed_weight_moves_the_output_as_it_moves_the_official_one(monkeypa
 
 
 class Told:
-    """What `graphs_of` asks of a forward."""
+    """Answers that `graphs_of` asks of a forward."""
 
     def __init__(self, points: Tensor, samples: Tensor | None = None) -> None:
         self.coordinates = {0: points}

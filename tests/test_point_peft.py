@@ -189,7 +189,7 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
 
 
 def local_attention(module: LocalAttention, tokens: Tensor, near: Neighbourhoods) -> Tensor:
-    """What the local attention adds to each neighbour (b, s, k, c), neighbour by neighbour."""
+    """Terms that the local attention adds to each neighbour (b, s, k, c), neighbour by neighbour."""
     neighbours = rearrange(tokens.flatten(0, 1)[near.rows], "(b s) k c -> b s k c", b=len(tokens))
     normed = module.norm(neighbours)
     q, k, v = rearrange(module.qkv(normed), "b s k (qkv h c) -> qkv b s h k c", qkv=3, h=module.heads).unbind(0)

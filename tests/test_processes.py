@@ -1,4 +1,4 @@
-"""What every method guarantees when it is trained by several processes."""
+"""Guarantees of every method when it is trained by several processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.zoo import TinyBackbone
 
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 SPREAD = [(method, backbone) for method, backbone in PAIRS if backbone.name in ("point_mae", "compact")]
-"""What several processes are tried on."""
+"""Methods that several processes are tried on."""
 
 
 def _two_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:

@@ -89,7 +89,7 @@ class Reading(Classifier):
     def __init__(self, attention: Callable[[], nn.Module]) -> None:
         super().__init__([ReadLayer(attention()) for _ in range(2)])
         self.again: bool | None = None
-        """Whether blocks are run again in the backward pass, and by the re-entrant kind of checkpointing."""
+        """Modes in which blocks are run again in the backward pass, and by the re-entrant kind of checkpointing."""
 
     def encode(self, tokens: Tensor, positions: Tensor, centres: Tensor) -> Tensor:
         if self.again and not tokens.requires_grad:

@@ -1,4 +1,4 @@
-"""What every method guarantees beyond `tests/test_conformance.py`, on backbones that stand for the others.
+"""Guarantees of every method beyond `tests/test_conformance.py`, on backbones that stand for the others.
 
 Threads, tasks, processes, replicas, copies, checkpointing, several adapters, failures. `representatives` says which
 method is tried on which backbone; it goes by what is registered, nothing is listed here.
@@ -71,7 +71,7 @@ from tools import capabilities
 
 @functools.cache
 def kind(backbone: TinyBackbone) -> str:
-    """What an adapter meets in a backbone: the first of these that holds."""
+    """Kind of a backbone, as an adapter meets it: the first of these that holds."""
     anatomy = backbone.traced or known_anatomy(backbone.build())
     assert anatomy is not None
     stages = anatomy.stages
@@ -402,7 +402,7 @@ def _times(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def _replicate(model: nn.Module, factor: float) -> nn.Module:
-    """What `torch.nn.parallel.replicate` does for one device, with tensors that are `factor` times the model's."""
+    """Do as `torch.nn.parallel.replicate` does for one device, with tensors that are `factor` times the model's."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     copies = {id(parameter): parameter * factor for parameter in model.parameters()}
@@ -639,7 +639,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(method: str, backbone: 
 @pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt("stop here")], ids=repr)
 @every_method
 def test_an_exception_does_not_reach_a_direct_call(method: str, error: BaseException) -> None:
-    """What was interrupted with an adapter active must not be taken for a forward that still runs."""
+    """A forward that was interrupted with an adapter active must not be taken for a forward that still runs."""
     backbone = BACKBONES["point_mae"]
     model, base = adapt(backbone, method), backbone.build()
     (points,) = backbone.inputs(2, 6)

@@ -32,7 +32,7 @@ def name_of(label: str) -> str:
 
 
 def alone(model: PointPeftModel, name: str | None, args: Any) -> Any:
-    """What the model gives with one adapter, or with none."""
+    """Output of the model with one adapter, or with none."""
     if name is None:
         with model.disable_adapter():
             return model(*args)
@@ -41,7 +41,7 @@ def alone(model: PointPeftModel, name: str | None, args: Any) -> Any:
 
 
 def count_samples(module: nn.Module) -> Counter[str]:
-    """How many samples a module computes from now on."""
+    """Numbers of samples that a module computes from now on."""
     counts: Counter[str] = Counter()
     forward: Callable[..., Any] = type(module).forward
 

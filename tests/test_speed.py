@@ -133,7 +133,7 @@ def test_all_take_turns_and_the_first_round_does_not_count():
 
 
 def test_the_peak_of_memory_is_what_lives_at_once():
-    """What was there before does not count, what a backward needs does."""
+    """Memory that was taken before does not count, tensors that a backward needs do."""
     mega = 250_000  # floats of a megabyte
     kept = torch.zeros(mega)
     network = nn.Sequential(nn.Flatten(0), nn.Linear(1, 1))

@@ -57,7 +57,7 @@ BACKBONES_SEE = {"errors", "geometry"}
 
 METHODS = sorted(path.parent.name for path in PACKAGE.glob("tuners/*/__init__.py"))
 MAY_NAME_METHODS = ("tuners", "integrations", "backbones", "", "cli", "__main__")
-"""What is made for methods; "" is the list of public names in point_peft/__init__.py."""
+"""Packages that are made for methods; "" is the list of public names in point_peft/__init__.py."""
 NO_NAMES_OF_METHODS = {
     "bottleneck": "the field's word for a down- and an up-projection, a layer of which several methods are made",
     "point_peft": "the name of the package; what the method of that name defines may not be named all the same",
@@ -139,7 +139,6 @@ UNFINISHED: dict[str, list[str]] = {
         "point_peft/running/forward.py: __init__ has",
         "point_peft/tuners/point_peft/compiled_attention.py: _to_attention has",
         "point_peft/tuners/point_peft/config.py: _build_stage has",
-        "tools/methods.py: page has",
     ],
     "lines in all": [
         "the flagship: ",
@@ -152,7 +151,7 @@ UNFINISHED: dict[str, list[str]] = {
     ],
     "not with What, Whether, How or Who": [
         "point_peft/adapting/",
-        "point_peft/backbones/",
+        "point_peft/backbones/layers.py",
         "point_peft/parts/",
         "point_peft/running/",
         "point_peft/tuners/point_peft/",

@@ -337,7 +337,7 @@ def test_what_is_merged_or_not_there(tmp_path: Path) -> None:
 
 
 def calls(task: Callable[[], object]) -> int:
-    """How many Python and C functions a task calls."""
+    """Number of Python and C functions that a task calls."""
     count = 0
 
     def see(frame: Any, event: str, arg: Any) -> None:

@@ -323,7 +323,7 @@ def test_tokens_in_a_mapping():
 
 
 def test_masked_attention_sees_prompts():
-    """What the masks mean: with a causal mask of torch.nn a prompt at row `at` is seen by the tokens before it too."""
+    """Meaning of the masks: with a causal mask of torch.nn a prompt at row `at` is seen by the tokens before it too."""
     attention = torch.nn.MultiheadAttention(WIDTH, 2)
     tokens, prompts = tensor(LENGTH, BATCH, WIDTH), tensor(BATCH, COUNT, WIDTH, seed=1)
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)

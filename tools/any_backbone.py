@@ -57,7 +57,7 @@ KINDS = {"one fused projection": "fused", "split projections": "split", "nn.Mult
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What came of one backbone."""
+    """Result of one backbone."""
 
     name: str
     anatomy: Anatomy | None = None
@@ -70,14 +70,14 @@ class Row:
     before: float = 0.0
     after: float = 0.0
     disabled: bool = False
-    """Whether the output without the trained adapter is bit for bit that of the backbone."""
+    """True if the output without the trained adapter is bit for bit that of the backbone."""
     reloaded: bool = False
-    """Whether the saved adapter on a fresh backbone gives the output bit for bit."""
+    """True if the saved adapter on a fresh backbone gives the output bit for bit."""
     error: str = ""
 
     @property
     def holds(self) -> bool:
-        """Whether all is as it should be."""
+        """True if all is as it should be."""
         return not self.error and self.after < self.before and self.disabled and self.reloaded
 
 

@@ -56,10 +56,10 @@ class Chip:
     """On what of its module it acts."""
     blocks: set[int] = field(default_factory=set)
     members: dict[str, set[int]] = field(default_factory=dict)
-    """What is trained in it -> the blocks where."""
+    """Name of a trained member -> the blocks that have it."""
 
     def lines(self, width: float) -> list[str]:
-        """What stands below its name."""
+        """Lines below its name."""
         inside = ", ".join(name + _where(blocks, self.blocks) for name, blocks in self.members.items())
         at = _where(self.blocks, set(range(DEPTH))).strip(" ()")
         sentences = [text for text in (at, self.acts, f"trains {inside}" if inside else "") if text]
@@ -85,9 +85,9 @@ def _where(blocks: set[int], whole: set[int]) -> str:
 
 SITES = ("group_divider", "encoder", "reduce_dim", "pos_embed", "blocks", "norm", "cls_head_finetune")
 BLOCK_SITES = ("norm1", "attn.qkv", "attn.proj", "attn", "norm2", "mlp.fc1", "mlp.fc2", "mlp")
-"""What has a place in the figure: in the model, and in a block, inner before outer."""
+"""Places in the figure: in the model, and in a block, inner before outer."""
 PLACES = {"reduce_dim": "encoder"}
-"""What shares the place of another."""
+"""Places that are another's too."""
 
 
 def chips_of(method: str) -> dict[str, list[Chip]]:

@@ -139,7 +139,7 @@ def measured(method: str, bench: Bench) -> tuple[list[str], bool]:
 
 
 def usage(method: str, *, banked: bool) -> list[str]:
-    """How the method is put on a backbone."""
+    """Code that puts the method on a backbone."""
     config = METHODS[method]
     offered = vars(point_peft).get(config.__name__) is config
     lines = ["```python"]

@@ -144,18 +144,18 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What it is called in the table."""
+        """Its name in the table."""
         return f"{self.method} {self.variant}".strip()
 
     @property
     def pool(self) -> str | None:
-        """What its head pools, as published; None: what the backbone's own does."""
+        """The pooling of its head, as published; None: that of the backbone's own."""
         known = PUBLISHED.get(self.label)
         return None if known is None else known.pool
 
     @property
     def config(self) -> TunerConfig:
-        """What it stands for."""
+        """The configuration that it stands for."""
         return METHODS[self.method](**self.fields)
 
 
@@ -231,7 +231,7 @@ QUICK = Bench(name="a tiny point transformer", make=_tiny, points=256, bank_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a row without a clock."""
+    """Facts of a row that need no clock."""
 
     parameters: int
     """Trainable parameters without the head."""
@@ -280,7 +280,7 @@ def gmac(model: nn.Module, bench: Bench) -> float:
 
 
 def _mergeable(row: Row) -> bool:
-    """Whether all but the head, which no method merges, can be folded into the backbone."""
+    """Tell whether all but the head, which no method merges, can be folded into the backbone."""
     try:
         get_peft_model(QUICK.make(), PeftConfig(tuners=(row.config,), modules_to_save=())).merge()
     except AdapterError:
@@ -289,7 +289,7 @@ def _mergeable(row: Row) -> bool:
 
 
 def _needs_coordinates(row: Row) -> bool:
-    """Whether it counts for the method where points or tokens lie: a stretched space gives it another output.
+    """Tell whether it counts for the method where points or tokens lie: a stretched space gives it another output.
 
     The backbone itself sees nothing of the stretching: its positional embedding takes it back.
     """
@@ -368,7 +368,7 @@ def table(cells: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
 
 
 def yes(value: bool | None) -> str:
-    """How a table says it."""
+    """The word of a table for it."""
     return {True: "yes", False: "no", None: "-"}[value]
 
 
@@ -387,6 +387,23 @@ def machine() -> str:
     """Where it was measured, and with which torch."""
     kind = f"{platform.system()} {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _cells(row: Row, known: Facts, took: Times, compared: str, base_gmac: float) -> list[str]:
+    """The line of a row."""
+    return [
+        row.label,
+        f"{known.parameters:,}",
+        f"{known.parameters + known.head:,}",
+        compared,
+        f"{known.gmac:.2f}",
+        f"{known.gmac - base_gmac:.2f}",
+        f"{took.training:.2f}",
+        f"{took.inference:.2f}",
+        yes(known.mergeable),
+        yes(known.needs_coordinates),
+        yes(known.needs_bank),
+    ]
 
 
 def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
@@ -412,22 +429,9 @@ def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
         ],
     ]
     for row in tqdm(rows, desc="facts", leave=False):
-        found = facts(row, bench)
-        cells.append(
-            [
-                row.label,
-                f"{found.parameters:,}",
-                f"{found.parameters + found.head:,}",
-                published(row, found.parameters, bench, notes),
-                f"{found.gmac:.2f}",
-                f"{found.gmac - base_gmac:.2f}",
-                f"{took[row.label].training:.2f}",
-                f"{took[row.label].inference:.2f}",
-                yes(found.mergeable),
-                yes(found.needs_coordinates),
-                yes(found.needs_bank),
-            ]
-        )
+        known = facts(row, bench)
+        compared = published(row, known.parameters, bench, notes)
+        cells.append(_cells(row, known, took[row.label], compared, base_gmac))
     lines = [
         "# All methods on one backbone",
         "",

@@ -147,7 +147,7 @@ def pretrain(
 
 
 def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (then training is twice as fast)."""
+    """Tell whether this processor multiplies bfloat16 natively (then training is twice as fast)."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 

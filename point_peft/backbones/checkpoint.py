@@ -38,7 +38,7 @@ EMBEDDED = Path(__file__).parent / "point_mae_small"
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a checkpoint did to a model, in sorted names.
+    """Effect of a checkpoint on a model, in sorted names.
 
     `loaded` and `missing` are names of the model: filled from the file, and left as they were (noise, if the model is
     fresh). `unexpected` are names of the file that went nowhere.

@@ -179,7 +179,7 @@ class HierarchicalPointTransformer(nn.Module):
         return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+        """Let the backward pass run each block again, or the forward keep what is computed within it.
 
         Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
         """
@@ -196,7 +196,7 @@ def group_dividers(num_groups: Sequence[int], group_sizes: Sequence[int]) -> nn.
 
 
 def group_levels(dividers: nn.ModuleList, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What each divider makes of the centres of the one before it, the first of the points (b, n, 3)."""
+    """Groups that each divider makes of the centres of the one before it, the first of the points (b, n, 3)."""
     for divider in dividers:
         neighborhood, points, index = divider(points)
         yield neighborhood, points, index

@@ -79,7 +79,7 @@ class HierarchicalPointTransformerPartSeg(nn.Module):
         return logits.log_softmax(dim=2)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward pass runs each block again, instead of the forward keeping what is computed within it.
+        """Let the backward pass run each block again, or the forward keep what is computed within it.
 
         Training then takes much less memory and somewhat more time; outputs and gradients stay the same.
         """

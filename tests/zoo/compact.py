@@ -15,7 +15,7 @@ from .inputs import clouds, slice_batch
 from .registry import CLASSES, WIDTH, linear_head, register
 
 Checkpointing = Literal["inside", "block", "container"]
-"""What is run again in the backward pass: the inside of each block, each block with its hooks, all blocks."""
+"""Modules that are run again in the backward pass: the inside of each block, each block with its hooks, all blocks."""
 
 
 class RandomGroup(Group):
@@ -92,7 +92,7 @@ class Compact(nn.Module):
         self.again = again
         self.reentrant = reentrant
         self.layout = "right"
-        """What is wrong with the tokens that the blocks get, for tests that want it so."""
+        """A fault in the tokens that the blocks get, for tests that want it so."""
         if spare:
             self.spare = nn.Linear(4, 4)
             self.spares = nn.ModuleList([nn.Linear(4, 4)])

@@ -1,4 +1,4 @@
-"""What packages need to run on a CPU with what PyPI has: operators in pure torch, and imports that raise no warning."""
+"""Stand-ins for packages on a CPU, with what PyPI has: operators in pure torch, imports that raise no warning."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ PREFIX = 3
 
 
 class ContrastAttention(nn.Module):
-    """What queries (b, m, c) find among tokens (b, l, c); one layer for the queries, one for keys and values."""
+    """Attention of queries (b, m, c) to tokens (b, l, c); one layer for the queries, one for keys and values."""
 
     def __init__(self) -> None:
         super().__init__()

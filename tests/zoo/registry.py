@@ -25,7 +25,7 @@ Args = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TinyBackbone:
-    """How to make a backbone and what to feed it. Outputs, by `select`, begin with the batch dimension."""
+    """Recipe of a backbone and of its inputs. Outputs, by `select`, begin with the batch dimension."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -41,13 +41,13 @@ class TinyBackbone:
     """The last of them, and a replacement for seven classes."""
     random_in_training: bool = False
     bfloat16: bool = True
-    """Whether the model itself runs in bfloat16."""
+    """True if the model itself runs in bfloat16."""
     unused: tuple[str, ...] = ()
     """Parts, modules or parameters, that the output does not depend on."""
 
     @property
     def example(self) -> Args | None:
-        """What `get_peft_model` needs as `example_inputs`: nothing where a preset describes the model."""
+        """Inputs that `get_peft_model` needs as `example_inputs`: none where a preset describes the model."""
         return None if self.traced is None else self.inputs(3, 1)
 
     @property

@@ -65,7 +65,7 @@ class Classifier(nn.Module):
 
 
 def with_start(between: Tensor) -> Tensor:
-    """What holds between the centres (b, g, g), and zero between the class token and all: (b, 1 + g, 1 + g)."""
+    """Bias between the centres (b, g, g), and zero between the class token and all: (b, 1 + g, 1 + g)."""
     return nn.functional.pad(between, (1, 0, 1, 0))
 
 
