@@ -10,14 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-from torch import nn
-
 from point_peft import METHODS, describe, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.parts.base import Bank, Part, SharedState
-from point_peft.parts.prefix import TunedTokens
-from point_peft.parts.tuned import TunedCopy, TunedModule
+from point_peft.parts.base import Part, SharedState
 
 DEPTH = 12
 CARD, CHIP, GAP = 132, 208, 14
@@ -95,24 +91,24 @@ def chips_of(method: str) -> dict[str, list[Chip]]:
     backbone = PointTransformer(trans_dim=48, encoder_dims=48, depth=DEPTH, num_group=32, group_size=8)
     blocks = [block.path for block in describe(backbone).blocks]
     adapter = get_adapter(get_peft_model(backbone, METHODS[method]()), "default")
-    found: dict[tuple[str, str, str], Chip] = {}
+    chips: dict[tuple[str, str, str], Chip] = {}
     for path, part in adapter.all_parts():
         number = next((i for i, block in enumerate(blocks) if f"{path}.".startswith(f"{block}.")), None)
         site, inner = _site(path if number is None else path[len(blocks[number]) + 1 :], number is not None)
         name = type(part).__name__ + (f" at {inner}" if inner else "")
-        chip = found.setdefault((site, name, acts := _acts(part)), Chip(name=name, kind=_kind(part), acts=acts))
+        chip = chips.setdefault((site, name, acts := _acts(part)), Chip(name=name, kind=_kind(part), acts=acts))
         within = set() if number is None else {number}
         chip.blocks |= within
         for member in _members(part):
             chip.members.setdefault(member, set()).update(within)
     for state in adapter.shared_states():
         name = type(state).__name__
-        chip = found.setdefault(("shared", name, ""), Chip(name=name, kind=_kind(state)))
+        chip = chips.setdefault(("shared", name, ""), Chip(name=name, kind=_kind(state)))
         chip.members.update({member: set() for member in _members(state)})
-        if isinstance(state, Bank):
+        if state.bank is not None:
             chip.acts = "features of training clouds"
     placed: dict[str, list[Chip]] = {}
-    for (site, _, _), chip in found.items():
+    for (site, _, _), chip in chips.items():
         placed.setdefault(site, []).append(chip)
     return placed
 
@@ -126,15 +122,15 @@ def _site(path: str, in_block: bool) -> tuple[str, str]:
 
 
 def _kind(part: Part | SharedState) -> str:
-    if isinstance(part, (TunedModule, TunedCopy, TunedTokens)):
-        return "copy"
-    return "part" if isinstance(part, Part) else "shared"
+    if isinstance(part, Part):
+        return "copy" if part.own_module is not None or part.tuned else "part"
+    return "copy" if part.tuned_tokens else "shared"
 
 
 def _acts(part: Part) -> str:
     """On what of its module a part acts: told by what its class does itself."""
     kind = type(part)
-    if isinstance(part, TunedModule):
+    if part.own_module is not None:
         return "instead of the frozen one"
     if part.mergeable:
         return "acts on the weights"
@@ -146,11 +142,11 @@ def _overrides(kind: type[Part], method: str) -> bool:
     return getattr(kind, method) is not getattr(Part, method)
 
 
-def _members(module: nn.Module) -> list[str]:
-    """The attributes that hold what is trained."""
-    if isinstance(module, TunedModule):
+def _members(part: Part | SharedState) -> list[str]:
+    """The attributes that hold what is trained; a whole module's own are not told."""
+    if isinstance(part, Part) and part.own_module is not None:
         return []
-    return list(dict.fromkeys(name.split(".")[0].replace("/", ".") for name, _ in module.named_parameters()))
+    return list(dict.fromkeys(name.split(".")[0].replace("/", ".") for name, _ in part.named_parameters()))
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

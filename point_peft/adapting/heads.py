@@ -157,7 +157,7 @@ class PooledTokens(Part):
                 call.forward.notes[call.adapter, "pooled", name] = pools[name]()
 
 
-def own_modules(
+def make_own_modules(
     backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None
 ) -> dict[str, nn.Module]:
     """The modules that an adapter has to itself, by path: what `heads` gives, else copies of the base's.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.heads import HeadSource, own_modules, place_head, pools_of
+from point_peft.adapting.heads import HeadSource, make_own_modules, place_head, pools_of
 from point_peft.adapting.site import clean_copy, first_names, floating_parameter
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig
@@ -66,7 +66,7 @@ def _assemble(
 ) -> Adapter:
     """An adapter as its configuration says, where and as what torch makes tensors by default."""
     adapter = Adapter(config)
-    own = own_modules(backbone, config, heads, saved)
+    own = make_own_modules(backbone, config, heads, saved)
     adapter.saved = tuple(own)
     pooled = frozenset(name for head in own.values() for name in pools_of(head))
     planned = _plan_methods(adapter, replace(backbone, pooled=pooled))
