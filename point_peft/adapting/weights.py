@@ -45,8 +45,8 @@ def end_reading(module: nn.Module, args: Args, output: Any) -> None:
 def _read_weights(forward: Forward, site: Site) -> dict[int, tuple[str, Tensor]]:
     """The tensors that the module of a site reads of others: id of the base's -> the other's path and the adapted."""
     adapted: dict[int, tuple[str, Tensor]] = {}
-    read = (get_adapter(forward.root, name).readers.get(site.path, ()) for name in forward.active)
-    for path in dict.fromkeys(path for paths in read for path in paths):
+    readers = [get_adapter(forward.root, name).readers for name in forward.active]
+    for path in dict.fromkeys(path for own in readers for path in own.get(site.path, ())):
         module = forward.root.base_model.get_submodule(path)
         calls = [(part, call) for part, call in calls_at(forward, forward.active, path, module) if part.by_weight]
         adapted |= {id(base): (path, value) for base, value in adapted_tensors(module, calls).values()}
