@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,13 @@ def _wait() -> None:
 
 
 def take_turns(runs: Mapping[K, Timed], rounds: int, what: str = "rounds") -> dict[K, list[float]]:
-    """The seconds of each, one value a round; a first round that warms up does not count."""
+    """The seconds of each, one value a round.
+
+    A first round does not count: it warms up, and the C library's allocator learns in it how large the blocks are that
+    it had better keep.
+    """
     took: dict[K, list[float]] = {key: [] for key in runs}
-    for number in tqdm(range(rounds + 1), desc=what, leave=False):
+    for number in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
         for key, run in runs.items():
             value = run()
             if number:
@@ -46,15 +50,15 @@ def take_turns(runs: Mapping[K, Timed], rounds: int, what: str = "rounds") -> di
 
 @dataclass
 class Learner:
-    """A model, with clouds (b, n, 3) and labels (b,) that it is trained and tried on."""
+    """A model, with its inputs for some clouds and their labels (b,), that it is trained and tried on."""
 
     model: nn.Module
-    points: Tensor
+    inputs: tuple[Any, ...]
     labels: Tensor
 
     def __post_init__(self) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
     def training_step(self) -> float:
         """Seconds of forward, backward and update."""
@@ -62,8 +66,9 @@ class Learner:
         return seconds(self._step)
 
     def _step(self) -> None:
+        assert self.optimizer is not None
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(self.points), self.labels)
+        loss = nn.functional.cross_entropy(self.model(*self.inputs), self.labels)
         if isinstance(self.model, PointPeftModel):
             loss = loss + self.model.auxiliary_loss()
         torch.autograd.backward(loss)
@@ -73,4 +78,4 @@ class Learner:
         """Seconds of a forward in eval mode."""
         self.model.eval()
         with torch.no_grad():
-            return seconds(lambda: self.model(self.points))
+            return seconds(lambda: self.model(*self.inputs))

@@ -6,26 +6,56 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal
+from statistics import median, quantiles
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """One thing that is measured."""
 
-    section: str
+    table: str
+    """The quantity."""
     subject: str
-    """Of what: a row of a table."""
-    quantity: str
-    """What of it: a column."""
+    """Of what: a row."""
     at: int | None = None
     """Where a size is varied: the size."""
-    unit: Literal["s", "bytes"] = "s"
 
 
-Values = Mapping[Measure, Sequence[float]]
-"""Measure -> what each round gave; one value where nothing is a matter of chance."""
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The middle of several values, and where half of them lie."""
+
+    low: float
+    middle: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """The median, and the quartiles around it."""
+        if len(values) == 1:
+            return Spread(low=values[0], middle=values[0], high=values[0])
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return Spread(low=low, middle=median(values), high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """What each round gave: seconds or bytes; one value where nothing is a matter of chance."""
+
+    values: Sequence[float]
+    reference: Sequence[float] = ()
+    """What it is compared with, in the same rounds; empty: with nothing."""
+
+    @property
+    def ratios(self) -> Sequence[float]:
+        """Of each round: what a busy machine slows, it slows on both sides."""
+        if not self.reference:
+            return []
+        return [value / other for value, other in zip(self.values, self.reference, strict=True)]
+
+
+Values = Mapping[Measure, Series]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,37 +66,27 @@ class Results:
     """Conditions, in words."""
     values: Values
 
-    def medians(self, section: str, quantity: str | None = None) -> dict[Measure, float]:
-        """The medians of a section, or of one of its quantities, in the order in which they were measured."""
-        return {
-            measure: median(values)
-            for measure, values in self.values.items()
-            if measure.section == section and quantity in (None, measure.quantity)
-        }
-
-    def subjects(self, *sections: str) -> list[str]:
-        """What these sections have measures of, in the order in which it was measured."""
-        return list(dict.fromkeys(measure.subject for measure in self.values if measure.section in sections))
-
-    def median(self, section: str, subject: str, quantity: str, at: int | None = None) -> float | None:
-        """The median of one measure; None: it was not measured."""
-        found = self.medians(section, quantity)
-        return next((value for m, value in found.items() if (m.subject, m.at) == (subject, at)), None)
+    def of(self, table: str) -> dict[Measure, Series]:
+        """What belongs to a table, in the order in which it was measured."""
+        return {measure: series for measure, series in self.values.items() if measure.table == table}
 
     def to_json(self) -> str:
-        """All values, with their medians."""
-        series = [
-            {**asdict(measure), "median": median(values), "values": list(values)}
-            for measure, values in self.values.items()
-        ]
-        return json.dumps({"about": dict(self.about), "series": series}, indent=1) + "\n"
+        """All values, with what the page shows of them."""
+        entries = []
+        for measure, series in self.values.items():
+            shown = {"spread": asdict(Spread.of(series.values))}
+            if series.reference:
+                shown["ratio"] = asdict(Spread.of(series.ratios))
+            entries.append({**asdict(measure), **shown, **asdict(series)})
+        return json.dumps({"about": dict(self.about), "series": entries}, indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> Results:
         """The results of a file."""
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values = {
-            Measure(**{name: entry[name] for name in Measure.__dataclass_fields__}): entry["values"]
-            for entry in found["series"]
-        }
-        return Results(about=found["about"], values=values)
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+        def part(kind: type[Any], entry: Mapping[str, Any]) -> Any:
+            return kind(**{name: entry[name] for name in kind.__dataclass_fields__})
+
+        values = {part(Measure, entry): part(Series, entry) for entry in known["series"]}
+        return Results(about=known["about"], values=values)

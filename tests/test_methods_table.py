@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from point_peft import METHODS, PointPeftError
-from point_peft.backbones import PointTransformer
 from point_peft.hub.card import markdown
 from tests.methods import ToyConfig
 from tools import method_figures, method_pages, methods
@@ -75,7 +75,7 @@ class ShiftConfig(TunerConfig):
 
 
 @pytest.fixture(scope="module")
-def base() -> PointTransformer:
+def base() -> nn.Module:
     return BASE.make()
 
 
@@ -94,21 +94,21 @@ def cells(line: str) -> list[str]:
 
 def test_the_table_has_a_row_for_everything_that_is_registered():
     rows = list({row.method: row for row in reversed(ROWS)}.values())[::-1]  # the first of each method
-    text = methods.page(rows, QUICK, batch=2, repeats=1)
+    text = methods.page(rows, QUICK)
     lines = [cells(line) for line in text.splitlines() if line.startswith("| ")]
     assert tuple(lines[0]) == methods.HEADER
     assert [line[0] for line in lines[2:]] == [methods.PLAIN, methods.FULL, *(row.label for row in rows)]
     assert [row.method for row in rows] == sorted(METHODS)
     for line in lines[4:]:
-        parameters, whole, _, gmac, above, training, inference, *answers = line[1:]
+        parameters, whole, _, gmac, above, *answers = line[1:]
         assert int(parameters.replace(",", "")) < int(whole.replace(",", ""))
-        assert float(gmac) > 0 and float(above) >= 0 and float(training) > 0 and float(inference) > 0
+        assert float(gmac) > 0 and float(above) >= 0
         assert set(answers) <= {"yes", "no", "-"}
-    assert methods.COMMAND in text and "torch " in text and "threads" in text
+    assert methods.COMMAND in text
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
-def test_a_published_count_is_ours_or_the_difference_is_explained(row: Row, base: PointTransformer):
+def test_a_published_count_is_ours_or_the_difference_is_explained(row: Row, base: nn.Module):
     model = methods.adapted(row, base)
     parameters, head = methods.trained(model)
     model.unload()
@@ -140,7 +140,7 @@ def test_facts_are_found_out(method, mergeable, coordinates, bank, toy):
     assert (found.mergeable, found.needs_coordinates, found.needs_bank) == (mergeable, coordinates, bank)
 
 
-def test_multiply_adds_are_counted_those_of_attention_too(base: PointTransformer):
+def test_multiply_adds_are_counted_those_of_attention_too(base: nn.Module):
     attention = 12 * 2 * 129**2 * 384 / 1e9
     assert methods.gmac(base, BASE) == pytest.approx(4.241 + attention, abs=0.001)
     wide, narrow = (methods.facts(Row(method="LORA", fields={"r": r}), QUICK).gmac for r in (8, 4))
@@ -246,7 +246,7 @@ import torch
 torch.set_num_threads(1)
 import imported
 from tools import method_pages, methods
-methods.main(["--quick", "--methods", "SHIFT", "IMPORT", "--repeats", "1", "--batch", "2"])
+methods.main(["--quick", "--methods", "SHIFT", "IMPORT"])
 for method in ("SHIFT", "IMPORT"):
     print(method_pages.page(method, methods.QUICK))
     print(method_pages.picture(method))

@@ -182,7 +182,7 @@ def page(method: str, bench: Bench = BASE) -> str:
         "Use": usage(method, banked=banked),
         f"On {bench.name}": [
             f"{bench.points} points a cloud; GMAC of one forward in eval mode, not merged.",
-            "[methods.md](../methods.md) compares all methods, with times.",
+            "[methods.md](../methods.md) compares all methods, [speed.md](../speed.md) has their times.",
             "",
             *numbers,
         ],
@@ -220,7 +220,8 @@ def index() -> str:
     lines = [
         "# Methods",
         "",
-        "Every method that is registered. [methods.md](../methods.md) compares their sizes and times,",
+        "Every method that is registered. [methods.md](../methods.md) compares their sizes,",
+        "[speed.md](../speed.md) their times,",
         "[capabilities.md](../capabilities.md) says which backbones they work on.",
         "",
         *table(cells, ("method", "page", "what it is", "paper")),

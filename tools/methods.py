@@ -1,11 +1,11 @@
-"""Every registered method side by side: what it trains, what it computes, how long a step takes.
+"""Every registered method side by side: what it trains, what it computes, what it needs.
 
-    python -m tools.methods                       print the table (some minutes on two cores)
+    python -m tools.methods                       print the table (a minute on two cores)
     python -m tools.methods --write               write it to docs/methods.md
     python -m tools.methods --methods LORA VPT    some methods only
 
-The rows come from the registry: a method enters as soon as its configuration is imported. Times are ratios of medians;
-full fine-tuning, the plain backbone and all methods take turns, so that a busy machine slows all of them alike.
+The rows come from the registry: a method enters as soon as its configuration is imported. Times are on the page of
+`benchmarks.speed`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.clock import Learner, Timed, take_turns
 from point_peft import (
     METHODS,
     AdapterError,
@@ -45,8 +42,6 @@ from point_peft.parts.base import Bank
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 COMMAND = "python -m tools.methods --write"
 PLAIN, FULL = "frozen backbone", "full fine-tuning"
-TRAINING, INFERENCE = "training step", "inference"
-CPU = torch.device("cpu")
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def heads(row: Row, backbone: nn.Module) -> dict[str, str]:
     return {} if row.pool is None else dict.fromkeys(describe(backbone).heads, row.pool)
 
 
-def adapted(row: Row, backbone: PointTransformer) -> PointPeftModel:
+def adapted(row: Row, backbone: nn.Module) -> PointPeftModel:
     """A backbone with an adapter of a row, and with the published head."""
     return get_peft_model(backbone, row.config, heads=heads(row, backbone))
 
@@ -187,7 +182,7 @@ class Bench:
     """The backbone that all methods are put on, and the clouds that it gets."""
 
     name: str
-    make: Callable[..., PointTransformer]
+    make: Callable[..., nn.Module]
     points: int
     bank_rows: int
     """Rows of a memory bank, for methods that have one."""
@@ -195,6 +190,10 @@ class Bench:
     def clouds(self, batch: int) -> Tensor:
         """Random clouds (b, n, 3), the same every time."""
         return torch.randn(batch, self.points, 3, generator=torch.Generator().manual_seed(0))
+
+    def inputs(self, batch: int) -> tuple[Any, ...]:
+        """These clouds as the backbone wants them."""
+        return (self.clouds(batch),)
 
     def adapt(self, row: Row) -> PointPeftModel:
         """A fresh backbone with an adapter of that row; a memory bank holds random rows."""
@@ -211,12 +210,6 @@ class Bench:
             width = describe(model.base_model).stages[-1].width
             bank.fill(torch.randn(self.bank_rows, width), torch.arange(self.bank_rows) % 15)
         return bool(banks)
-
-    def learner(self, row: Row | None, batch: int, device: torch.device) -> Learner:
-        """A row, or None for the backbone itself, ready to be trained and tried on a batch."""
-        model = self.make() if row is None else self.adapt(row)
-        labels = torch.arange(batch, device=device)
-        return Learner(model.to(device), self.clouds(batch).to(device), labels)
 
 
 _tiny = partial(PointTransformer, trans_dim=48, encoder_dims=48, num_group=32, group_size=8)
@@ -297,6 +290,7 @@ def _needs_coordinates(row: Row) -> bool:
     def output(*stretch: float) -> Tensor:
         torch.manual_seed(0)
         backbone = QUICK.make()
+        assert isinstance(backbone, PointTransformer)
         factors = torch.tensor(stretch)
         first = backbone.pos_embed[0]
         assert isinstance(first, nn.Linear)
@@ -315,36 +309,6 @@ def _needs_coordinates(row: Row) -> bool:
     return not torch.equal(output(1.0, 1.0, 1.0), output(4.0, 0.5, 2.0))
 
 
-# ---- what does -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Seconds of a training step and of inference, as multiples of full fine-tuning's and the plain backbone's."""
-
-    training: float
-    inference: float
-
-
-def timed(rows: Sequence[Row], bench: Bench, *, batch: int, device: torch.device = CPU) -> dict[tuple[str, str], Timed]:
-    """(label, TRAINING or INFERENCE) -> what measures it: rows, full fine-tuning, and inference of the plain base."""
-    runs: dict[tuple[str, str], Timed] = {(PLAIN, INFERENCE): bench.learner(None, batch, device).inference}
-    for row in (None, *rows):
-        label, learner = FULL if row is None else row.label, bench.learner(row, batch, device)
-        runs.update({(label, TRAINING): learner.training_step, (label, INFERENCE): learner.inference})
-    return runs
-
-
-def times(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> dict[str, Times]:
-    """Label -> times of rows and of full fine-tuning."""
-    took = {key: median(values) for key, values in take_turns(timed(rows, bench, batch=batch), repeats).items()}
-    step, plain = took[FULL, TRAINING], took[PLAIN, INFERENCE]
-    return {
-        label: Times(training=took[label, TRAINING] / step, inference=took[label, INFERENCE] / plain)
-        for label in (FULL, *(row.label for row in rows))
-    }
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 HEADER = (
@@ -354,8 +318,6 @@ HEADER = (
     "published, without head",
     "GMAC",
     "on top",
-    "training step",
-    "inference",
     "merges",
     "needs coordinates",
     "needs a bank",
@@ -389,7 +351,7 @@ def machine() -> str:
     return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _cells(row: Row, known: Facts, took: Times, compared: str, base_gmac: float) -> list[str]:
+def _cells(row: Row, known: Facts, compared: str, base_gmac: float) -> list[str]:
     """The line of a row."""
     return [
         row.label,
@@ -398,22 +360,19 @@ def _cells(row: Row, known: Facts, took: Times, compared: str, base_gmac: float)
         compared,
         f"{known.gmac:.2f}",
         f"{known.gmac - base_gmac:.2f}",
-        f"{took.training:.2f}",
-        f"{took.inference:.2f}",
         yes(known.mergeable),
         yes(known.needs_coordinates),
         yes(known.needs_bank),
     ]
 
 
-def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
+def page(rows: Sequence[Row], bench: Bench) -> str:
     """The table for these rows, with what it says about itself."""
-    took = times(rows, bench, batch=batch, repeats=repeats)
     plain = bench.make()
     total, base_gmac = _size(plain), gmac(plain, bench)
     notes: list[str] = []
     cells = [
-        [PLAIN, "0", "0", "-", f"{base_gmac:.2f}", "0.00", "-", "1.00", "-", "no", "no"],
+        [PLAIN, "0", "0", "-", f"{base_gmac:.2f}", "0.00", "-", "no", "no"],
         [
             FULL,
             f"{total - sum(_size(plain.get_submodule(head)) for head in describe(plain).heads):,}",
@@ -421,8 +380,6 @@ def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
             "-",
             f"{base_gmac:.2f}",
             "0.00",
-            "1.00",
-            f"{took[FULL].inference:.2f}",
             "-",
             "no",
             "no",
@@ -431,17 +388,15 @@ def page(rows: Sequence[Row], bench: Bench, *, batch: int, repeats: int) -> str:
     for row in tqdm(rows, desc="facts", leave=False):
         known = facts(row, bench)
         compared = published(row, known.parameters, bench, notes)
-        cells.append(_cells(row, known, took[row.label], compared, base_gmac))
+        cells.append(_cells(row, known, compared, base_gmac))
     lines = [
         "# All methods on one backbone",
         "",
         f"Made by `{COMMAND}`, nothing in it is written by hand; [methods/](methods/README.md) has a page a method.",
         "",
         f"- Backbone: {bench.name}, {total / 1e6:.1f} M parameters, clouds of {bench.points} points.",
-        "- Measured with a clock: *training step*, one step of AdamW as a multiple of full fine-tuning's; *inference*,",
-        f"  not merged, as a multiple of the plain backbone's. Batches of {batch}, medians of {repeats} rounds in",
-        f"  which all take turns, in one run on {date.today()}: {machine()}.",
-        "- The same on every machine, and in the same run: *trained* parameters; *GMAC* of one cloud's forward (matrix",
+        f"- The same on every machine (here {machine()}):",
+        "  *trained* parameters; *GMAC* of one cloud's forward (matrix",
         "  products, convolutions and attention, counted by `torch.utils.flop_counter`); whether all but the head",
         "  *merges* into the backbone (tried); whether the method *needs coordinates* (tried: in a stretched space, of",
         "  which the backbone sees nothing, it computes something else); whether it *needs a bank* (here",
@@ -461,17 +416,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these methods only; default: all registered")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
-    parser.add_argument("--batch", type=int, default=8, help="clouds in a batch")
     parser.add_argument("--quick", action="store_true", help="a tiny backbone: a try, no numbers to quote")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}, with all methods on the base")
     options = parser.parse_args(argv)
     if options.write and (options.quick or options.methods):
         parser.error("--write is for all methods on the base backbone: leave out --quick and --methods")
-    if options.repeats < 1 or options.batch < 2:
-        parser.error("--repeats is 1 or more, --batch 2 or more (the head has a BatchNorm)")
     bench = QUICK if options.quick else BASE
-    text = page(rows_of(options.methods), bench, batch=options.batch, repeats=options.repeats)
+    text = page(rows_of(options.methods), bench)
     if options.write:
         PAGE.write_text(text, encoding="utf-8")
     print(text)
