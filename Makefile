@@ -4,13 +4,12 @@ ARGS ?=
 PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
-# Quiet unless something fails: warnings and errors are still shown.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Shown if the line before it fails.
+LOG := $(VENV)/install.log
+OR_LOG := > $(LOG) 2>&1 || { cat $(LOG); exit 1; }
 SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
-# Rules of form, configurations, names; and from longer files every method on one backbone, and what a file holds.
-SMOKE := tests/test_structure.py tests/test_config.py tests/test_matching.py tests/test_conformance.py tests/test_state.py
-SMOKE_ONLY := not test_conformance and not test_state or point_mae or round_trip or wrong_tensor
 
 .PHONY: help quickstart check test gpu lint types smoke clean
 .DELETE_ON_ERROR:
@@ -44,21 +43,21 @@ types: $(VENV)/.test
 	$(BIN)/mypy $(SOURCES)
 
 smoke: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SMOKE) -k '$(SMOKE_ONLY)'
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m smoke
 
 # pip is the last thing that venv puts in place.
 $(BIN)/pip:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # A stamp says what was installed; it is older than what it was installed from as soon as that changes.
 $(VENV)/.examples: $(SETUP) | $(BIN)/pip
-	@echo 'installing point_peft and what the examples need into $(VENV); this takes some minutes the first time'
-	@$(PIP_INSTALL) -e '.[examples]'
+	@echo 'installing point_peft and what the examples need into $(VENV): some minutes the first time'
+	@$(PIP_INSTALL) -e '.[examples]' $(OR_LOG)
 	@touch $@
 
 $(VENV)/.test: $(SETUP) | $(BIN)/pip
-	@echo 'installing point_peft and what the tests need into $(VENV); this takes some minutes the first time'
-	@$(PIP_INSTALL) -e '.[test,examples]'
+	@echo 'installing point_peft and what the tests need into $(VENV): some minutes the first time'
+	@$(PIP_INSTALL) -e '.[test,examples]' $(OR_LOG)
 	@touch $@ $(VENV)/.examples
 
 clean:
