@@ -81,21 +81,27 @@ class TunerConfig(ABC):
         return [entry for entry in split if entry[2]]
 
     def chosen_modules(
-        self, backbone: Backbone, inside: Callable[[Block], Iterable[str]], ahead: Iterable[str] = ()
+        self,
+        backbone: Backbone,
+        inside: Callable[[Block], Iterable[str]],
+        *,
+        ahead: Iterable[str] = (),
+        behind: Iterable[str] = (),
     ) -> list[str]:
         """Paths of the modules that are meant, for methods whose `target_modules` name modules.
 
         None means those `inside` every block and, unless `layers_to_transform` leaves some out, those `ahead` of the
-        blocks and the final norms.
+        blocks and `behind` them.
         """
-        blocks = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
-        within = None if self.layers_to_transform is None else blocks
+        layers, within = self.layers_to_transform, None
+        if self.target_modules is None or layers is not None:
+            within = [block for _, block in backbone.select_blocks(self.method, None, None, layers)]
         if self.target_modules is not None:
             paths = list(match_names(self.target_modules, list(backbone.modules)))
         else:
-            paths = [path for block in blocks for path in inside(block)]
-            if within is None:
-                paths = [*ahead, *paths, *backbone.known_anatomy(self.method).final_norms]
+            paths = [path for block in within or () for path in inside(block)]
+        if self.target_modules is None and layers is None:
+            paths, within = [*ahead, *paths, *behind], None
         return narrowed(paths, self.method, self.exclude_modules, within)
 
     @property

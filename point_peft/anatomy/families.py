@@ -82,10 +82,9 @@ _HIERARCHICAL_PARTS = (
 )
 _GROUPED = Tap(module="group_divider", side="output", steps=(1,))
 _CLOUD = Tap(module="group_divider", side="input")
-_BESIDE = Tap(module="{first}", side="input", steps=(1,))
 _GRAPH_ENCODER = StagePreset(
     blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
-    coordinates=_BESIDE,
+    coordinates=Tap(module="{first}", side="input", steps=(1,)),
     samples=(
         Tap(module="{above}", side="input", steps=(2,)),
         Tap(module="{above}.downsample", side="output", steps=(2,)),
@@ -321,11 +320,10 @@ PRESETS: tuple[Preset, ...] = (
         requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
         stages=(
             _GRAPH_ENCODER,
-            StagePreset(
+            replace(
+                _GRAPH_ENCODER,
                 blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
-                coordinates=_BESIDE,
                 samples=(Tap(module="{above}", side="input", steps=(3,)),),
-                layout="packed",
             ),
         ),
         heads=("head",),
@@ -335,17 +333,15 @@ PRESETS: tuple[Preset, ...] = (
         requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
         stages=(
             _GRAPH_ENCODER,
-            StagePreset(
+            replace(
+                _GRAPH_ENCODER,
                 blocks=r"decoder\.global_block",
-                coordinates=_BESIDE,
                 samples=(Tap(module="decoder.global_transition", side="input", steps=(1,)),),
-                layout="packed",
             ),
-            StagePreset(
+            replace(
+                _GRAPH_ENCODER,
                 blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
-                coordinates=_BESIDE,
                 samples=(Tap(module="{above}.upsample", side="input", steps=(5,)),),
-                layout="packed",
             ),
         ),
         heads=("head",),

@@ -33,7 +33,7 @@ def weight_to_adapt(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
     shape = linear_shape(module)
     if shape is not None:
         return "weight", shape
-    fused = module._parameters.get("in_proj_weight")
+    fused = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else None
     return None if fused is None else ("in_proj_weight", (fused.shape[0], fused.shape[1]))
 
 

@@ -18,5 +18,6 @@ class BitFitConfig(TunerConfig):
     method: ClassVar[str] = "BITFIT"
 
     def build(self, backbone: Backbone) -> Blueprint:
-        paths = self.chosen_modules(backbone, lambda block: block_biases(backbone, [block]))
+        norms = backbone.known_anatomy(self.method).final_norms
+        paths = self.chosen_modules(backbone, lambda block: block_biases(backbone, [block]), behind=norms)
         return Blueprint(parts=tuned_biases(backbone, paths))

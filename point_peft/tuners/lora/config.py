@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
 from point_peft.anatomy.roles import projects
-from point_peft.anatomy.structure import linear_shape
+from point_peft.anatomy.structure import weight_to_adapt
 from point_peft.config import Combination, TunerConfig, require
 from point_peft.errors import AnatomyError
-from point_peft.matching import match_names
-from point_peft.parts.backbone import Backbone, narrowed
+from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
-from point_peft.schema import FrozenMapping
+from point_peft.schema import Count, Dropout, Factor, FrozenMapping
 from point_peft.tuners.lora.combining import combined_tensors
 from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
 from point_peft.tuners.lora.patterns import anchored, pattern_values
@@ -43,11 +42,11 @@ class LoraConfig(TunerConfig):
     peft_type: ClassVar[str | None] = "LORA"
     combines: ClassVar[bool] = True
 
-    r: int = 8
+    r: Count = 8
     """The rank of an update."""
-    lora_alpha: float = 8
+    lora_alpha: Factor = 8
     """The scale of an update, over r."""
-    lora_dropout: float = 0.0
+    lora_dropout: Dropout = 0.0
     """Dropout of an update's input."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r), which keeps large ranks alive."""
@@ -62,16 +61,15 @@ class LoraConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.r >= 1, self, "r", "1 or more")
-        require(self.lora_alpha > 0, self, "lora_alpha", "more than 0")
-        require(0.0 <= self.lora_dropout < 1.0, self, "lora_dropout", "0 or more and less than 1")
         require(0 < len(self.qkv) == len(set(self.qkv)), self, "qkv", "one or more of 'q', 'k', 'v', each once")
         object.__setattr__(self, "qkv", tuple(name for name in QKV if name in self.qkv))
         require(all(r >= 1 for r in self.rank_pattern.values()), self, "rank_pattern", "ranks of 1 or more")
         require(all(a > 0 for a in self.alpha_pattern.values()), self, "alpha_pattern", "values of more than 0")
 
     def build(self, backbone: Backbone) -> Blueprint:
-        paths, split = self._targets(backbone)
+        paths = self.chosen_modules(backbone, self._projections)
+        blocks = () if self.target_modules is not None else backbone.known_anatomy(self.method).blocks
+        split = {path for block in blocks if len(block.qkv) > 1 for path in block.qkv}
         ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
         alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
         plan = Blueprint()
@@ -119,19 +117,6 @@ class LoraConfig(TunerConfig):
     def from_peft(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         return read_fields(fields, names)
 
-    def _targets(self, backbone: Backbone) -> tuple[list[str], frozenset[str]]:
-        """The layers that are meant, and those among them that were chosen by `qkv`."""
-        blocks: list[Block] | None = None
-        split: frozenset[str] = frozenset()
-        if self.target_modules is None or self.layers_to_transform is not None:
-            blocks = [block for _, block in backbone.select_blocks(self.method, None, None, self.layers_to_transform)]
-        if self.target_modules is not None:
-            paths = list(match_names(self.target_modules, list(backbone.modules)))
-        else:
-            paths = [path for block in blocks or () for path in self._projections(block)]
-            split = frozenset(path for block in blocks or () if len(block.qkv) > 1 for path in block.qkv)
-        return narrowed(paths, self.method, self.exclude_modules, blocks), split
-
     def _projections(self, block: Block) -> Sequence[str]:
         """The layers of a block that make query, key and value, as far as they are chosen."""
         if len(block.qkv) <= 1 or self.qkv == QKV:
@@ -154,12 +139,12 @@ class LoraConfig(TunerConfig):
 
     def _part(self, path: str, module: nn.Module, r: int, alpha: float, fused: bool) -> LoraPart:
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)
-        weight = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        shape = _shape(module, weight)
-        if shape is None:
+        known = _weight(module)
+        if known is None:
             raise AnatomyError(
                 f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and nn.Conv1d of one group"
             )
+        weight, shape = known
         if self.qkv == QKV or not fused:
             return LoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora)
         if shape[0] != 3 * shape[1] or isinstance(module, nn.Conv1d):
@@ -171,16 +156,8 @@ class LoraConfig(TunerConfig):
         return QkvLoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora, chosen)
 
 
-def _shape(module: nn.Module, weight: str) -> tuple[int, int] | None:
-    """(out, in) of the layer whose weight is adapted, None where it is of a kind that cannot be.
-
-    An nn.MultiheadAttention whose query, key and value are of different widths has no fused projection.
-    """
+def _weight(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
+    """Name and shape (out, in) of the weight that is adapted, None where a layer is of a kind that cannot be."""
     if isinstance(module, nn.Conv1d):
-        return (module.out_channels, module.in_channels) if module.groups == 1 else None
-    if weight == "weight":
-        return linear_shape(module)
-    fused = module._parameters.get(weight)
-    return None if fused is None else (fused.shape[0], fused.shape[1])
-
-
+        return ("weight", (module.out_channels, module.in_channels)) if module.groups == 1 else None
+    return weight_to_adapt(module)

@@ -21,4 +21,6 @@ class NormTuningConfig(TunerConfig):
     method: ClassVar[str] = "NORM_TUNING"
 
     def build(self, backbone: Backbone) -> Blueprint:
-        return Blueprint(parts=tuned_norms(backbone, self.chosen_modules(backbone, lambda block: block.norms)))
+        norms = backbone.known_anatomy(self.method).final_norms
+        paths = self.chosen_modules(backbone, lambda block: block.norms, behind=norms)
+        return Blueprint(parts=tuned_norms(backbone, paths))

@@ -32,7 +32,7 @@ class SSFConfig(TunerConfig):
         anatomy = backbone.known_anatomy(self.method)
         patches, keys = patch_taps(anatomy), key_layers(anatomy)
         plan = Blueprint()
-        for path in self.chosen_modules(backbone, block_sites, ahead=patches):
+        for path in self.chosen_modules(backbone, block_sites, ahead=patches, behind=anatomy.final_norms):
             module = backbone.modules[path]
             if channels_of(module) is not None:
                 part = ScaleShiftPart(module, shift=path not in keys, only_mergeable=self.only_mergeable)
