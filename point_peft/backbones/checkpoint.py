@@ -162,9 +162,9 @@ def _strip(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[s
     return bare, []
 
 
-def _nearest(found: Iterable[str], wanted: Iterable[str]) -> str:
+def _nearest(held: Iterable[str], wanted: Iterable[str]) -> str:
     """For the error: what the file calls its tensors and what the model calls the most similar ones."""
-    names, targets = sorted(found), sorted(wanted)
+    names, targets = sorted(held), sorted(wanted)
     if not names:
         return "It holds no tensors at all."
     pairs = []

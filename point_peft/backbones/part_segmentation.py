@@ -100,11 +100,11 @@ class PointTransformerPartSeg(nn.Module):
         whole = torch.cat([reduce(joined, "b g c -> b c 1", how) for how in ("max", "mean")], dim=1)
         whole = torch.cat([whole, self.label_conv(label)], dim=1)
         local = self.propagation_0(coordinates, center, joined)
-        found = torch.cat([local, whole.expand(-1, -1, local.shape[2])], dim=1)
+        joint = torch.cat([local, whole.expand(-1, -1, local.shape[2])], dim=1)
 
-        found = self.dp1(torch.relu_(self.bns1(self.convs1(found))))
-        found = torch.relu_(self.bns2(self.convs2(found)))
-        logits: Tensor = rearrange(self.convs3(found), "b c n -> b n c")
+        joint = self.dp1(torch.relu_(self.bns1(self.convs1(joint))))
+        joint = torch.relu_(self.bns2(self.convs2(joint)))
+        logits: Tensor = rearrange(self.convs3(joint), "b c n -> b n c")
         return logits.log_softmax(dim=2)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -16,7 +16,7 @@ from point_peft.running.nested import Args, Kwargs, leaves
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with, of `count` samples.
+    """The arguments that a model is called with, of `count` samples.
 
     A tensor among it has a row a sample; or it is packed, and then it has a row a point, and another tells which sample
     each point is of: numbers (n,), or the ends (b,) of samples.
@@ -31,9 +31,9 @@ class Batch:
     @staticmethod
     def of(args: Args, kwargs: Kwargs, count: int) -> Batch:
         """Raises `AdapterError` if there are not as many samples."""
-        found = [tensor for _, tensor in (*leaves(args), *leaves(kwargs)) if tensor.ndim]
-        lengths = {len(tensor) for tensor in found if tensor.is_floating_point()}
-        integers = [t for t in found if t.ndim == 1 and not t.is_floating_point() and t.dtype is not torch.bool]
+        tensors = [tensor for _, tensor in (*leaves(args), *leaves(kwargs)) if tensor.ndim]
+        lengths = {len(tensor) for tensor in tensors if tensor.is_floating_point()}
+        integers = [t for t in tensors if t.ndim == 1 and not t.is_floating_point() and t.dtype is not torch.bool]
         lengths.discard(count)
         for tensor in integers:
             if _are_ends(tensor, count) and int(tensor[-1]) in lengths:
@@ -43,8 +43,8 @@ class Batch:
         for tensor in integers:
             if len(tensor) in lengths and _are_numbers(tensor, count):
                 return Batch(args, kwargs, count, tensor.to(torch.int64))
-        if not any(len(tensor) == count for tensor in found):
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found) or "none"
+        if not any(len(tensor) == count for tensor in tensors):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "none"
             raise AdapterError(
                 f"adapter_names has {count} entries, one for each sample, and no tensor that the model is called with "
                 f"has as many rows or says which of as many samples a point is of; their shapes: {shapes}"
@@ -87,12 +87,12 @@ class Batch:
 
     def singly(self, parts: Sequence[tuple[Tensor, Any]]) -> list[Any]:
         """For each sample, its own part of the outputs."""
-        found: list[Any] = [None] * self.count
+        outputs: list[Any] = [None] * self.count
         for rows, output in parts:
             samples = rows if self.samples is None else self.samples[self.points_of(rows)]
             for row in rows.tolist():
-                found[row] = _mapped(output, partial(_of_sample, rows=rows, samples=samples, row=row), "output")
-        return found
+                outputs[row] = _mapped(output, partial(_of_sample, rows=rows, samples=samples, row=row), "output")
+        return outputs
 
     def _join(self, parts: Sequence[tuple[Tensor, Any]]) -> Any:
         first = parts[0][1]
@@ -128,7 +128,7 @@ class Batch:
 
 
 def _of_sample(tensor: Tensor, *, rows: Tensor, samples: Tensor, row: int) -> Tensor:
-    """What one sample has of an output of several, which has a row a sample or a row a point."""
+    """The share of one sample in an output of several, which has a row a sample or a row a point."""
     for numbers in (samples, rows):
         if tensor.ndim and len(tensor) == len(numbers):
             return tensor[numbers == row]
@@ -140,12 +140,12 @@ class _DoNotFitError(Exception):
 
 
 def _are_ends(tensor: Tensor, count: int) -> bool:
-    """Whether a tensor of integers (count,) can be the ends of samples, each with a point or more."""
+    """Tell whether a tensor of integers (count,) can be the ends of samples, each with a point or more."""
     return len(tensor) == count and bool((tensor.diff() > 0).all()) and bool(tensor[0] > 0)
 
 
 def _are_numbers(tensor: Tensor, count: int) -> bool:
-    """Whether a tensor of integers (n,) can be the sample numbers of points, of samples with a point or more each."""
+    """Tell whether integers (n,) can be the sample numbers of points, of samples with a point or more each."""
     if bool((tensor < 0).any()) or int(tensor.max()) != count - 1:
         return False
     return bool((tensor.to(torch.int64).bincount(minlength=count) > 0).all())

@@ -17,7 +17,7 @@ Kwargs = dict[str, Any]
 
 @runtime_checkable
 class SparseTensor(Protocol):
-    """What sparse convolutions compute on: features (n, c), which are replaced in a copy (spconv and the like)."""
+    """A sparse tensor of convolutions (spconv and the like): features (n, c), which are replaced in a copy."""
 
     features: Tensor
 
@@ -26,7 +26,7 @@ class SparseTensor(Protocol):
 
 @runtime_checkable
 class Record(Protocol):
-    """What holds tensors by name and says which: torch_geometric's Data and the like."""
+    """A thing that holds tensors by name and says which: torch_geometric's Data and the like."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -69,7 +69,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def fetch(value: Any, steps: Steps) -> Any:
-    """What the steps lead to, None if they lead nowhere."""
+    """The value that the steps lead to, None if they lead nowhere."""
     for step in steps:
         if isinstance(step, int):
             value = value[step] if isinstance(value, (tuple, list)) and step < len(value) else None
@@ -105,7 +105,7 @@ def put(value: Any, steps: Steps, new: Tensor) -> Any:
 
 
 def fetch_argument(args: Args, kwargs: Kwargs, steps: Steps) -> Any:
-    """What the steps lead to in the arguments of a call."""
+    """The value that the steps lead to in the arguments of a call."""
     first, *rest = steps
     if isinstance(first, int):
         return fetch(args, steps)

@@ -24,7 +24,7 @@ class _State(threading.local):
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a function of torch is given, with the items of lists and tuples."""
+    """The values that a function of torch is given, with the items of lists and tuples."""
     values = [*args, *kwargs.values()]
     return values + [item for value in values if isinstance(value, (list, tuple)) for item in value]
 
@@ -79,7 +79,7 @@ def leave(reader: nn.Module) -> set[str] | None:
 
 
 def depth() -> int:
-    """How many calls of `enter` are open on this thread."""
+    """The number of calls of `enter` that are open on this thread."""
     return len(_state.stack)
 
 

@@ -20,17 +20,13 @@ from point_peft.running.nested import Args, Kwargs, all_arguments, fetch, fetch_
 def block_tokens(stage: Stage, path: str, args: Args, kwargs: Kwargs) -> Tensor:
     """The tokens that a block of a stage is called with; `AnatomyError` if they are not laid out as the stage says."""
     tokens = fetch_argument(args, kwargs, stage.tokens)
-    _check(stage, path, tokens, f"input{spell_steps(stage.tokens)}", "get")
-    found: Tensor = tokens
-    return found
+    return _checked(stage, path, tokens, f"input{spell_steps(stage.tokens)}", "get")
 
 
 def output_tokens(stage: Stage, path: str, output: Any) -> Tensor:
     """The tokens that a block of a stage returns."""
     tokens = fetch(output, stage.outputs[0])
-    _check(stage, path, tokens, f"output{spell_steps(stage.outputs[0])}", "return")
-    found: Tensor = tokens
-    return found
+    return _checked(stage, path, tokens, f"output{spell_steps(stage.outputs[0])}", "return")
 
 
 def put_output_tokens(stage: Stage, output: Any, tokens: Tensor, *, inserted: int = 0, at: int = 0) -> Any:
@@ -52,7 +48,7 @@ def put_output_tokens(stage: Stage, output: Any, tokens: Tensor, *, inserted: in
 
 
 def _without(value: Tensor, tokens: Tensor, count: int, at: int, layout: Layout) -> Tensor:
-    """What a block returns beside its tokens, such as an attention map, without what `count` prompts added to it."""
+    """A tensor that a block returns beside its tokens, such as an attention map, without what prompts added to it."""
     length, batch = tokens.shape[token_dim(layout)], tokens.shape[1 - token_dim(layout)]
     if value.shape == tokens.shape:
         return remove(value, count, at, layout)
@@ -64,7 +60,7 @@ def _without(value: Tensor, tokens: Tensor, count: int, at: int, layout: Layout)
     return value
 
 
-def _check(stage: Stage, path: str, tokens: Any, where: str, verb: str) -> None:
+def _checked(stage: Stage, path: str, tokens: Any, where: str, verb: str) -> Tensor:
     dims = 2 if stage.layout == "packed" else 3
     if not isinstance(tokens, Tensor) or tokens.is_nested or tokens.ndim != dims or tokens.shape[-1] != stage.width:
         shape = "n, c" if stage.layout == "packed" else ", ".join(stage.layout)
@@ -74,6 +70,7 @@ def _check(stage: Stage, path: str, tokens: Any, where: str, verb: str) -> None:
         raise AnatomyError(
             f"block '{path}' should {verb} tokens ({shape}), c = {stage.width}, at its {where}; got {got}"
         )
+    return tokens
 
 
 def token_dim(layout: Layout) -> int:
@@ -89,7 +86,7 @@ def batch_first(tokens: Tensor, layout: Layout) -> Tensor:
 
 
 def as_layout(tokens: Tensor, layout: Layout) -> Tensor:
-    """What `batch_first` gave, laid out as before."""
+    """Tokens that `batch_first` gave, laid out as before."""
     if layout == "packed":
         return rearrange(tokens, "1 n c -> n c")
     return tokens if layout == "bgc" else rearrange(tokens, "b l c -> l b c")
@@ -143,7 +140,7 @@ def insert_prompts(
 
 
 def is_padding(value: Tensor, batch: int, length: int) -> bool:
-    """Whether a tensor is shaped like a padding mask (b, l), which may be spread out as (b, 1, 1, l)."""
+    """Tell whether a tensor is shaped like a padding mask (b, l), which may be spread out as (b, 1, 1, l)."""
     return value.ndim >= 2 and (value.shape[0], value.shape[-1]) == (batch, length) and value.numel() == batch * length
 
 
