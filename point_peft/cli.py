@@ -27,7 +27,7 @@ from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, PEFT_TYPE, PENDING_CONFIG_FILE, TENSOR_FILE, AdapterFiles
 from point_peft.files.reading import leftovers, read_folder
-from point_peft.files.tensors import check_finite
+from point_peft.files.tensors import check_finite, dtype_name
 from point_peft.files.writing import copy_folder
 from point_peft.hub.card import for_repository
 from point_peft.hub.place import Place, is_repo_id
@@ -196,7 +196,7 @@ def _report(folder: Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in files.tensors.values()),
         "bytes": (folder / TENSOR_FILE).stat().st_size,
         "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor), "zero": not bool(tensor.count_nonzero())}
+            name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "zero": not bool(tensor.count_nonzero())}
             for name, tensor in files.tensors.items()
         },
         "problems": problems,
@@ -261,10 +261,6 @@ def _readable(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {problem}"
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 # ---- diff ------------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +282,7 @@ def _differences(first: AdapterFiles, second: AdapterFiles) -> Iterator[str]:
         if a is None or b is None:
             yield f"tensor {name}: only in {'A' if b is None else 'B'}"
         elif a.shape != b.shape or a.dtype != b.dtype:
-            yield f"tensor {name}: {_dtype(a)} {tuple(a.shape)} -> {_dtype(b)} {tuple(b.shape)}"
+            yield f"tensor {name}: {dtype_name(a)} {tuple(a.shape)} -> {dtype_name(b)} {tuple(b.shape)}"
         elif not torch.equal(a, b):
             x, y = a.double().flatten(), b.double().flatten()
             lengths = float(x.norm() * y.norm())

@@ -135,7 +135,6 @@ UNFINISHED: dict[str, list[str]] = {
         "point_peft/tuners/point_peft/openmp.py: torch._C",
     ],
     "files 500, functions 60, classes 350 lines at most": [
-        "point_peft/hub/pushing.py: push has",
         "point_peft/running/forward.py: __init__ has",
         "point_peft/tuners/point_peft/compiled_attention.py: _to_attention has",
         "point_peft/tuners/point_peft/config.py: _build_stage has",

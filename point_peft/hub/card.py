@@ -27,11 +27,9 @@ from point_peft.adapting.freezing import own_parameters
 from point_peft.config import METHODS, TunerConfig, require
 from point_peft.errors import PointPeftError, quoted
 from point_peft.files.format import CARD_FILE, Card
+from point_peft.hub.place import LIBRARY, is_repo_id
 
-LIBRARY = "point-peft"
 TAGS = ("point-cloud", LIBRARY)
-_WORD = r"[A-Za-z0-9_]([\w.\-]*[A-Za-z0-9_])?"
-_REPO = re.compile(f"{_WORD}(/{_WORD})?", re.ASCII)
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_./\-]*"
 _MARK = re.compile(rf"^<!-- (begin|end) {LIBRARY}(?: ({_NAME}))? -->(?=[ \t]*\r?$)", re.MULTILINE)
 _LOADING = re.compile(r"^model = PointPeftModel\.from_pretrained\(backbone, .*\)(?=\r?$)", re.MULTILINE)
@@ -151,7 +149,8 @@ def _front(fields: Mapping[str, Any]) -> str:
 
 def _fields(about: About) -> dict[str, Any]:
     """The YAML of a card."""
-    base = about.base_model if about.base_model is not None and _is_repo_id(about.base_model) else None
+    # The Hub refuses cards that state what cannot be a name on it.
+    base = about.base_model if is_repo_id(about.base_model) else None
     results = [
         huggingface_hub.EvalResult(
             task_type=about.pipeline_tag or "other",
@@ -185,11 +184,6 @@ def _model_name(about: About) -> str:
     """Under which name the results stand, which tells the adapters of one repository apart."""
     repo = about.repo_id.rpartition("/")[2] if about.repo_id else ""
     return "/".join(filter(None, [repo, about.adapter])) or f"{'+'.join(about.methods)} for {about.base_kind}"
-
-
-def _is_repo_id(name: str) -> bool:
-    """True if a base's name can be one on the Hub; the Hub refuses cards that state another."""
-    return _REPO.fullmatch(name) is not None and len(name) <= 96 and not re.search(r"--|\.\.", name)
 
 
 def _section(about: About) -> Iterator[str]:
@@ -235,7 +229,7 @@ def _base(about: About) -> str:
     if about.base_model is None:
         return kind + revision
     name = _plain(about.base_model)
-    linked = f"[{name}](https://huggingface.co/{about.base_model})" if _is_repo_id(about.base_model) else name
+    linked = f"[{name}](https://huggingface.co/{about.base_model})" if is_repo_id(about.base_model) else name
     return f"{linked}{revision} ({kind})"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +18,21 @@ from point_peft.hub.card import merged
 from point_peft.hub.place import COMMIT, LIBRARY, PULL_REQUEST, HubFile, Place, Token, check_names, is_path
 from point_peft.hub.pulling import fetched, model_info
 from point_peft.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Upload:
+    """A commit that is to be made."""
+
+    api: huggingface_hub.HfApi
+    files: Mapping[str, bytes]
+    repo_id: str
+    message: str
+    description: str | None
+    private: bool | None
+    token: Token
+    revision: str | None
+    create_pr: bool
 
 
 def push(
@@ -44,75 +59,90 @@ def push(
             )
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"nothing was pushed to '{repo_id}': HF_HUB_OFFLINE is set")
-    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
-
-    def asked(request: Callable[[], T]) -> T:
-        try:
-            return ask(repo_id, revision, request)
-        except Unreachable as error:
-            raise HubError(
-                f"the push to '{repo_id}' failed: {error}. Push again; nothing is committed twice"
-            ) from error
-
-    asked(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    upload = _Upload(
+        api=huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__),
+        files=files,
+        repo_id=repo_id,
+        message=commit_message,
+        description=commit_description,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    _asked(upload, lambda: upload.api.create_repo(repo_id, private=private, exist_ok=True))
     if revision is not None and not create_pr:
-        asked(lambda: _make_branch(api, repo_id, revision))
-
-    def prepare() -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
-        info = model_info(repo_id, revision, token)
-        if private and info.private is False:
-            raise HubError(f"nothing was pushed: private is asked for, and '{repo_id}' exists and is public")
-        contents = dict(files)
-        for entry in info.siblings or ():
-            name = entry.rfilename
-            if name not in files or name.rpartition("/")[2] != CARD_FILE:
-                continue
-            sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-            present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
-            path = fetched(repo_id, str(info.sha), present, Place(token=token))
-            contents[name] = _over(path.read_bytes(), files[name])
-        added = [
-            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
-            for name in sorted(contents)
-        ]
-        return str(info.sha), added
-
-    def send(parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
-        try:
-            made = api.create_commit(
-                repo_id,
-                added,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
-        except (HfHubHTTPError, json.JSONDecodeError):  # some are ValueErrors, but say nothing of what is pushed
-            raise
-        except ValueError as error:
-            raise HubError(f"nothing was pushed to '{repo_id}': the Hub refuses it: {first_line(error)}") from error
-        return str(made.pr_url or made.commit_url)
-
+        _asked(upload, lambda: _make_branch(upload.api, repo_id, revision))
     for _ in range(3):
         try:
-            if not create_pr:
-                # Prepared anew each time: if only the answer was lost, nothing is left to commit.
-                return asked(lambda: send(*prepare()))
-            prepared = asked(prepare)
-            try:
-                # Not sent again: a pull request whose answer is lost would be opened twice.
-                return ask(repo_id, revision, partial(send, *prepared), pauses=())
-            except Unreachable as error:
-                raise HubError(
-                    f"whether a pull request was opened is not known: {error}. Look at "
-                    f"{constants.ENDPOINT}/{repo_id}/discussions before you push again"
-                ) from error
+            # A commit is prepared anew each time: if only the answer was lost, nothing is left to commit.
+            return _open_request(upload) if create_pr else _asked(upload, lambda: _send(upload, *_prepare(upload)))
         except HubError as error:
             # 412: somebody else has committed since; what is there now is read again.
             if not isinstance(error.__cause__, HfHubHTTPError) or error.__cause__.response.status_code != 412:
                 raise
     raise HubError(f"nothing was pushed to '{repo_id}': others commit to it all the time. Push again")
+
+
+def _asked(upload: _Upload, request: Callable[[], T]) -> T:
+    """The answer to a request, which is sent again where the Hub fails for a moment."""
+    try:
+        return ask(upload.repo_id, upload.revision, request)
+    except Unreachable as error:
+        raise HubError(
+            f"the push to '{upload.repo_id}' failed: {error}. Push again; nothing is committed twice"
+        ) from error
+
+
+def _open_request(upload: _Upload) -> str:
+    """Open a pull request. It is not sent again: one whose answer is lost would be opened twice."""
+    prepared = _asked(upload, lambda: _prepare(upload))
+    try:
+        return ask(upload.repo_id, upload.revision, lambda: _send(upload, *prepared), pauses=())
+    except Unreachable as error:
+        raise HubError(
+            f"whether a pull request was opened is not known: {error}. Look at "
+            f"{constants.ENDPOINT}/{upload.repo_id}/discussions before you push again"
+        ) from error
+
+
+def _prepare(upload: _Upload) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
+    """The commit that is there, and what goes on top of it."""
+    info = model_info(upload.repo_id, upload.revision, upload.token)
+    if upload.private and info.private is False:
+        raise HubError(f"nothing was pushed: private is asked for, and '{upload.repo_id}' exists and is public")
+    contents = dict(upload.files)
+    for entry in info.siblings or ():
+        name = entry.rfilename
+        if name not in contents or name.rpartition("/")[2] != CARD_FILE:
+            continue
+        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+        present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
+        path = fetched(upload.repo_id, str(info.sha), present, Place(token=upload.token))
+        contents[name] = _over(path.read_bytes(), contents[name])
+    added = [
+        huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
+        for name in sorted(contents)
+    ]
+    return str(info.sha), added
+
+
+def _send(upload: _Upload, parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
+    try:
+        made = upload.api.create_commit(
+            upload.repo_id,
+            added,
+            commit_message=upload.message,
+            commit_description=upload.description,
+            revision=upload.revision,
+            create_pr=upload.create_pr,
+            parent_commit=parent,
+        )
+    except (HfHubHTTPError, json.JSONDecodeError):  # some are ValueErrors, but say nothing of what is pushed
+        raise
+    except ValueError as error:
+        raise HubError(f"nothing was pushed to '{upload.repo_id}': the Hub refuses it: {first_line(error)}") from error
+    return str(made.pr_url or made.commit_url)
 
 
 def files_below(folder: Path, subfolder: str | None) -> dict[str, bytes]:
