@@ -7,19 +7,22 @@ an adapted model, and says which of them is broken. What takes longer is proved 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from point_peft import AdapterError, PointPeftModel, get_peft_model
+from point_peft import AdapterError, Anatomy, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE
+from point_peft.anatomy.presets import known_anatomy
 from point_peft.parts.base import Part
+from point_peft.running.tokens import batch_first, output_tokens
 from tests.adapting import (
     PAIRS,
     Pair,
@@ -31,6 +34,8 @@ from tests.adapting import (
     each,
     every_pair,
     fingerprint,
+    frozen,
+    in_training,
     kinds,
     loss_of,
     plain,
@@ -41,7 +46,7 @@ from tests.adapting import (
     values,
 )
 from tests.methods import config
-from tests.zoo import BACKBONES, TinyBackbone
+from tests.zoo import BACKBONES, Args, TinyBackbone
 
 
 @every_pair
@@ -208,3 +213,82 @@ def test_merging_is_exact_or_refused(method: str, backbone: TinyBackbone) -> Non
     merged: nn.Module = model.merge_and_unload()
     assert distance(run(merged, backbone), output) < 1e-4, "merged for good, it gives another output"
     assert not any(SITE in vars(module) or module._forward_hooks for module in merged.modules())
+
+
+# ---- the prior belongs to the groups of its forward ------------------------------------------------------------------
+
+
+def anatomy_of(backbone: TinyBackbone) -> Anatomy:
+    anatomy = backbone.traced or known_anatomy(backbone.build())
+    assert anatomy is not None
+    return anatomy
+
+
+def has_prior(backbone: TinyBackbone) -> bool:
+    return anatomy_of(backbone).adaptable["prior from"] != "none"
+
+
+with_a_bank = pytest.mark.parametrize(
+    "backbone",
+    [pytest.param(b, id=b.name) for label, b in PAIRS if label == "POINT_PEFT" and has_prior(b)],
+)
+
+
+@with_a_bank
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_stem_runs_once_and_the_prior_is_that_of_its_groups(backbone: TinyBackbone, training: bool) -> None:
+    """As often as in the backbone alone, random groups or not; and the second pass sees the same groups."""
+    anatomy, args = anatomy_of(backbone), backbone.inputs(3, 5)
+    # Fresh, so that it is known to be made for the prefix tokens of this base.
+    model, base = adapt(backbone, "POINT_PEFT", fresh=True), frozen(backbone)
+    model.train(training)
+    if training:
+        in_training(base)
+    expected = {path: count_calls(base.get_submodule(path)) for path in anatomy.stem}
+    torch.manual_seed(4)
+    base(*args)
+    counts = {path: count_calls(model.base_model.get_submodule(path)) for path in anatomy.stem}
+    tokens: list[Tensor] = []
+    ask = model.backbone_tokens
+
+    def spy(*of: Any) -> Tensor:
+        tokens.append(ask(*of))
+        return tokens[-1]
+
+    model.backbone_tokens = spy  # type: ignore[method-assign]
+    torch.manual_seed(4)
+    model(*args)
+    assert counts == expected, "the stem runs more or less often than in the backbone"
+
+    for block in anatomy.blocks:
+        base.get_submodule(block.path).eval()
+    torch.manual_seed(4)
+    same = last_tokens(base, anatomy, args)[:, -tokens[0].shape[1] :]
+    assert torch.allclose(tokens[0], same, atol=1e-5), "the prior is of other groups"
+
+
+def count_calls(module: nn.Module) -> Counter[str]:
+    """How often a module computes from now on; its hooks run also when it is answered for."""
+    counts: Counter[str] = Counter()
+    forward: Callable[..., Any] = type(module).forward
+
+    class Counting(type(module)):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Any:
+            counts["calls"] += 1
+            return forward(self, *args)
+
+    module.__class__ = Counting
+    return counts
+
+
+def last_tokens(base: nn.Module, anatomy: Anatomy, args: Args) -> Tensor:
+    """The patch tokens (b, g, c) of the last block that a prior is taken after, after the final norms."""
+    stage, outputs = anatomy.stages[anatomy.queried], []
+    last = base.get_submodule(stage.blocks[-1].path)
+    last.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        base(*args)
+    tokens = batch_first(output_tokens(stage, "last", outputs[-1]), stage.layout)
+    for path in anatomy.final_norms if stage is anatomy.stages[-1] else ():
+        tokens = base.get_submodule(path)(tokens)
+    return tokens

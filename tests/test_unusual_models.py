@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from point_peft import (
 )
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
+from point_peft.backbones.layers import Group
 from point_peft.running.reading import depth, unwind
 from tests.zoo import BACKBONES, clouds, enliven
 
@@ -375,3 +377,44 @@ def test_a_head_that_begins_with_a_norm_is_a_head(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
         again = PointPeftModel.from_pretrained(build(NormedHead), tmp_path).eval()
         assert torch.equal(again(points), model(points))
+
+
+class BegunAnywhere(Official):
+    """Groups in a function of its own forward and runs its blocks there; in training the order of points is random."""
+
+    order = staticmethod(torch.randperm)
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        order = self.order(points.shape[1]) if self.training else torch.arange(points.shape[1])
+        neighborhood, center = Group.forward(self.group_divider, points[:, order])
+        tokens, pos = self.embedded(self.encoder(neighborhood), center)
+        for block in self.blocks.blocks:
+            tokens = self.advance(block, tokens, pos)
+        return self.norm(tokens)
+
+
+class BegunByNumpy(BegunAnywhere):
+    """The same by random numbers that are not torch's."""
+
+    order = staticmethod(lambda count: torch.from_numpy(np.random.permutation(count)))
+
+
+@pytest.mark.parametrize(("kind", "times"), [(BegunAnywhere, 1), (BegunByNumpy, 2)])
+def test_a_prior_is_of_the_groups_that_its_forward_has_drawn(kind: type[Official], times: int) -> None:
+    """Groups that torch has drawn are drawn again for the prior; of others both passes make all from their own."""
+    model = get_peft_model(build(kind), PointPEFTConfig()).train()
+    model.build_memory_bank([clouds(20, 1)[0]])
+    patches: list[Tensor] = []
+    tokens: list[Tensor] = []
+    model.base_model.get_submodule("encoder.first_conv").register_forward_pre_hook(
+        lambda module, args: patches.append(args[0])
+    )
+    ask, after = model.backbone_tokens, []
+    for answer in (ask, lambda *_: tokens[0]):
+        model.backbone_tokens = lambda *of: (tokens.append(answer(*of)), tokens[-1])[1]  # type: ignore[method-assign] # noqa: B023
+        torch.manual_seed(4)
+        model(*clouds(2, 0)).sum().backward()
+        after.append(torch.rand(3))
+    assert len(patches) == times + 1
+    assert times == 1 or not torch.equal(patches[0], patches[1])
+    assert torch.equal(*after), "the second pass has changed what is drawn next"

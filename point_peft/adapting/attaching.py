@@ -10,7 +10,7 @@ from torch import nn
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.coordinates import check_tokens, tap_input, tap_output
 from point_peft.adapting.hooks import PLAIN, after_parts, before_parts, enter_model, leave_model
-from point_peft.adapting.second_pass import end_at_last_block, keep_stem, reuse_stem
+from point_peft.adapting.second_pass import end_at_last_block, keep_stem, reuse_stem, see_trunk, trunk_of
 from point_peft.adapting.site import CHILD, HOOKS, SITE, backbone_modules, hook, marked, remove_hooks, strip
 from point_peft.adapting.weights import begin_reading, end_reading
 from point_peft.running.forward import Root
@@ -34,6 +34,9 @@ def attach_model(root: Root) -> None:
         module = marked(root, path)
         module.register_forward_pre_hook(reuse_stem, with_kwargs=True)
         module.register_forward_hook(keep_stem, with_kwargs=True)
+    trunk = trunk_of(root)
+    if trunk:
+        marked(root, trunk).register_forward_pre_hook(see_trunk, with_kwargs=True)
     for path in dict.fromkeys(tap.module for stage in anatomy.stages for tap in stage.taps):
         module = marked(root, path)
         module.register_forward_pre_hook(tap_input, with_kwargs=True)

@@ -80,6 +80,7 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
     if not forward.active:
         return None
     calls = calls_at(forward, forward.active, site.path, module)
+    forward.acted = forward.acted or bool(calls)
     if calls and _is_plain(module) and all(part.tuned and not part.by_weight for part, _ in calls):
         # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
         adapted = adapted_tensors(module, calls)

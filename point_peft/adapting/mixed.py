@@ -81,7 +81,7 @@ def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[Forw
     before = opened(root)
     batch = open_forward(root, args, kwargs)
     batch.active, batch.shares, batch.samples_in_all = (), True, count
-    batch.stem = dict(batch.known_stem)
+    batch.stem.calls = {path: list(calls) for path, calls in batch.stem.known.items()}
     try:
         with answering(root):
             yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from point_peft.running.forward import (
     reopen,
 )
 from point_peft.running.nested import Args, Kwargs
-from point_peft.running.stem import StemCall
+from point_peft.running.second import RandomNumbers, Start
 from point_peft.running.tokens import batch_first, output_tokens
 
 
@@ -48,12 +48,18 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
             f"direct call of a part of it: call the model{hint}"
         )
 
+    def run() -> Tensor:
+        return _second_pass(root, forward, source, owner)
+
     def take() -> Tensor:
         batch = forward.whole
         if batch is None:
-            return _second_pass(root, forward, source, owner)
-        found = batch.once(key, lambda: _second_pass(root, batch, source, owner))
-        return found if forward.rows is None else found[forward.rows]
+            return run()
+        if forward.rows is not None:
+            tokens: Tensor = batch.once(key, lambda: _second_pass(root, batch, source, owner))
+            return tokens[forward.rows]
+        # Where groups are random, those of the forwards before this one are others.
+        return run() if forward.stem.computed and key in batch.cache else batch.once(key, run)
 
     return forward.once(key, take)
 
@@ -68,45 +74,102 @@ def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -
 def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor | None:
     """Run the model without adapters as far as the stem or the last block; the tokens there, if they are known."""
     assert forward.inputs is not None
-    args, kwargs = forward.inputs
-    with _second(root, forward, source, owner), answering(root), torch.no_grad():
+    start = forward.start or Start("", *forward.inputs, (), None)
+    if source == "backbone" and forward.trunk is not None and forward.trunk.intact:
+        start = forward.trunk
+    with _second(root, forward, source, owner, start), answering(root), torch.no_grad():
         try:
-            if forward.method is None:
-                root.base_model(*args, **kwargs)
+            if start.path:
+                _enter(root, forward)
+                root.base_model.get_submodule(start.path)(*start.args, **start.kwargs)
+            elif forward.method is None:
+                root.base_model(*start.args, **start.kwargs)
             else:
-                open_forward(root, args, kwargs)
-                getattr(root.base_model, forward.method)(*args, **kwargs)
+                open_forward(root, start.args, start.kwargs)
+                getattr(root.base_model, forward.method)(*start.args, **start.kwargs)
         except Stop as stop:
             forward.reached = stop.args[0]
     reached, forward.reached = forward.reached, None
     return reached
 
 
+def _enter(root: Root, forward: Forward) -> None:
+    """Be in a second pass that begins amid the model, where all ahead of it has been seen already."""
+    assert forward.inputs is not None
+    args, kwargs = forward.inputs
+    second = open_forward(root, args, kwargs)
+    for name in ("coordinates", "samples", "patches", "points", "misplaced"):
+        getattr(second, name).update(getattr(forward, name))
+
+
 @contextmanager
-def _second(root: Root, forward: Forward, source: str, owner: str | None) -> Iterator[None]:
-    """In here, the model runs without adapters and, but for the stem, in eval mode."""
-    stem = {m for path in anatomy_of(root).stem for m in root.base_model.get_submodule(path).modules()}
-    others = [module for module in backbone_modules(root).values() if module not in stem]
+def _second(root: Root, forward: Forward, source: str, owner: str | None, start: Start) -> Iterator[None]:
+    """In here, the model runs without adapters and, but for the stem, in eval mode.
+
+    If random numbers were drawn ahead of the blocks, such as the point that sampling begins with, the same are drawn
+    again, and by the same code: what is not in a block then keeps its mode.
+    """
+    random = start.random if start.random is not None and start.random.drawn else None
+    modules = backbone_modules(root)
+    blocks = [modules[block.path] for block in anatomy_of(root).blocks]
+    stem = {module for path in anatomy_of(root).stem for module in modules[path].modules()}
+    inside = {module for block in blocks for module in block.modules()}
+    quiet = [m for m in modules.values() if (m not in stem if random is None else m in inside)]
     before = opened(root)
     forward.stop_at, forward.stop_owner = source, owner
     reopen(forward.root, forward)
     try:
-        with eval_mode(others), _own_random_numbers(root):
+        with eval_mode(quiet), _own_random_numbers(root, random):
             yield
     finally:
         forward.stop_at, forward.stop_owner = None, None
         reopen(forward.root, before)
 
 
-def _own_random_numbers(root: Root) -> AbstractContextManager[None]:
+@contextmanager
+def _own_random_numbers(root: Root, repeated: RandomNumbers | None) -> Iterator[None]:
     """In here, drawing random numbers leaves the generators as they were.
 
     Gradient checkpointing may run a block again, but not the second pass that ran within it.
     """
     if torch.compiler.is_compiling():
-        return nullcontext()
-    devices = {parameter.device for parameter in root.base_model.parameters() if parameter.is_cuda}
-    return torch.random.fork_rng(sorted(devices, key=str))
+        yield
+        return
+    devices = {parameter.device for parameter in root.base_model.parameters()}
+    now = RandomNumbers.of(devices if repeated is None else {*devices, *repeated.states})
+    try:
+        if repeated is not None:
+            repeated.restore()
+        yield
+    finally:
+        now.restore()
+
+
+def trunk_of(root: Root) -> str:
+    """The module that runs all the blocks that a second pass runs, "" where that is the model itself.
+
+    A second pass may begin there, since it ends before that module does.
+    """
+    anatomy = anatomy_of(root)
+    if anatomy.last_block_calls > 1:
+        return ""
+    blocks = [block for stage in anatomy.stages[: anatomy.queried + 1] for block in stage.blocks]
+    steps = blocks[0].path.split(".")[:-1]
+    for end in range(len(steps), 0, -1):
+        path = ".".join(steps[:end])
+        called = not isinstance(root.base_model.get_submodule(path), (nn.ModuleList, nn.ModuleDict))
+        if called and all(block.path.startswith(path + ".") for block in blocks):
+            return path
+    return ""
+
+
+@hook
+def see_trunk(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Remember what the module that runs all blocks is called with, unless an adapter has changed it."""
+    site: Site = module.__dict__[SITE]
+    forward = current_forward(site.root)
+    if forward.start is not None and not forward.acted and not forward.apart:
+        forward.trunk = Start.of(site.path, args, kwargs)
 
 
 @hook
@@ -138,17 +201,15 @@ def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any
     """Remember what a module of the stem computed, for forwards that ask it the same; give what was remembered."""
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    if torch.compiler.is_compiling() and site.path in forward.stem and forward.parent is not None:
-        return forward.stem[site.path].output
+    answer = forward.stem.answering.pop(site.path, None)
+    if answer is not None:
+        return answer.output
     second = forward.parent is not None and forward.parent.stop_at is not None
     wanted = second or forward.active or forward.whole is not None
     if wanted and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
-        call = forward.known_stem.get(site.path)
-        if call is None or call.output is not output:
-            call = StemCall.of(args, output)
-        if second and forward.parent is not None:
-            forward.parent.stem.setdefault(site.path, call)
-        forward.stem[site.path] = call
+        call = forward.stem.keep(site.path, args, output)
+        if call is not None and second and forward.parent is not None:
+            forward.parent.stem.calls.setdefault(site.path, []).append(call)
     return None
 
 
@@ -168,12 +229,10 @@ def reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwa
         return None
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    call = forward.known_stem.get(site.path)
-    if call is None or kwargs or not args or not call.answers(args):
+    call = None if kwargs or not args else forward.stem.answer(site.path, args)
+    if call is None or any(value.shape[0] != args[0].shape[0] for value in args):
         return None
-    if any(value.shape[0] != args[0].shape[0] for value in args):
-        return None
-    forward.stem[site.path] = call
+    forward.stem.answering[site.path] = call
     return tuple(value[:1] for value in args), kwargs
 
 
@@ -208,7 +267,7 @@ def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: An
     """What a module of the stem gives: what is known, else what it computes."""
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    call = forward.known_stem.get(site.path)
-    if call is not None and not kwargs and not _changes_stem(forward, site.path) and call.answers(args):
+    call = None if kwargs or _changes_stem(forward, site.path) else forward.stem.answer(site.path, args)
+    if call is not None:
         return call.output
     return type(module).forward(module, *args, **kwargs) if set_by_user is None else set_by_user(*args, **kwargs)

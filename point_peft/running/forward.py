@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from point_peft.anatomy.description import Anatomy
 from point_peft.errors import AdapterError
 from point_peft.running.nested import leaves
-from point_peft.running.stem import StemCall
+from point_peft.running.second import Start
+from point_peft.running.stem import Stem
 from point_peft.torch_private import graph_task
 
 T = TypeVar("T")
@@ -95,10 +96,13 @@ class Forward:
         self._taken: dict[tuple[Hashable, str], list[Tensor | None]] = {}
         self.with_gradient = torch.is_grad_enabled()
         self.cache: dict[Hashable, Any] = {}
-        self.stem: dict[str, StemCall] = {}
-        """Stem module -> what it got and gave."""
-        self.known_stem: Mapping[str, StemCall] = {}
-        """The same of a forward before this one, whose answers need not be computed again."""
+        self.stem = Stem()
+        self.start: Start | None = None
+        """The call of the model itself, if adapters are active in it."""
+        self.trunk: Start | None = None
+        """The call of the module that runs all blocks, if no adapter has acted before it."""
+        self.acted = False
+        """Whether a part of an adapter has acted."""
         self.shares = False
         """Whether this is a batch that several forwards, one after another, run parts of or run for several tasks."""
         self.rows: Tensor | None = None
@@ -289,22 +293,17 @@ def open_forward(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
     second = parent is not None and parent.stop_at is not None
     forward = Forward(root, () if second else active_adapters(root), parent)
     forward.inputs = (args, kwargs)
+    if forward.active:
+        forward.start = Start.of("", args, kwargs)
     if parent is not None and second:
-        forward.owner, forward.known_stem = parent.stop_owner, parent.stem
+        forward.owner, forward.stem.known = parent.stop_owner, parent.stem.of_samples(None, 0)
     elif parent is not None and parent.shares:
-        forward.whole, forward.rows, forward.known_stem = parent, parent.rows, _stem_of(parent)
+        forward.whole, forward.rows = parent, parent.rows
+        forward.stem.known = parent.stem.of_samples(parent.rows, parent.samples_in_all)
         if parent.rows is None:
-            forward.stem = parent.stem
+            forward.stem.calls = parent.stem.calls
     reopen(root, forward)
     return forward
-
-
-def _stem_of(batch: Forward) -> Mapping[str, StemCall]:
-    """What is known of the stem for the samples that are next."""
-    if batch.rows is None:
-        return dict(batch.stem)
-    taken = {path: call.of_samples(batch.rows, batch.samples_in_all) for path, call in batch.stem.items()}
-    return {path: call for path, call in taken.items() if call is not None}
 
 
 def close_forward(forward: Forward) -> None:
@@ -312,7 +311,8 @@ def close_forward(forward: Forward) -> None:
     if forward.whole is not None:
         forward.whole.losses += forward.losses
     forward.inputs, forward.whole = None, None
-    forward.stem, forward.known_stem = {}, {}
+    forward.start, forward.trunk = None, None
+    forward.stem.forget()
     forward.notes.clear()
     forward.forget_left()
     if forward.parent is None:

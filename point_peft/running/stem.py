@@ -1,7 +1,8 @@
-"""What the frozen modules ahead of the blocks have computed, to be used again."""
+"""What the frozen modules ahead of the blocks have computed, to be used again in the same forward or batch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StemCall:
     """What a module of the stem got and gave."""
 
@@ -21,12 +22,12 @@ class StemCall:
     @staticmethod
     def of(args: tuple[Any, ...], output: Any) -> StemCall:
         """What is to be remembered of a call that has just ended."""
-        return StemCall(args, output, _versions(output))
+        return StemCall(args, output, versions(output))
 
     @property
     def intact(self) -> bool:
         """Whether the output is as it was given."""
-        return _versions(self.output) == self.versions
+        return versions(self.output) == self.versions
 
     def answers(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments, all of them tensors, would give the same."""
@@ -48,8 +49,51 @@ class StemCall:
         return StemCall.of(args, taken if isinstance(self.output, tuple) else taken[0])
 
 
-def _versions(output: Any) -> tuple[int, ...]:
+Calls = Mapping[str, Sequence[StemCall]]
+"""Module of the stem -> its calls in order."""
+
+
+class Stem:
+    """The stem of one forward: filled while its modules run, emptied at the forward's end."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[StemCall]] = {}
+        """What was computed, here or in the second pass or in a forward of the same batch."""
+        self.known: Calls = {}
+        """The same of the forward around this one or of those before it, whose answers need not be computed again."""
+        self.computed = False
+        """Whether a module has run here because no answer was known: what was grouped is not what was before."""
+        self.answering: dict[str, StemCall] = {}
+        """In compiled code: the answer of a call that has begun."""
+
+    def answer(self, path: str, args: tuple[Any, ...]) -> StemCall | None:
+        """The known call of a module that answers one with these arguments."""
+        return next((call for call in self.known.get(path, ()) if call.answers(args)), None)
+
+    def keep(self, path: str, args: tuple[Any, ...], output: Any) -> StemCall | None:
+        """Remember a call that has just ended; None if it was answered by what was known."""
+        if any(call.output is output for call in self.known.get(path, ())):
+            return None
+        self.computed = True
+        call = StemCall.of(args, output)
+        self.calls.setdefault(path, []).append(call)
+        return call
+
+    def of_samples(self, rows: Tensor | None, batch: int) -> Calls:
+        """What was computed for some samples of the batch, None for all."""
+        if rows is None:
+            return {path: tuple(calls) for path, calls in self.calls.items()}
+        taken = {path: [call.of_samples(rows, batch) for call in calls] for path, calls in self.calls.items()}
+        return {path: [call for call in calls if call is not None] for path, calls in taken.items()}
+
+    def forget(self) -> None:
+        """Let go of it all, at the end of the forward. Others of its batch may go on with the calls."""
+        self.calls, self.known = {}, {}
+
+
+def versions(value: Any) -> tuple[int, ...]:
+    """How often each tensor, alone or in a tuple or list, has been changed in place; nothing in compiled code."""
     if torch.compiler.is_compiling():
         return ()
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    return tuple(value._version for value in outputs if isinstance(value, Tensor) and not value.is_inference())
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference())
