@@ -26,14 +26,15 @@ from point_peft import (
     describe,
     get_peft_model,
 )
+from point_peft.anatomy import Anatomy, Block, Stage, Tap
 from point_peft.anatomy.checking import anatomy_from_json, check_anatomy
-from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import find_blocks, linear_shape
 from point_peft.backbones.layers import Encoder, Group, sine_features
 from point_peft.files.reading import read_folder
 from point_peft.running.nested import fetch, fetch_argument
 from point_peft.schema import to_json
+from point_peft.tracing import understand
 from point_peft.tracing.understanding import trace
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
 from tests.zoo.inputs import offset_list
@@ -1060,3 +1061,15 @@ def test_an_anatomy_is_data():
     assert anatomy.stage_of(anatomy.blocks[-1]) == 0
     assert Tap(module="x", side="input") == Tap(module="x", side="input", steps=(0,))
     assert str(Tap(module="x", side="output", steps=(0, "feat"))) == "output[0].feat of 'x'"
+
+
+def test_one_door_to_what_is_known():
+    """Without an example the model is not run; with one, a preset is verified or what was traced replaces it."""
+    known, unknown = BACKBONES["point_mae"], BACKBONES["channels_first"]
+    assert understand(known.build()) == known_anatomy(known.build())
+    assert understand(known.build(), known.inputs(3, 1)).source == "preset Point-MAE family"
+    assert understand(unknown.build(), unknown.inputs(3, 1)) == unknown.traced
+    with pytest.raises(AnatomyError, match=r"no preset describes .*: pass example_inputs=\(\.\.\.\), two or more"):
+        understand(unknown.build())
+    with pytest.raises(AnatomyError, match=r"no transformer block was found in Linear"):
+        understand(nn.Linear(3, 3), clouds(2, 0))
