@@ -33,17 +33,17 @@ PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() 
 """Pairs that the page of capabilities calls supported, in the form that it asks for, and those it does not know."""
 
 
-def each(pairs: Iterable[Pair]) -> pytest.MarkDecorator:
-    """Run a test of `method` and `backbone` on each of the pairs; those of the first backbone are quick ones."""
+def each(pairs: Iterable[Pair], *, smoke: str | None = None) -> pytest.MarkDecorator:
+    """Run a test of `method` and `backbone` on each of the pairs; those of the backbone `smoke` are quick ones."""
     named = []
     for method, backbone in pairs:
-        marks = [pytest.mark.smoke] if backbone.name == "point_mae" else []
+        marks = [pytest.mark.smoke] if backbone.name == smoke else []
         named.append(pytest.param(method, backbone, id=f"{method}-{backbone.name}", marks=marks))
     return pytest.mark.parametrize(("method", "backbone"), named)
 
 
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
-every_pair = each(PAIRS)
+every_pair = each(PAIRS, smoke="point_mae")
 
 ONE_BLOCK = dataclasses.replace(
     BACKBONES["point_bert"],

@@ -186,7 +186,7 @@ def _changes_tensors(method: str) -> bool | None:
     return not list(adapter.shared_states()) and all(type(part).weights is not Part.weights for part in parts)
 
 
-@each(merging(PAIRS))
+@each(merging(PAIRS), smoke="point_mae")
 def test_merging_is_exact_or_refused(method: str, backbone: TinyBackbone) -> None:
     model = adapt(backbone, config(method, modules_to_save=[]))
     adapter, output, before = get_adapter(model, "default"), run(model, backbone), fingerprint(model)

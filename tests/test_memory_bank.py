@@ -20,8 +20,6 @@ from point_peft.tuners.point_peft.prior import MemoryBank, prototypes
 from tests.adapting import banks, run
 from tests.zoo import BACKBONES
 
-pytestmark = pytest.mark.smoke
-
 
 def unit_rows(count: int, channels: int = 24, seed: int = 0) -> Tensor:
     rows = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
