@@ -85,9 +85,7 @@ def read_stated(
 def restore_adapter(stated: Stated, heads: Mapping[str, HeadSource] | None) -> Adapter:
     """The adapter that files hold, not attached; `heads` as in `load_adapter`."""
     backbone = stated.backbone
-    given = {
-        path: make_head(source, path, backbone) for path, source in match_heads(heads, list(stated.heads)).items()
-    }
+    given = {path: make_head(source, path, backbone) for path, source in match_heads(heads, list(stated.heads)).items()}
     try:
         adapter, tensors = _checked(stated, given)
     except AdapterFileError:
