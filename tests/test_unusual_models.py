@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,21 +383,25 @@ def test_a_head_that_begins_with_a_norm_is_a_head(tmp_path: Path) -> None:
 class BegunAnywhere(Official):
     """Groups in a function of its own forward and runs its blocks there; in training the order of points is random."""
 
-    order = staticmethod(torch.randperm)
+    def order(self, count: int) -> Tensor:
+        return torch.randperm(count)
 
     def forward_features(self, points: Tensor) -> Tensor:
         order = self.order(points.shape[1]) if self.training else torch.arange(points.shape[1])
+        assert isinstance(self.group_divider, Group)
         neighborhood, center = Group.forward(self.group_divider, points[:, order])
         tokens, pos = self.embedded(self.encoder(neighborhood), center)
         for block in self.blocks.blocks:
             tokens = self.advance(block, tokens, pos)
-        return self.norm(tokens)
+        normed: Tensor = self.norm(tokens)
+        return normed
 
 
 class BegunByNumpy(BegunAnywhere):
     """The same by random numbers that are not torch's."""
 
-    order = staticmethod(lambda count: torch.from_numpy(np.random.permutation(count)))
+    def order(self, count: int) -> Tensor:
+        return torch.from_numpy(np.random.permutation(count))
 
 
 @pytest.mark.parametrize(("kind", "times"), [(BegunAnywhere, 1), (BegunByNumpy, 2)])
@@ -410,8 +415,13 @@ def test_a_prior_is_of_the_groups_that_its_forward_has_drawn(kind: type[Official
         lambda module, args: patches.append(args[0])
     )
     ask, after = model.backbone_tokens, []
+
+    def noted(answer: Any, *of: Any) -> Tensor:
+        tokens.append(answer(*of))
+        return tokens[-1]
+
     for answer in (ask, lambda *_: tokens[0]):
-        model.backbone_tokens = lambda *of: (tokens.append(answer(*of)), tokens[-1])[1]  # type: ignore[method-assign] # noqa: B023
+        model.backbone_tokens = functools.partial(noted, answer)  # type: ignore[method-assign]
         torch.manual_seed(4)
         model(*clouds(2, 0)).sum().backward()
         after.append(torch.rand(3))
