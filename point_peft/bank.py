@@ -14,8 +14,9 @@ from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.mixed import choosing
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.parts.base import Bank
-from point_peft.running.forward import Root, close_forward, eval_mode, open_forward
+from point_peft.running.forward import Root, close_forward, open_forward
 from point_peft.running.nested import Args, Kwargs, call_arguments
+from point_peft.running.second import eval_mode
 
 
 def bank_of(adapter: Adapter, name: str) -> Bank:

@@ -17,8 +17,9 @@ from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError, PointPeftError
 from point_peft.hub.place import Token
-from point_peft.running.forward import close_forward, mark, open_forward, opened, reopen, replica
+from point_peft.running.forward import close_forward, open_forward, opened, reopen, replica
 from point_peft.running.reading import depth, unwind
+from point_peft.running.replay import mark
 from point_peft.tracing import understand
 
 M = TypeVar("M", bound=nn.Module)

@@ -16,7 +16,8 @@ from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError
 from point_peft.parts.backbone import Backbone
-from point_peft.running.forward import Root, choose_adapters, chosen_adapters, forget
+from point_peft.running.activation import choose_adapters, chosen_adapters
+from point_peft.running.forward import Root, forget
 
 
 class Host(Root, Protocol):

@@ -13,8 +13,9 @@ from point_peft.adapting.site import SITE, Site, anatomy_of, hook, stage_at
 from point_peft.anatomy.description import Stage, Steps, Tap
 from point_peft.errors import AnatomyError
 from point_peft.running import nested
-from point_peft.running.forward import Forward, current_forward, end_second_pass, restart_direct
+from point_peft.running.forward import Forward, current_forward, restart_direct
 from point_peft.running.nested import Args, Kwargs, fetch_argument
+from point_peft.running.second import end_second_pass
 from point_peft.running.tokens import block_tokens, token_dim
 
 
@@ -23,8 +24,8 @@ def check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Every block must see the token layout that its parts were built for."""
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    if forward.parent is not None and forward.parent.stop_at == "stem":
-        end_second_pass(forward.parent, forward.patches.get(0))
+    if forward.parent is not None and forward.parent.second.wanted == "stem":
+        end_second_pass(forward.parent.second, forward.seen.patches.get(0))
     parts = [part for part, _ in calls_at(forward, forward.active, site.path, module)]
     if not parts:
         return
@@ -32,17 +33,17 @@ def check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     tokens = block_tokens(stage, site.path, args, kwargs)
     if not any(part.needs_coordinates for part in parts):
         return
-    forward.begun.add(index)
-    if index in forward.misplaced:
-        raise AnatomyError(forward.misplaced[index])
-    if index not in forward.coordinates:
+    forward.seen.begun.add(index)
+    if index in forward.seen.misplaced:
+        raise AnatomyError(forward.seen.misplaced[index])
+    if index not in forward.seen.coordinates:
         raise AnatomyError(
             f"block '{site.path}' runs before the coordinates of its tokens were seen at the {stage.coordinates}: call "
             "the model, or a method that runs its grouping too"
         )
-    shape = tuple(forward.coordinates[index].shape)
+    shape = tuple(forward.seen.coordinates[index].shape)
     if stage.layout == "packed":
-        if shape[0] != len(tokens) or index not in forward.samples:
+        if shape[0] != len(tokens) or index not in forward.seen.samples:
             raise AnatomyError(
                 f"block '{site.path}' should get one token for each of the coordinates {shape} and be told which "
                 f"sample each belongs to at the {stage.samples}; it got tokens {tuple(tokens.shape)}"
@@ -74,8 +75,8 @@ def _tap(site: Site, side: str, fetch: Callable[[Steps], Any]) -> None:
         return tap.module == site.path and tap.side == side
 
     def find(tap: Tap) -> Any:
-        found = fetch(tap.steps)
-        return fetch(tap.else_steps) if found is None and tap.else_steps else found
+        value = fetch(tap.steps)
+        return fetch(tap.else_steps) if value is None and tap.else_steps else value
 
     if current_forward(site.root).apart:
         return
@@ -88,24 +89,23 @@ def _tap(site: Site, side: str, fetch: Callable[[Steps], Any]) -> None:
             value = find(tap) if tap is not None and is_here(tap) else None
             if isinstance(value, Tensor):
                 restart_direct(site.root, what, index)
-                forward = current_forward(site.root)
-                seen = {"samples": forward.samples, "points": forward.points, "patches": forward.patches}[what]
-                seen.setdefault(index, value)
+                seen = current_forward(site.root).seen
+                {"samples": seen.samples, "points": seen.points, "patches": seen.patches}[what].setdefault(index, value)
 
 
 def _see_coordinates(forward: Forward, index: int, value: Any, tap: Tap, stage: Stage) -> None:
-    """Keep the coordinates of a stage; what is wrong with them is an error for those alone that need them."""
+    """Keep the coordinates of a stage; wrong ones are an error for those alone that need them."""
     dims, shape = (2, "(n, 3)") if stage.layout == "packed" else (3, "(b, g, 3)")
     if not isinstance(value, Tensor) or value.ndim != dims or value.shape[-1] != 3:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        forward.misplaced[index] = f"the {tap} should be the coordinates {shape} of the tokens; it is {got}"
+        forward.seen.misplaced[index] = f"the {tap} should be the coordinates {shape} of the tokens; it is {got}"
         return
     # Whole numbers are cells of a grid.
     value = value if value.is_floating_point() else value.float()
-    known = forward.coordinates.setdefault(index, value)
-    again = index in forward.begun and not forward.recomputing
+    known = forward.seen.coordinates.setdefault(index, value)
+    again = index in forward.seen.begun and not forward.recomputing
     if again and known is not value and (known.shape != value.shape or not torch.equal(known, value)):
-        forward.misplaced[index] = (
+        forward.seen.misplaced[index] = (
             f"the blocks of '{stage.blocks[0].path}' run on a second set of points in one forward (at the {tap}), and "
             "what they share would be the first set's: call the model once for each, or use LORA or BITFIT"
         )

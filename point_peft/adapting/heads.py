@@ -89,9 +89,9 @@ class PooledModule(OwnModule):
     module: PooledHead
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        notes, names = call.forward.notes, split_pool(self.module.pool)
+        notes, names = call.forward.handover.notes, split_pool(self.module.pool)
         if "feature" in names:
-            offered = call.forward.left(call.adapter, "feature")
+            offered = call.forward.handover.left(call.adapter, "feature")
             if len(offered) != 1:
                 raise AdapterError(
                     f"the head at '{call.path}' pools 'feature', and {len(offered)} of the adapter's methods offer one"
@@ -116,7 +116,7 @@ class PooledTokens(Part):
         self.at_block = at_block
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        prompts = call.forward.left(call.adapter, "prompts")
+        prompts = call.forward.handover.left(call.adapter, "prompts")
         if self.at_block or not prompts:
             return args, kwargs
         tokens = batch_first(args[0], self.stage.layout)
@@ -124,7 +124,7 @@ class PooledTokens(Part):
         return (as_layout(joined, self.stage.layout), *args[1:]), kwargs
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        left = call.forward.left(call.adapter, "prompts")
+        left = call.forward.handover.left(call.adapter, "prompts")
         given = output_tokens(self.stage, call.path, output) if self.at_block else output
         tokens = batch_first(given, self.stage.layout)
         count = sum(prompts.shape[1] for prompts in left)
@@ -136,7 +136,7 @@ class PooledTokens(Part):
         return output if self.at_block else as_layout(own, self.stage.layout)
 
     def _note(self, call: Call, own: Tensor, prompts: Tensor, ahead: Tensor) -> None:
-        g = call.forward.coordinates[self.number].shape[1]
+        g = call.forward.seen.coordinates[self.number].shape[1]
         patches = own[:, own.shape[1] - g :]
         if ("prompt" in self.names or "all_max" in self.names) and not prompts.shape[1]:
             raise AdapterError(
@@ -154,7 +154,7 @@ class PooledTokens(Part):
         }
         for name in self.names:
             if name in pools:
-                call.forward.notes[call.adapter, "pooled", name] = pools[name]()
+                call.forward.handover.notes[call.adapter, "pooled", name] = pools[name]()
 
 
 def make_own_modules(

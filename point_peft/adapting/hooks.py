@@ -11,9 +11,10 @@ from point_peft.adapting.adapter import adapters_by_name, calls_at, get_adapter
 from point_peft.adapting.site import CHILD, SITE, Site, hook
 from point_peft.adapting.weights import adapted_tensors, read_adapted
 from point_peft.errors import AdapterError
-from point_peft.running.forward import Forward, close_forward, current_forward, mark, open_forward
+from point_peft.running.forward import Forward, close_forward, current_forward, open_forward
 from point_peft.running.nested import Args, Kwargs
 from point_peft.running.reading import leave
+from point_peft.running.replay import mark
 
 PLAIN = (nn.Linear, nn.LayerNorm)
 """Classes whose forward only gives their tensors to a function of torch, which can be given others."""
@@ -72,15 +73,15 @@ def _prove(forward: Forward) -> None:
 def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    if forward.owner is not None:
-        for part, call in calls_at(forward, (forward.owner,), site.path, module):
+    if forward.second.owner is not None:
+        for part, call in calls_at(forward, (forward.second.owner,), site.path, module):
             if part.in_second_pass:
                 args, kwargs = part.before_second(call, args, kwargs)
         return args, kwargs
     if not forward.active:
         return None
     calls = calls_at(forward, forward.active, site.path, module)
-    forward.acted = forward.acted or bool(calls)
+    forward.second.acted = forward.second.acted or bool(calls)
     if calls and _is_plain(module) and all(part.tuned and not part.by_weight for part, _ in calls):
         # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
         adapted = adapted_tensors(module, calls)
@@ -114,7 +115,7 @@ def after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> A
             output = part.after(call, args, kwargs, output)
         if forward.ran is not None and (read is None or site.path in read):
             forward.ran.add((call.adapter, site.path))
-    if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and not forward.leaves:
+    if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and forward.handover.is_empty:
         # A direct call, which no end of a model's forward will mark. Not where blocks hand on tensors: the forward
         # holds those, and the mark would hold the forward in a circle that no garbage collector sees.
         mark(forward, output)

@@ -15,17 +15,9 @@ from torch import Tensor
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.second_pass import answering, run_plain
 from point_peft.errors import AdapterError
+from point_peft.running.activation import choose_adapters, chosen_adapters
 from point_peft.running.batching import Batch
-from point_peft.running.forward import (
-    Forward,
-    Root,
-    choose_adapters,
-    chosen_adapters,
-    close_forward,
-    open_forward,
-    opened,
-    reopen,
-)
+from point_peft.running.forward import Forward, Root, Shared, close_forward, open_forward, opened, reopen
 from point_peft.running.nested import Args, Kwargs
 
 
@@ -59,39 +51,39 @@ def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
         for name in dict.fromkeys(names)
     }
     asking = [name for name in groups if name is not None and get_adapter(root, name).asks_backbone]
-    with sharing(root, args, kwargs, batch.count) as whole:
+    with sharing(root, args, kwargs, batch.count) as (whole, parts):
         if root.anatomy is not None and root.anatomy.stem:
             run_plain(root, whole, "stem", None)
-        outputs = _run_groups(root, whole, batch, {name: groups[name] for name in groups if name not in asking})
+        outputs = _run_groups(root, parts, batch, {name: groups[name] for name in groups if name not in asking})
         if asking:
             rows = torch.cat([groups[name] for name in asking]).sort().values
-            part, whole.rows = batch.part(rows), rows
-            with sharing(root, part.args, part.kwargs, part.count) as shared:
+            part, parts.rows = batch.part(rows), rows
+            with sharing(root, part.args, part.kwargs, part.count) as (_, shared):
                 own = {name: torch.searchsorted(rows, groups[name]) for name in asking}
                 outputs += [(rows[at], output) for at, output in _run_groups(root, shared, part, own)]
     return batch.joined(outputs)
 
 
 @contextmanager
-def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[Forward]:
+def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[tuple[Forward, Shared]]:
     """In here, forwards run parts of one batch, or run it for several tasks, and share the backbone's frozen work.
 
-    `rows` of what this gives says which of its `count` samples the next forward runs.
+    Gives the batch's own forward, and what says which of its `count` samples the next forward runs.
     """
     before = opened(root)
     batch = open_forward(root, args, kwargs)
-    batch.active, batch.shares, batch.samples_in_all = (), True, count
+    batch.active, batch.shared = (), Shared(count)
     batch.stem.calls = {path: list(calls) for path, calls in batch.stem.known.items()}
     try:
         with answering(root):
-            yield batch
+            yield batch, batch.shared
     finally:
         close_forward(batch)
         reopen(root, before)
 
 
 def _run_groups(
-    root: Root, shared: Forward, batch: Batch, groups: Mapping[str | None, Tensor] | Mapping[str, Tensor]
+    root: Root, shared: Shared, batch: Batch, groups: Mapping[str | None, Tensor] | Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Any]]:
     """(samples, output) of adapters, each for its samples of a batch."""
     outputs: list[tuple[Tensor, Any]] = []

@@ -1,4 +1,29 @@
-"""The second pass: the frozen backbone run for a prior, on what the stem has computed already."""
+"""The second pass: the frozen backbone run once more within a forward, for a prior.
+
+Point-PEFT enhances the prompts of the first blocks by a prior, which it looks up in a bank by a feature of the cloud:
+the tokens that the backbone without adapters has after its last block. An adapted forward does not compute them. So
+when the first block asks (`backbone_tokens`), the blocks are run through without adapters, in eval mode and without
+gradients, as far as the last; then the forward goes on where it was.
+
+**The groups are those of the forward.** The prior must be of the very groups whose tokens it enhances, and what was
+computed ahead of the blocks is not computed again. A function in a model's forward that groups points cannot be
+answered for, and may begin at a random point. So the second pass does not begin at the model's input but at the
+module that runs all blocks, with what it was given (`trunk_of`, `see_trunk`): the tokens of the same groups, and
+their positions.
+
+**Where the model itself runs the blocks**, or an adapter has changed something ahead of them, the model's own call is
+repeated (`Start`). The modules of the stem are then answered with what they gave in the forward, if they are asked
+the same (`answering`, `Stem`). If random numbers have been drawn in the meantime, the second pass draws the same
+again, by the same code: all but the blocks keep their modes. So it comes to the same groups. If it does not, because
+a model draws other random numbers than torch's, it asks the stem something else and that runs again: the prior then
+is of other groups, but all in it is of one grouping.
+
+**It leaves nothing behind.** It is a forward of its own, with no active adapters and a record of its own, a child of
+the one that asked. An exception (`Stop`) ends it. The generators of random numbers are put back, since checkpointing
+may run the block again that asked, and not the second pass.
+
+A batch that several forwards run (`mixed`) shares one second pass among those whose groups are the same.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +38,9 @@ from torch import Tensor, nn
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE, Site, anatomy_of, backbone_modules, hook
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.running.forward import (
-    Forward,
-    Root,
-    Stop,
-    current_forward,
-    end_second_pass,
-    eval_mode,
-    open_forward,
-    opened,
-    reopen,
-)
+from point_peft.running.forward import Forward, Root, current_forward, open_forward, opened, reopen
 from point_peft.running.nested import Args, Kwargs
-from point_peft.running.second import RandomNumbers, Start
+from point_peft.running.second import RandomNumbers, Start, Stop, end_second_pass, eval_mode
 from point_peft.running.tokens import batch_first, output_tokens
 
 
@@ -36,8 +51,8 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
     take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block. An
     adapter that was made for other random values of prefix tokens gets a second pass with those.
     """
-    if source == "stem" and 0 in forward.patches and not _changes_stem(forward):
-        return forward.patches[0].detach()
+    if source == "stem" and 0 in forward.seen.patches and not _changes_stem(forward):
+        return forward.seen.patches[0].detach()
     states = get_adapter(forward.root, adapter).shared_states()
     owner = adapter if any(state.other_base(forward.root.base_model) for state in states) else None
     key = "tokens", source, owner
@@ -74,9 +89,9 @@ def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -
 def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor | None:
     """Run the model without adapters as far as the stem or the last block; the tokens there, if they are known."""
     assert forward.inputs is not None
-    start = forward.start or Start("", *forward.inputs, (), None)
-    if source == "backbone" and forward.trunk is not None and forward.trunk.intact:
-        start = forward.trunk
+    start = forward.second.start or Start("", *forward.inputs, (), None)
+    if source == "backbone" and forward.second.trunk is not None and forward.second.trunk.intact:
+        start = forward.second.trunk
     with _second(root, forward, source, owner, start), answering(root), torch.no_grad():
         try:
             if start.path:
@@ -88,8 +103,8 @@ def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> T
                 open_forward(root, start.args, start.kwargs)
                 getattr(root.base_model, forward.method)(*start.args, **start.kwargs)
         except Stop as stop:
-            forward.reached = stop.args[0]
-    reached, forward.reached = forward.reached, None
+            forward.second.reached = stop.args[0]
+    reached, forward.second.reached = forward.second.reached, None
     return reached
 
 
@@ -97,9 +112,7 @@ def _enter(root: Root, forward: Forward) -> None:
     """Be in a second pass that begins amid the model, where all ahead of it has been seen already."""
     assert forward.inputs is not None
     args, kwargs = forward.inputs
-    second = open_forward(root, args, kwargs)
-    for name in ("coordinates", "samples", "patches", "points", "misplaced"):
-        getattr(second, name).update(getattr(forward, name))
+    open_forward(root, args, kwargs).seen = forward.seen.again()
 
 
 @contextmanager
@@ -116,13 +129,13 @@ def _second(root: Root, forward: Forward, source: str, owner: str | None, start:
     inside = {module for block in blocks for module in block.modules()}
     quiet = [m for m in modules.values() if (m not in stem if random is None else m in inside)]
     before = opened(root)
-    forward.stop_at, forward.stop_owner = source, owner
+    forward.second.wanted, forward.second.asked_for = source, owner
     reopen(forward.root, forward)
     try:
         with eval_mode(quiet), _own_random_numbers(root, random):
             yield
     finally:
-        forward.stop_at, forward.stop_owner = None, None
+        forward.second.wanted, forward.second.asked_for = None, None
         reopen(forward.root, before)
 
 
@@ -168,32 +181,32 @@ def see_trunk(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Remember what the module that runs all blocks is called with, unless an adapter has changed it."""
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    if forward.start is not None and not forward.acted and not forward.apart:
-        forward.trunk = Start.of(site.path, args, kwargs)
+    if forward.second.start is not None and not forward.second.acted and not forward.apart:
+        forward.second.trunk = Start.of(site.path, args, kwargs)
 
 
 @hook
 def end_at_last_block(module: nn.Module, args: Args, output: Any) -> None:
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
-    if forward.parent is None or forward.parent.stop_at != "backbone":
+    if forward.parent is None or forward.parent.second.wanted != "backbone":
         return
     anatomy = anatomy_of(site.root)
-    forward.ended += 1
-    if forward.ended < anatomy.last_block_calls:
+    forward.second.ended += 1
+    if forward.second.ended < anatomy.last_block_calls:
         return
     stage = anatomy.stages[anatomy.queried]
     tokens = batch_first(output_tokens(stage, site.path, output), stage.layout)
     if stage is anatomy.stages[-1]:
         for path in anatomy.final_norms:
             tokens = forward.root.base_model.get_submodule(path)(tokens)
-    if anatomy.queried not in forward.coordinates:
+    if anatomy.queried not in forward.seen.coordinates:
         raise AnatomyError(
-            forward.misplaced.get(anatomy.queried)
+            forward.seen.misplaced.get(anatomy.queried)
             or f"the coordinates of the tokens of '{site.path}' were not seen at the {stage.coordinates}"
         )
-    g = forward.coordinates[anatomy.queried].shape[1]
-    end_second_pass(forward.parent, tokens[:, tokens.shape[1] - g :])
+    g = forward.seen.coordinates[anatomy.queried].shape[1]
+    end_second_pass(forward.parent.second, tokens[:, tokens.shape[1] - g :])
 
 
 @hook
@@ -204,7 +217,7 @@ def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any
     answer = forward.stem.answering.pop(site.path, None)
     if answer is not None:
         return answer.output
-    second = forward.parent is not None and forward.parent.stop_at is not None
+    second = forward.parent is not None and forward.parent.second.wanted is not None
     wanted = second or forward.active or forward.whole is not None
     if wanted and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
         call = forward.stem.keep(site.path, args, output)
@@ -214,7 +227,7 @@ def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any
 
 
 def _changes_stem(forward: Forward, path: str | None = None) -> bool:
-    """Whether an active adapter has a part in a module of the stem, or in any."""
+    """True if an active adapter has a part in a module of the stem, or in any."""
     changed = [get_adapter(forward.root, name).in_stem for name in forward.active]
     return any(paths if path is None else path in paths for paths in changed)
 
@@ -264,7 +277,7 @@ def _answers(forward: Any) -> bool:
 
 
 def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """What a module of the stem gives: what is known, else what it computes."""
+    """Give the known output of a module of the stem, else compute it."""
     site: Site = module.__dict__[SITE]
     forward = current_forward(site.root)
     call = None if kwargs or _changes_stem(forward, site.path) else forward.stem.answer(site.path, args)

@@ -22,7 +22,7 @@ def begin_reading(module: nn.Module, args: Args) -> None:
     forward = current_forward(site.root)
     adapted = _read_weights(forward, site)
     if adapted:
-        forward.acted = True
+        forward.second.acted = True
         read_adapted(module, forward, site.root, adapted)
 
 

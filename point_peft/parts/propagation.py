@@ -161,15 +161,15 @@ def neighbourhoods(
     `ahead` (p, 3) are the coordinates of prompts ahead of the patches, which are `owner`'s; `before` these there are
     tokens that lie nowhere.
     """
-    patches = forward.coordinates[stage]
+    patches = forward.seen.coordinates[stage]
     # Without prompts nothing depends on the adapter, so all adapters share the result. Blocks that are called without
     # their model share a forward from one training step to the next, in which the coordinates of prompts have moved.
     tracked = ahead is not None and not torch.compiler.is_compiling() and not ahead.is_inference()
     of = None if ahead is None else (owner, ahead._version if tracked else 0)
     key = ("propagation", stage, of, centre_ratio, k, before)
     packed = None
-    if stage in forward.samples:
-        samples = forward.samples[stage]
+    if stage in forward.seen.samples:
+        samples = forward.seen.samples[stage]
         near, packed = forward.once(("packed", key), lambda: _packed(patches, samples, centre_ratio, k))
     else:
         near = forward.once(("neighbourhoods", key), lambda: _chosen(patches, ahead, centre_ratio, k, before))

@@ -107,15 +107,15 @@ class GroupingPart(Part):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         forward = call.forward
-        if forward.apart or self.number not in forward.points:
+        if forward.apart or self.number not in forward.seen.points:
             return output
-        tokens, coordinates = self.make(call, forward.points[self.number])
+        tokens, coordinates = self.make(call, forward.seen.points[self.number])
         positions = run_apart(forward, [self.position_embedding], coordinates)
         if self.stage.position == "once":
             tokens = tokens + positions
         else:
-            forward.leave((call.adapter, self.tuner, "positions"), positions)
-        forward.leave((call.adapter, self.tuner, "prompts"), tokens)
+            forward.handover.leave((call.adapter, self.tuner, "positions"), positions)
+        forward.handover.leave((call.adapter, self.tuner, "prompts"), tokens)
         return output
 
 
@@ -164,16 +164,16 @@ class CarryingPart(SequencePart):
             further = further + self._take(call, "positions")
         mlps = call.state("token_mlps", TokenMlps)
         further = further + mlps.further(further)
-        call.forward.notes[call.adapter, self.tuner, call.path] = further
+        call.forward.handover.notes[call.adapter, self.tuner, call.path] = further
         got = self.received(call, args, kwargs)
         patches = got.patches + mlps.patches(got.patches).to(got.patches.dtype)
         args, kwargs = self.with_tokens(args, kwargs, got.prefix, patches)
         return self.with_prompts(call, args, kwargs, further)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        count = call.forward.notes[call.adapter, self.tuner, call.path].shape[1]
+        count = call.forward.handover.notes[call.adapter, self.tuner, call.path].shape[1]
         made = self.finish(call, self.returned(call, output, prompts=count))
-        call.forward.leave((call.adapter, self.tuner, "prompts"), made.prompts)
+        call.forward.handover.leave((call.adapter, self.tuner, "prompts"), made.prompts)
         return self.without_prompts(output, made.prefix, made.patches, prompts=count)
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
@@ -181,7 +181,7 @@ class CarryingPart(SequencePart):
         return tokens
 
     def _take(self, call: Call, what: str) -> Tensor:
-        taken = call.forward.take((call.adapter, self.tuner, what), call.path)
+        taken = call.forward.handover.take((call.adapter, self.tuner, what), call.path)
         if taken is None:
             raise AdapterError(
                 f"block '{call.path}' gets further tokens, which are made of the clouds at the {self.stage.points} "

@@ -55,7 +55,7 @@ class SequencePart(Part):
 
     def coordinates(self, call: Call) -> Tensor:
         """The coordinates (b, g, 3) of the patch tokens."""
-        return call.forward.coordinates[self.number]
+        return call.forward.seen.coordinates[self.number]
 
     def received(self, call: Call, args: Args, kwargs: Kwargs, prompts: int = 0) -> BlockTokens:
         """The tokens that the block is called with, of which `prompts` are this method's."""
@@ -96,7 +96,7 @@ class InputNote(Part):
         self.name = name
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.note((call.adapter, self.tuner, self.name, self.block), (*args, *kwargs.values())[0])
+        call.forward.handover.note((call.adapter, self.tuner, self.name, self.block), (*args, *kwargs.values())[0])
         return args, kwargs
 
 
@@ -114,7 +114,7 @@ def note_stream(block: Block, method: str) -> tuple[str, InputNote]:
 def noted_stream(call: Call, part: SequencePart, like: BlockTokens) -> Tensor:
     """The stream that was noted for a part in this call of a block, batch first, of those tokens that `like` has."""
     key = (call.adapter, part.tuner, "stream", call.path)
-    noted = batch_first(call.forward.noted(key), part.stage.layout)
+    noted = batch_first(call.forward.handover.noted(key), part.stage.layout)
     # Methods that act closer to the block may have had prompts in it: they lay before the patch tokens.
     ahead = like.prefix.shape[1] + like.prompts.shape[1]
     g = like.patches.shape[1]
@@ -135,7 +135,7 @@ class EntrancePart(Part):
     def entrance(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The input of the MLP, in this call of the block."""
         if self.noted:
-            return call.forward.noted((call.adapter, self.tuner, "entrance", self.block))
+            return call.forward.handover.noted((call.adapter, self.tuner, "entrance", self.block))
         given: Tensor = (*args, *kwargs.values())[0]
         return given
 
@@ -185,7 +185,7 @@ class LastingPrompts(SequencePart):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         # In a direct call of blocks it cannot be told when the next begins, but for the block where prompts come in.
         fresh = self.begins and call.forward.inputs is None and not call.forward.recomputing
-        prompts = None if fresh else call.forward.take(self._key(call), call.path)
+        prompts = None if fresh else call.forward.handover.take(self._key(call), call.path)
         if prompts is None and self.begins:
             prompts = self.made(call, args, kwargs)
         if prompts is None:
@@ -194,16 +194,16 @@ class LastingPrompts(SequencePart):
                 "its blocks in order"
             )
         prompts = self.entering(call, prompts)
-        call.forward.notes[(*self._key(call), call.path)] = prompts
+        call.forward.handover.notes[(*self._key(call), call.path)] = prompts
         return self.with_prompts(call, args, kwargs, prompts)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        count = call.forward.notes.pop((*self._key(call), call.path)).shape[1]
+        count = call.forward.handover.notes.pop((*self._key(call), call.path)).shape[1]
         got = self.returned(call, output, prompts=count)
         prompts = self.leaving(call, got.prompts)
-        call.forward.leave(self._key(call), prompts)
+        call.forward.handover.leave(self._key(call), prompts)
         if self.pooled:
-            call.forward.leave((call.adapter, self.tuner, "prompts"), prompts)
+            call.forward.handover.leave((call.adapter, self.tuner, "prompts"), prompts)
         return self.without_prompts(output, got.prefix, got.patches, prompts=count)
 
     def _key(self, call: Call) -> tuple[str, int, str]:

@@ -1,12 +1,16 @@
-"""Where a second pass begins, and the random numbers that it repeats."""
+"""The state of a second pass: where it begins, what it is run for, and the random numbers that it repeats.
+
+Why there is one, and how it shares the work of the forward around it, is told in `adapting.second_pass`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.running.nested import Args, Kwargs, all_arguments
 from point_peft.running.stem import versions
@@ -14,7 +18,7 @@ from point_peft.running.stem import versions
 
 @dataclass(frozen=True)
 class RandomNumbers:
-    """What the generators of torch, of the CPU and of some GPUs, give next."""
+    """Numbers that the generators of torch, of the CPU and of some GPUs, give next."""
 
     states: dict[torch.device, Tensor]
 
@@ -27,7 +31,7 @@ class RandomNumbers:
 
     @property
     def drawn(self) -> bool:
-        """Whether others come next by now."""
+        """True if others come next by now."""
         now = RandomNumbers.of(self.states).states
         # As bytes, which no mode of torch sees.
         return any(now[device].numpy().tobytes() != state.numpy().tobytes() for device, state in self.states.items())
@@ -52,7 +56,7 @@ class Start:
     versions: tuple[int, ...]
     """How often each tensor among the arguments had been changed in place by then."""
     random: RandomNumbers | None
-    """What the call began with; None in compiled code, which does not know."""
+    """The random numbers that came next; None in compiled code, which does not know."""
 
     @staticmethod
     def of(path: str, args: Args, kwargs: Kwargs) -> Start:
@@ -64,7 +68,62 @@ class Start:
 
     @property
     def intact(self) -> bool:
-        """Whether the arguments are as they were."""
+        """True if the arguments are as they were."""
         if torch.compiler.is_compiling():
             return True
         return versions([tensor for _, tensor in all_arguments(self.args, self.kwargs)]) == self.versions
+
+
+class Second:
+    """What a forward has to do with second passes. It lives as long as the forward; `start` and `trunk` end with it.
+
+    A forward that asks for a prior runs a second pass within itself, which is a forward too, its child.
+    """
+
+    def __init__(self) -> None:
+        self.start: Start | None = None
+        """The call of the model itself, if adapters are active in it."""
+        self.trunk: Start | None = None
+        """The call of the module that runs all blocks, if no adapter has acted before it."""
+        self.acted = False
+        """True once a part of an adapter has acted."""
+        self.wanted: str | None = None
+        """While a second pass runs within this forward: its end, "stem" or "backbone"."""
+        self.asked_for: str | None = None
+        """And the adapter that it is run for, if that was made for another base's values of prefix tokens."""
+        self.reached: Tensor | None = None
+        """The tokens at its end, where it could not end there."""
+        self.owner: str | None = None
+        """In a second pass itself: the adapter that it is run for, like `asked_for` of the forward around it."""
+        self.ended = 0
+        """And how often the block that it ends at has run."""
+
+    def forget(self) -> None:
+        """Let go of the inputs, at the end of the forward."""
+        self.start, self.trunk = None, None
+
+
+class Stop(Exception):
+    """Ends a second pass early; its one argument is the tokens that it was run for."""
+
+
+def end_second_pass(around: Second, tokens: Tensor | None) -> None:
+    """End a second pass within a forward, with the tokens that it was run for, if they are known."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        raise Stop(tokens)
+    # torch.export loses its place in the model by an exception. The rest of the pass will not be in its graph.
+    if around.reached is None:
+        around.reached = tokens
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, these modules are in eval mode; then in the mode in which each was."""
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,4 +1,4 @@
-"""What the frozen modules ahead of the blocks have computed, to be used again in the same forward or batch."""
+"""Calls of the frozen modules ahead of the blocks, to be used again in the same forward or batch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class StemCall:
-    """What a module of the stem got and gave."""
+    """A call of a module of the stem: its arguments and its output."""
 
     args: tuple[Any, ...]
     output: Any
     versions: tuple[int, ...]
-    """How often each tensor of the output had been changed in place by then."""
+    """The number of changes in place of each tensor of the output by then."""
 
     @staticmethod
     def of(args: tuple[Any, ...], output: Any) -> StemCall:
-        """What is to be remembered of a call that has just ended."""
+        """Remember a call that has just ended."""
         return StemCall(args, output, versions(output))
 
     @property
     def intact(self) -> bool:
-        """Whether the output is as it was given."""
+        """True if the output is as it was given."""
         return versions(self.output) == self.versions
 
     def answers(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call with these arguments, all of them tensors, would give the same."""
+        """True if a call with these arguments, all of them tensors, would give the same."""
         if len(args) != len(self.args) or not self.intact or not all(isinstance(value, Tensor) for value in args):
             return False
         pairs = zip(args, self.args, strict=True)
@@ -58,11 +58,11 @@ class Stem:
 
     def __init__(self) -> None:
         self.calls: dict[str, list[StemCall]] = {}
-        """What was computed, here or in the second pass or in a forward of the same batch."""
+        """The calls that were computed, here or in the second pass or in a forward of the same batch."""
         self.known: Calls = {}
         """The same of the forward around this one or of those before it, whose answers need not be computed again."""
         self.computed = False
-        """Whether a module has run here because no answer was known: what was grouped is not what was before."""
+        """True once a module has run here because no answer was known: the groups are not those of the known calls."""
         self.answering: dict[str, StemCall] = {}
         """In compiled code: the answer of a call that has begun."""
 
@@ -80,7 +80,7 @@ class Stem:
         return call
 
     def of_samples(self, rows: Tensor | None, batch: int) -> Calls:
-        """What was computed for some samples of the batch, None for all."""
+        """The calls for some samples of the batch, None for all."""
         if rows is None:
             return {path: tuple(calls) for path, calls in self.calls.items()}
         taken = {path: [call.of_samples(rows, batch) for call in calls] for path, calls in self.calls.items()}
@@ -92,7 +92,7 @@ class Stem:
 
 
 def versions(value: Any) -> tuple[int, ...]:
-    """How often each tensor, alone or in a tuple or list, has been changed in place; nothing in compiled code."""
+    """The number of changes in place of each tensor, alone or in a tuple or list; none in compiled code."""
     if torch.compiler.is_compiling():
         return ()
     tensors = value if isinstance(value, (tuple, list)) else (value,)

@@ -19,8 +19,8 @@ from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import block_width, find_blocks, mlp_entrance, stage_groups
 from point_peft.errors import AnatomyError
-from point_peft.running.forward import eval_mode
 from point_peft.running.nested import call_arguments
+from point_peft.running.second import eval_mode
 from point_peft.tracing.dense import dense_stage
 from point_peft.tracing.observing import Trace, observe, reaching, with_gradients
 from point_peft.tracing.packed import packed_stage

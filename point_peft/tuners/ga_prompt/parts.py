@@ -98,9 +98,9 @@ class CloudPart(Part):
             shape = call.state(f"stage_{stage}", ShapeState).shape
             assert shape is not None
             made = shape(code)
-            call.forward.leave((call.adapter, self.tuner, f"shape for stage {stage}"), made)
+            call.forward.handover.leave((call.adapter, self.tuner, f"shape for stage {stage}"), made)
             if stage == self.feature:
-                call.forward.leave((call.adapter, self.tuner, "feature"), made)
+                call.forward.handover.leave((call.adapter, self.tuner, "feature"), made)
 
     def _with_means(self, value: Tensor) -> Tensor:
         assert self.point_prompts is not None
@@ -155,7 +155,7 @@ class ShapedPart(SequencePart):
             prompts = prompts + run_apart(call.forward, [self.stage.position_embedding], places[None])
         if self.shape_scale:
             shape = rearrange(self.shape_scale * self._shape(call), "b c -> b 1 c")
-            call.forward.notes[self._note(call)] = shape
+            call.forward.handover.notes[self._note(call)] = shape
             prompts = prompts + shape
         return self.with_prompts(call, args, kwargs, prompts)
 
@@ -163,7 +163,7 @@ class ShapedPart(SequencePart):
         count = 0 if self.embeddings is None else self.embeddings.shape[0]
         got = self.returned(call, output, prompts=count)
         patches = got.patches if self.geometry is None else self._propagated(call, self.geometry, got)
-        shape = call.forward.notes.pop(self._note(call), None)
+        shape = call.forward.handover.notes.pop(self._note(call), None)
         # A acts on every token by itself, so the prompts, which end here, need not pass through it.
         if self.adapter is not None and self.norm is not None:
             shaped = patches if shape is None else patches + shape
@@ -190,14 +190,14 @@ class ShapedPart(SequencePart):
     def _shape(self, call: Call) -> Tensor:
         """The shape (b, c) of the clouds."""
         key = call.adapter, self.tuner, f"shape for stage {self.number}"
-        taken = call.forward.take(key, call.path)
+        taken = call.forward.handover.take(key, call.path)
         if taken is None:
             raise AdapterError(
                 f"block '{call.path}' gets prompts with the shape of the cloud, which GA_PROMPT makes when that is "
                 "grouped, and in this forward none was: call the model, or a method that groups the cloud too"
             )
         # Left again, which is refused where a block runs without the gradient that it needs.
-        call.forward.leave(key, taken)
+        call.forward.handover.leave(key, taken)
         return taken
 
     def _note(self, call: Call) -> tuple[str, int, str]:

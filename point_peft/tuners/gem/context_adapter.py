@@ -33,9 +33,9 @@ class SceneRows:
 
 def scene_rows(forward: Forward, stage: int) -> SceneRows | None:
     """The packed tokens of a stage in rows, once per forward; None for dense tokens, which are."""
-    if stage not in forward.samples:
+    if stage not in forward.seen.samples:
         return None
-    samples, n = forward.samples[stage], len(forward.coordinates[stage])
+    samples, n = forward.seen.samples[stage], len(forward.seen.coordinates[stage])
     if n == 0:
         raise AdapterError("GEM looks at all tokens of a scene, and this batch holds none: pass one point or more")
     return forward.once(("gem rows", stage), lambda: _scene_rows(samples, n))

@@ -64,10 +64,10 @@ class SpatialAdapter(nn.Module):
 
 def kernel_cells(forward: Forward, stage: int, k: int) -> KernelCells:
     """The kernel's cells around the patch tokens of a stage, of all samples in a row; once per forward."""
-    points = forward.coordinates[stage]
+    points = forward.seen.coordinates[stage]
     # A decoder's stage is back on the points of the encoder's.
-    owner = next(number for number, other in forward.coordinates.items() if other is points)
-    return forward.once(("gem cells", owner, k), lambda: _kernel_cells(points, forward.samples.get(stage), k))
+    owner = next(number for number, other in forward.seen.coordinates.items() if other is points)
+    return forward.once(("gem cells", owner, k), lambda: _kernel_cells(points, forward.seen.samples.get(stage), k))
 
 
 def _kernel_cells(points: Tensor, samples: Tensor | None, k: int) -> KernelCells:

@@ -31,7 +31,7 @@ class FeaturePart(SequencePart):
     """At the block before the prompt's first: hands on the patch tokens that it returns."""
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.leave((call.adapter, self.tuner, "features"), self.returned(call, output).patches)
+        call.forward.handover.leave((call.adapter, self.tuner, "features"), self.returned(call, output).patches)
         return output
 
 
@@ -62,8 +62,8 @@ class InstancePrompt(LastingPrompts):
 
     def _features(self, call: Call) -> Tensor:
         if self.from_patches:
-            return call.forward.patches[self.number]
-        handed = call.forward.take((call.adapter, self.tuner, "features"), call.path)
+            return call.forward.seen.patches[self.number]
+        handed = call.forward.handover.take((call.adapter, self.tuner, "features"), call.path)
         if handed is None:
             raise AdapterError(
                 f"block '{call.path}' runs without the block before it, from whose tokens the prompt is made: call the "

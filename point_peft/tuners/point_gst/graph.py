@@ -44,13 +44,13 @@ def graphs_of(forward: Forward, stage: int, local_size: int) -> tuple[Graphs, Gr
 
     Packed samples may have too many tokens for one graph; they get groups of half the size instead.
     """
-    points = forward.coordinates[stage]
+    points = forward.seen.coordinates[stage]
 
     def build() -> tuple[Graphs, Graphs]:
         # In double precision: two eigenvectors are told apart by the distance of their eigenvalues, which is small.
         with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-            if stage in forward.samples:
-                order, counts = _packed_order(points, forward.samples[stage])
+            if stage in forward.seen.samples:
+                order, counts = _packed_order(points, forward.seen.samples[stage])
                 half = max(1, local_size // 2)
                 return _make(points, order, counts, half), _make(points, order, counts, local_size)
             b, g, _ = points.shape

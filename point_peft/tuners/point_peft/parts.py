@@ -95,7 +95,7 @@ class BlockPart(Part):
         if self.prompt is None:
             return args, kwargs
         at = self._prefix(call, block_tokens(self.stage, call.path, args, kwargs), inserted=0)
-        prompts = self.prompt(call.forward.coordinates[self.number].shape[0], self._prior(call))
+        prompts = self.prompt(call.forward.seen.coordinates[self.number].shape[0], self._prior(call))
         return insert_prompts(self.stage, call.path, args, kwargs, prompts, at)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -145,7 +145,7 @@ class BlockPart(Part):
         if self.stage.layout == "packed":
             return 0
         length = tokens.shape[token_dim(self.stage.layout)]
-        return length - inserted - call.forward.coordinates[self.number].shape[1]
+        return length - inserted - call.forward.seen.coordinates[self.number].shape[1]
 
     def _prior(self, call: Call) -> Tensor | None:
         """The prior (b, 2 + top_k, c) of the clouds, once per forward; None without a bank."""

@@ -34,7 +34,7 @@ class SidePart(SequencePart):
         forward = call.forward
         # In a direct call of blocks it cannot be told when the next begins, but for the block where the side starts.
         fresh = self.begins and forward.inputs is None and not forward.recomputing
-        side = None if fresh else forward.take(self._key(call, "side"), call.path)
+        side = None if fresh else forward.handover.take(self._key(call, "side"), call.path)
         if side is None and not self.begins:
             raise AdapterError(
                 f"block '{call.path}' runs before the one whose side tokens it should be handed: call the model, or "
@@ -44,9 +44,9 @@ class SidePart(SequencePart):
         added = network.down[self.down](self._tokens(call, self.received(call, args, kwargs).patches, side is None))
         side = added if side is None else side + added
         if self.graph is None:
-            forward.leave(self._key(call, "side"), side)
+            forward.handover.leave(self._key(call, "side"), side)
         else:
-            forward.notes[call.adapter, "stag", call.path] = side
+            forward.handover.notes[call.adapter, "stag", call.path] = side
         return args, kwargs
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -56,22 +56,22 @@ class SidePart(SequencePart):
             module = call.state(f"stage_{self.number}", SideNetwork).graph[self.graph]
             assert isinstance(module, GraphModule)
             near = neighbours(call.forward, self.number, self.neighbours)
-            side, displaced = module(call.forward.notes.pop((call.adapter, "stag", call.path)), near)
-            call.forward.leave(self._key(call, "side"), side)
+            side, displaced = module(call.forward.handover.notes.pop((call.adapter, "stag", call.path)), near)
+            call.forward.handover.leave(self._key(call, "side"), side)
             displaced = displaced.to(patches.dtype)
             prefix, patches = prefix + displaced.mean(dim=1, keepdim=True), patches + displaced
             output = self.without_prompts(output, prefix, patches)
         if self.stage.position == "every_block":
-            call.forward.leave(self._key(call, "tokens"), patches)
+            call.forward.handover.leave(self._key(call, "tokens"), patches)
         return output
 
     def _tokens(self, call: Call, received: Tensor, first: bool) -> Tensor:
         """The patch tokens ahead of the block, without positions where the base has just added them."""
         tokens = None
         if self.follows and first:
-            tokens = call.forward.patches.get(self.number)
+            tokens = call.forward.seen.patches.get(self.number)
         elif self.follows and self.stage.position == "every_block":
-            tokens = call.forward.take(self._key(call, "tokens"), call.path)
+            tokens = call.forward.handover.take(self._key(call, "tokens"), call.path)
         # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
         return received if tokens is None or tokens.shape != received.shape else tokens
 

@@ -46,9 +46,9 @@ class GraphModule(nn.Module):
 
 def neighbours(forward: Forward, stage: int, k: int) -> Tensor:
     """Indices (b, g, k) of the patch tokens nearest to each, or packed (1, n, k); once per forward."""
-    points = forward.coordinates[stage]
-    if stage in forward.samples:
-        return forward.once(("stag", stage, k), lambda: _packed(points, forward.samples[stage], k))
+    points = forward.seen.coordinates[stage]
+    if stage in forward.seen.samples:
+        return forward.once(("stag", stage, k), lambda: _packed(points, forward.seen.samples[stage], k))
     return forward.once(("stag", stage, k), lambda: geometry.knn(points, points, min(k, points.shape[1])))
 
 

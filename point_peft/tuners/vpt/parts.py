@@ -34,7 +34,7 @@ class DeepPrompts(SequencePart):
         count = self.embeddings.shape[0]
         got = self.returned(call, output, prompts=count)
         if self.pooled:
-            call.forward.leave((call.adapter, self.tuner, "prompts"), got.prompts)
+            call.forward.handover.leave((call.adapter, self.tuner, "prompts"), got.prompts)
         return self.without_prompts(output, got.prefix, got.patches, prompts=count)
 
 
