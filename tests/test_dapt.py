@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from point_peft import AdapterError, AnatomyError, DAPTConfig, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.dapt.parts import DynamicAdapter
+from point_peft.tuners.dapt import DynamicAdapter
 from tests import golden
 from tests.adapting import adapt, distance, run
 from tests.test_golden_base import Recorder, compare, grouping

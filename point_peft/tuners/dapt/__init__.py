@@ -38,6 +38,234 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.dapt.config import DAPTConfig
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-__all__ = ["DAPTConfig"]
+import torch
+from torch import Tensor, nn
+
+from point_peft.anatomy.description import Anatomy, Block, Stage
+from point_peft.config import TunerConfig
+from point_peft.errors import AdapterError
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call, Part
+from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.scale_shift import (
+    LayerScaleShift,
+    PatchScaleShift,
+    block_sites,
+    channels_of,
+    key_layers,
+    patch_taps,
+)
+from point_peft.parts.sequence import EntrancePart, LastingPrompts, SequencePart, at_mlp, check_takes_prompts, mlp_of
+from point_peft.running.nested import Args, Kwargs, put_argument
+from point_peft.running.tokens import batch_first, block_tokens, output_tokens
+from point_peft.schema import Count, Dropout
+
+# The pools of a head of the adapter's own that read what becomes of the prompts.
+READS_PROMPTS = frozenset({"prompt", "all_max", "all_mean", "raw_mean"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPTConfig(TunerConfig):
+    """DAPT; `target_modules` and the like choose among the transformer blocks.
+
+    The patch tokens and what the final norm gives are scaled and shifted whatever is chosen.
+    """
+
+    method: ClassVar[str] = "DAPT"
+
+    width: Count = 64
+    """The channels r in the middle of the adapter; 72 was published for ModelNet40."""
+    dropout: Dropout = 0.1
+    """Of the adapter."""
+    internal_prompts: bool = True
+    """Let each block make a prompt for the blocks after it."""
+    position: Literal["backbone", "once"] = "backbone"
+    """When positions are added: as the backbone does, or ahead of the first block only, as published."""
+    tuned_tokens: str | Sequence[str] | None = None
+    """Prefix tokens and positions that are trained; None: all."""
+    init: Literal["identity", "published"] = "identity"
+    """The start of gamma and beta: at one and zero, or normally distributed around them."""
+
+    @property
+    def identity_at_init(self) -> bool:
+        """A fresh adapter is the backbone plus its prompts."""
+        return self.init == "identity" and not self.internal_prompts
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        for block in chosen:
+            mlp_of(block, self.method)
+        plan, prompted = Blueprint(), dict[str, Stage]()
+        for number, stage, blocks in self.chosen_stages(backbone):
+            if self.position == "once" and stage.position == "every_block":
+                for block in stage.blocks:
+                    plan.parts.append((block.path, PositionOnce(stage, number, first=block == stage.blocks[0])))
+            if self.internal_prompts:
+                made = self._prompts(backbone, anatomy, number, blocks)
+                plan.parts += made
+                prompted |= {path: stage for path, part in made if part.gamma is not None}
+        for block in chosen:
+            channels = anatomy.stages[anatomy.stage_of(block)].width
+            adapter = DynamicAdapter(channels, self.width, self.dropout)
+            plan.parts += at_mlp(block, AdapterPart(adapter, block, prompted=prompted.get(block.path)))
+        # After the adapters: where both are at one layer, it is scaled and shifted before they add to it.
+        plan.parts += self._scale_shift(backbone, anatomy, chosen)
+        if self.init == "published":
+            for _, planned in plan.parts:
+                _start_as_published(planned)
+        tune_prefix(plan, backbone, self.method, self.tuned_tokens)
+        return plan
+
+    def _prompts(
+        self, backbone: Backbone, anatomy: Anatomy, number: int, blocks: Sequence[Block]
+    ) -> list[tuple[str, InternalPrompts]]:
+        """The parts at those blocks of a stage that get prompts or make one."""
+        stage = anatomy.stages[number]
+        check_takes_prompts(stage, self.method, "Set internal_prompts=False to do without them")
+        parts: list[tuple[str, InternalPrompts]] = []
+        for block in blocks:
+            # What the last of them would make is read by a head that pools it, or by itself where it runs again.
+            final = block == anatomy.blocks[-1]
+            pooled = final and not READS_PROMPTS.isdisjoint(backbone.pooled)
+            makes = pooled or block != blocks[-1] or (final and anatomy.last_block_calls > 1)
+            if makes or block != blocks[0]:
+                part = InternalPrompts(stage, number, begins=block == blocks[0], makes=makes, pooled=pooled)
+                parts.append((block.path, part))
+        return parts
+
+    @staticmethod
+    def _scale_shift(backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> list[tuple[str, Part]]:
+        """TFTS on the patch tokens, on all norms and linear layers of the blocks, and on the final norm."""
+        patches, keys = patch_taps(anatomy), key_layers(anatomy)
+        inside = [path for block in blocks for path in block_sites(block)]
+        parts: list[tuple[str, Part]] = []
+        for path in dict.fromkeys([*patches, *inside, *anatomy.final_norms]):
+            module = backbone.modules[path]
+            if channels_of(module) is not None:
+                parts.append((path, LayerTFTS(module, shift=path not in keys)))
+            elif path in patches:
+                parts.append((path, PatchTFTS(*patches[path])))
+        return parts
+
+
+def _start_as_published(part: Part) -> None:
+    if isinstance(part, (LayerTFTS, PatchTFTS, InternalPrompts)):
+        for tensor, mean in ((part.gamma, 1.0), (part.beta, 0.0)):
+            if tensor is not None:
+                nn.init.normal_(tensor, mean, 0.02)
+
+
+class LayerTFTS(LayerScaleShift):
+    """TFTS on what a norm or a linear layer gives."""
+
+    prefix = "dapt"
+
+
+class PatchTFTS(PatchScaleShift):
+    """TFTS on the patch tokens."""
+
+    prefix = "dapt"
+
+
+class DynamicAdapter(nn.Module):
+    """d(u) = relu(w_s LN(u) + b_s) * A(LN(u)): each token has a scale of its own."""
+
+    def __init__(self, channels: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.scale = nn.Linear(channels, 1)
+        self.bottleneck = Bottleneck(channels, width, dropout, nn.GELU())
+        # Were the scale of all tokens zero, which a relu may give, nothing of the adapter would be trained.
+        nn.init.zeros_(self.scale.weight)
+        nn.init.ones_(self.scale.bias)
+        nn.init.kaiming_uniform_(self.bottleneck.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.bottleneck.down.bias)
+        self.bottleneck.zero_up()
+
+    def forward(self, u: Tensor) -> Tensor:
+        normed = self.norm(u)
+        adapted: Tensor = self.scale(normed).relu() * self.bottleneck(normed)
+        return adapted
+
+
+def adapted_key(call: Call, tuner: int, block: str) -> tuple[str, int, str]:
+    """Where a block's adapter leaves what its prompt is made of."""
+    return call.adapter, tuner, f"adapted tokens of {block}"
+
+
+class AdapterPart(EntrancePart):
+    """h <- h + d(u) on the output h of a block's MLP, with u what the MLP gets."""
+
+    prefix = "dapt"
+
+    def __init__(self, adapter: DynamicAdapter, block: Block, *, prompted: Stage | None) -> None:
+        super().__init__(block)
+        self.adapter = adapter
+        self.prompted = prompted
+        """The stage, if the block makes a prompt of what the adapter gives."""
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        adapted = self.adapter(self.entrance(call, args, kwargs))
+        if self.prompted is not None:
+            mean = nn.functional.gelu(batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
+            # Left and not noted: a model that checkpoints the inside of its blocks may run it without gradient.
+            call.forward.handover.leave(adapted_key(call, self.tuner, self.block), mean)
+        return output + adapted.to(output.dtype)
+
+
+class InternalPrompts(LastingPrompts):
+    """The prompts of the blocks before go in ahead of a block; after it comes one more, TFTS(mean GELU(d(u)))."""
+
+    prefix = "dapt"
+
+    def __init__(self, stage: Stage, number: int, *, begins: bool, makes: bool, pooled: bool) -> None:
+        super().__init__(stage, number, begins=begins, pooled=pooled)
+        self.gamma = nn.Parameter(torch.ones(stage.width)) if makes else None
+        self.beta = nn.Parameter(torch.zeros(stage.width)) if makes else None
+
+    def made(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
+        patches = self.received(call, args, kwargs).patches
+        return patches.new_empty(patches.shape[0], 0, patches.shape[2])
+
+    def leaving(self, call: Call, prompts: Tensor) -> Tensor:
+        if self.gamma is None or self.beta is None:
+            return prompts
+        adapted = call.forward.handover.take(adapted_key(call, self.tuner, call.path), call.path)
+        assert adapted is not None  # the block's MLP has just run
+        new = adapted * self.gamma + self.beta
+        return torch.cat([new.to(prompts.dtype), prompts], dim=1)
+
+
+class PositionOnce(SequencePart):
+    """Gives a block what the block before returned, instead of that with the positions that the base adds again."""
+
+    def __init__(self, stage: Stage, number: int, *, first: bool) -> None:
+        super().__init__(stage, number)
+        self.first = first
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.first:
+            return args, kwargs
+        kept = call.forward.handover.take(self._key(call), call.path)
+        tokens = block_tokens(self.stage, call.path, args, kwargs)
+        if kept is None or kept.shape != tokens.shape:
+            raise AdapterError(
+                f"position=\"once\" gives block '{call.path}' what the block before it returned, which was "
+                f"{'nothing' if kept is None else tuple(kept.shape)} where {tuple(tokens.shape)} is needed: call the "
+                "model, or all of its blocks in order, and do not combine it with prompts of other methods"
+            )
+        return put_argument(args, kwargs, self.stage.tokens, kept)
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        call.forward.handover.leave(self._key(call), output_tokens(self.stage, call.path, output))
+        return output
+
+    def _key(self, call: Call) -> tuple[str, int, str]:
+        return call.adapter, self.tuner, f"tokens of stage {self.number}"

@@ -37,6 +37,67 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.gem.config import GEMConfig
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-__all__ = ["GEMConfig"]
+from einops import rearrange
+
+from point_peft.anatomy.description import Stage
+from point_peft.config import TunerConfig
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call
+from point_peft.parts.sequence import SequencePart, check_located
+from point_peft.running.nested import Args, Kwargs
+from point_peft.schema import Count, at_least
+from point_peft.tuners.gem.context_adapter import ContextAdapter, scene_rows
+from point_peft.tuners.gem.spatial_adapter import SpatialAdapter, kernel_cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class GEMConfig(TunerConfig):
+    """GEM; `target_modules` and the like choose among the transformer blocks, None means all."""
+
+    method: ClassVar[str] = "GEM"
+
+    spatial_width: Count = 16
+    """The channels r of the sparse convolution."""
+    context_width: Count = 36
+    """The channels d of the latent tokens and their attention."""
+    # Of one alone, neither a softmax over latents nor a neighbourhood depends on anything.
+    num_latents: Annotated[int, at_least(2)] = 8
+    """The latent tokens m of a block."""
+    neighbours: Annotated[int, at_least(2)] = 27
+    """The nearest tokens that can lie in the kernel, itself among them; at most as many as there are."""
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        plan = Blueprint()
+        for number, stage, blocks in self.chosen_stages(backbone):
+            check_located(stage, self.method, blocks[0].path)
+            for block in blocks:
+                spatial = SpatialAdapter(stage.width, self.spatial_width)
+                context = ContextAdapter(stage.width, self.context_width, self.num_latents)
+                plan.parts.append((block.path, GEMPart(stage, number, spatial, context, self.neighbours)))
+        return plan
+
+
+class GEMPart(SequencePart):
+    """x <- x + spatial(x), then x <- x + context(x), for the patch tokens ahead of a block."""
+
+    prefix = "gem"
+
+    def __init__(
+        self, stage: Stage, number: int, spatial: SpatialAdapter, context: ContextAdapter, neighbours: int
+    ) -> None:
+        super().__init__(stage, number)
+        self.spatial = spatial
+        self.context = context
+        self.neighbours = neighbours
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        got = self.received(call, args, kwargs)
+        x = got.patches
+        cells = kernel_cells(call.forward, self.number, self.neighbours)
+        spatial = self.spatial(rearrange(x, "b g c -> (b g) c"), cells)
+        x = x + rearrange(spatial, "(b g) c -> b g c", b=x.shape[0], g=x.shape[1]).to(x.dtype)
+        x = x + self.context(x, scene_rows(call.forward, self.number)).to(x.dtype)
+        return self.with_tokens(args, kwargs, got.prefix, x)

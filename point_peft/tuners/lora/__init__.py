@@ -28,7 +28,162 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.lora.config import LoraConfig
-from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-__all__ = ["LoraConfig", "LoraPart", "QkvLoraPart"]
+from torch import Tensor, nn
+
+from point_peft.anatomy.description import Block
+from point_peft.anatomy.roles import projects
+from point_peft.anatomy.structure import weight_to_adapt
+from point_peft.config import Combination, TunerConfig, require
+from point_peft.errors import AnatomyError
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Part
+from point_peft.schema import Count, Dropout, Factor, FrozenMapping
+from point_peft.tuners.lora.combining import combined_tensors
+from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
+from point_peft.tuners.lora.patterns import anchored, pattern_values
+from point_peft.tuners.lora.peft_format import SHARED, exactly, read_fields, why_no_layer
+
+QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(TunerConfig):
+    """LoRA on linear layers and nn.Conv1d; `target_modules=None` means the query, key and value of every block.
+
+    Where such a projection is not called but its weight is read (`nn.MultiheadAttention`, EVA attention), the weight is
+    adapted; the fused one of `nn.MultiheadAttention` is meant by the name of the attention itself.
+
+    `qkv` says which of query, key and value are adapted, where one fused projection makes all three, one after the
+    other. `rank_pattern` and `alpha_pattern` are for layers of another rank or alpha: a key is a module's path, the end
+    of one after a dot, or a regular expression for it; the first that matches counts.
+    """
+
+    method: ClassVar[str] = "LORA"
+    peft_type: ClassVar[str | None] = "LORA"
+    combines: ClassVar[bool] = True
+
+    r: Count = 8
+    """The rank of an update."""
+    lora_alpha: Factor = 8
+    """The scale of an update, over r."""
+    lora_dropout: Dropout = 0.0
+    """Dropout of an update's input."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), which keeps large ranks alive."""
+    use_dora: bool = False
+    """Train the length of every row of the weight too."""
+    qkv: Sequence[Literal["q", "k", "v"]] = QKV
+    """Those of query, key and value that are adapted."""
+    rank_pattern: Mapping[str, int] = FrozenMapping()
+    """Other ranks, by layer."""
+    alpha_pattern: Mapping[str, float] = FrozenMapping()
+    """Other alphas, by layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < len(self.qkv) == len(set(self.qkv)), self, "qkv", "one or more of 'q', 'k', 'v', each once")
+        object.__setattr__(self, "qkv", tuple(name for name in QKV if name in self.qkv))
+        require(all(r >= 1 for r in self.rank_pattern.values()), self, "rank_pattern", "ranks of 1 or more")
+        require(all(a > 0 for a in self.alpha_pattern.values()), self, "alpha_pattern", "values of more than 0")
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        paths = self.chosen_modules(backbone, self._projections)
+        blocks = () if self.target_modules is not None else backbone.known_anatomy(self.method).blocks
+        split = {path for block in blocks if len(block.qkv) > 1 for path in block.qkv}
+        ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
+        alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
+        plan = Blueprint()
+        for path in paths:
+            r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
+            part = self._part(path, backbone.modules[path], r, alpha, path not in split)
+            if part.weight != "weight":
+                part.act_by_weight(path)
+            plan.parts.append((path, part))
+        return plan
+
+    def combined(
+        self,
+        adapters: Mapping[str, Mapping[str, Part]],
+        weights: Sequence[float],
+        combination_type: Combination,
+        svd_rank: int | None,
+    ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
+        ranks, tensors = combined_tensors(adapters, weights, combination_type, svd_rank)
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        others = {anchored(path): r for path, r in ranks.items() if r != rank}
+        # A scale of one: those of the adapters are in the factors.
+        tuner = replace(self, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=others, alpha_pattern=others)
+        return tuner, tensors
+
+    def why_not_peft(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> str | None:
+        reasons = (why_no_layer(path, part, modules[path]) for path, part in parts.items())
+        return next(filter(None, reasons), None)
+
+    def to_peft(self, paths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
+        alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
+        return {
+            **{name: getattr(self, name) for name in SHARED},
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "target_modules": exactly(paths, names),
+            # By full path: PEFT goes by the first key that matches, in an order that a file does not keep.
+            "rank_pattern": {anchored(path): rank for path, rank in ranks.items()},
+            "alpha_pattern": {anchored(path): alpha for path, alpha in alphas.items()},
+        }
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        return read_fields(fields, names)
+
+    def _projections(self, block: Block) -> Sequence[str]:
+        """The layers of a block that make query, key and value, as far as they are chosen."""
+        if len(block.qkv) <= 1 or self.qkv == QKV:
+            return block.qkv or (block.attention,)
+        roles = {path: projects(block, path) for path in block.qkv}
+        told = "".join(roles.values())
+        unclear = [path for path, role in roles.items() if not role or any(told.count(one) > 1 for one in role)]
+        if unclear:
+            raise AnatomyError(
+                f"qkv={self.qkv}: whether '{unclear[0]}' makes the query, the key or the value cannot be told from its "
+                "name: leave qkv out and name the layers in target_modules"
+            )
+        for path, role in roles.items():
+            if 0 < len(set(role) & set(self.qkv)) < len(role):
+                raise AnatomyError(
+                    f"qkv={self.qkv}: '{path}' makes {' and '.join(role)} together: choose both, or leave qkv out and "
+                    "name the layers in target_modules"
+                )
+        return [path for path, role in roles.items() if role[0] in self.qkv]
+
+    def _part(self, path: str, module: nn.Module, r: int, alpha: float, fused: bool) -> LoraPart:
+        scale = alpha / (math.sqrt(r) if self.use_rslora else r)
+        known = _weight(module)
+        if known is None:
+            raise AnatomyError(
+                f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and nn.Conv1d of one group"
+            )
+        weight, shape = known
+        if self.qkv == QKV or not fused:
+            return LoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora)
+        if shape[0] != 3 * shape[1] or isinstance(module, nn.Conv1d):
+            raise AnatomyError(
+                f"qkv={self.qkv} chooses rows of a fused projection, and '{path}' {shape} is none: leave it out, or "
+                "leave qkv out and name the layers in target_modules"
+            )
+        chosen = tuple(QKV.index(name) for name in self.qkv)
+        return QkvLoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora, chosen)
+
+
+def _weight(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
+    """Name and shape (out, in) of the weight that is adapted, None where a layer is of a kind that cannot be."""
+    if isinstance(module, nn.Conv1d):
+        return ("weight", (module.out_channels, module.in_channels)) if module.groups == 1 else None
+    return weight_to_adapt(module)

@@ -30,6 +30,96 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.ppt.config import PPTConfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["PPTConfig"]
+from torch import Tensor
+
+from point_peft.anatomy.description import Stage
+from point_peft.config import TunerConfig
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call
+from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.second_grouping import (
+    CarryingPart,
+    GroupingPart,
+    Init,
+    TokenMlps,
+    farthest_points,
+    modules_to_tune,
+    split_like,
+    stage_to_group,
+    token_mlp,
+)
+from point_peft.parts.sequence import BlockTokens, note_stream, noted_stream
+from point_peft.schema import Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPTConfig(TunerConfig):
+    """PPT on the blocks of a backbone with one stage; `target_modules` names blocks, None means all.
+
+    `num_groups` and `group_size` are of the second grouping; clouds of fewer points are taken as they are.
+    `mlp_width` is the hidden width of M1, M2 and M3. `init="identity"` lets them begin with nothing; "published" begins
+    all their layers as torch does. `tuned_modules` are trained whole, None: the positional embedding and the first
+    layers of the tokenizer. `tuned_tokens` names prefix tokens and positions to train, None: all.
+    """
+
+    method: ClassVar[str] = "PPT"
+
+    num_groups: Count = 128
+    group_size: Count = 32
+    mlp_width: Count = 256
+    init: Init = "identity"
+    tuned_modules: str | Sequence[str] | None = None
+    tuned_tokens: str | Sequence[str] | None = None
+
+    @property
+    def identity_at_init(self) -> bool:
+        """The prompts themselves change what the blocks make of the other tokens."""
+        return False
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        stage = stage_to_group(backbone, self.method)
+        chosen = self.chosen_blocks(backbone)
+        plan = Blueprint(modules=modules_to_tune(backbone, stage, self.tuned_modules))
+        plan.shared["token_mlps"] = PositionMlps(stage.width, self.mlp_width, self.init)
+        plan.parts.append((stage.tokenizer[-1], PromptGrouping(stage, 0, self.num_groups, self.group_size)))
+        for _, block in chosen:
+            plan.parts += [(block.path, PromptedBlock(stage, 0)), note_stream(block, self.method)]
+        tune_prefix(plan, backbone, self.method, self.tuned_tokens)
+        return plan
+
+
+class PromptGrouping(GroupingPart):
+    """Every group of the second grouping is a prompt."""
+
+    def __init__(self, stage: Stage, number: int, num_groups: int, group_size: int) -> None:
+        super().__init__(stage, number)
+        self.num_groups = num_groups
+        self.group_size = group_size
+
+    def make(self, call: Call, points: Tensor) -> tuple[Tensor, Tensor]:
+        centres = farthest_points(points, self.num_groups)
+        return self.tokens(call.forward, points, centres, self.group_size), centres
+
+
+class PositionMlps(TokenMlps):
+    """M1 for the patch tokens, M2 for the prompts, M3 for all, the same for all blocks."""
+
+    def __init__(self, channels: int, width: int, init: Init) -> None:
+        super().__init__("ppt", channels, width, init)
+        self.all = token_mlp(channels, width, channels, init)
+
+
+class PromptedBlock(CarryingPart):
+    """Prompts and patches with M1 and M2 go in; M3 of the stream after the attention is added to what comes out."""
+
+    prefix = "ppt"
+
+    def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
+        stream = noted_stream(call, self, tokens)
+        joined = tokens.tokens
+        change: Tensor = call.state("token_mlps", PositionMlps).all(stream)
+        return split_like(joined + change.to(joined.dtype), tokens)

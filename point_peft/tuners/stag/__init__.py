@@ -35,6 +35,159 @@ Deviations from the published code, each with its reason:
 
 from __future__ import annotations
 
-from point_peft.tuners.stag.config import STAGConfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-__all__ = ["STAGConfig"]
+from torch import Tensor
+
+from point_peft.anatomy.description import Block, Stage
+from point_peft.config import TunerConfig
+from point_peft.errors import AdapterError, AnatomyError
+from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Blueprint, Call
+from point_peft.parts.sequence import SequencePart, check_located
+from point_peft.running.nested import Args, Kwargs
+from point_peft.schema import Count, Limit
+from point_peft.tuners.stag.side_network import GraphModule, SideNetwork, neighbours
+
+# Blocks that share a down-projection and blocks that share a graph module, where not all of them do.
+DOWN_GROUP = 3
+GRAPH_GROUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class STAGConfig(TunerConfig):
+    """STAG; `target_modules` and the like choose the blocks that give tokens to the side network, None means all."""
+
+    method: ClassVar[str] = "STAG"
+
+    size: Literal["std", "sl"] = "std"
+    """Standard: the same modules at all blocks. Slightly large: a down-projection for three blocks each, and a graph
+    module for two."""
+    width: Count = 192
+    """The channels w of the side tokens."""
+    neighbours: Count = 8
+    """Tokens in a neighbourhood, itself among them; at most as many as there are."""
+    first_graph_layer: Annotated[int | None, Limit("a block number from 0, or None", lambda number: number >= 0)] = None
+    """The number of the first block that the side network displaces tokens after; None: half the number of blocks."""
+    init: Literal["identity", "published"] = "identity"
+
+    @property
+    def identity_at_init(self) -> bool:
+        return self.init == "identity"
+
+    def build(self, backbone: Backbone) -> Blueprint:
+        anatomy = backbone.known_anatomy(self.method)
+        chosen = self.chosen_blocks(backbone)
+        first = len(anatomy.blocks) // 2 if self.first_graph_layer is None else self.first_graph_layer
+        if chosen[-1][0] < first:
+            raise AnatomyError(
+                f"{self.method} displaces tokens after the blocks from {first} on, and the last of those that are "
+                f"adapted is {chosen[-1][0]}: set first_graph_layer to at most that"
+            )
+        plan = Blueprint()
+        for index, stage in enumerate(anatomy.stages):
+            numbered = [(number, block) for number, block in chosen if block in stage.blocks]
+            # A stage that is not displaced has no use for side tokens: those of one stage do not fit the next.
+            if numbered and numbered[-1][0] >= first:
+                self._build_stage(plan, index, stage, numbered, first)
+        return plan
+
+    def _build_stage(
+        self, plan: Blueprint, index: int, stage: Stage, numbered: Sequence[tuple[int, Block]], first: int
+    ) -> None:
+        check_located(stage, self.method, stage.blocks[0].path)
+        large = self.size == "sl"
+        down = {number: str(number - number % DOWN_GROUP if large else 0) for number, _ in numbered}
+        graph = {
+            number: str(number - (number - first) % GRAPH_GROUP if large else first)
+            for number, _ in numbered
+            if number >= first
+        }
+        plan.shared[f"stage_{index}"] = SideNetwork(
+            "stag" if index == 0 else f"stag.stage_{index}",
+            stage.width,
+            self.width,
+            dict.fromkeys(down.values()),
+            dict.fromkeys(graph.values()),
+            gated=self.init == "identity",
+        )
+        paths = [block.path for block in stage.blocks]
+        places = [paths.index(block.path) for _, block in numbered]
+        for place, (number, block) in zip(places, numbered, strict=True):
+            part = SidePart(
+                stage,
+                index,
+                down=down[number],
+                graph=graph.get(number),
+                neighbours=self.neighbours,
+                begins=place == places[0],
+                follows=place == 0 or place - 1 in places,
+            )
+            plan.parts.append((block.path, part))
+
+
+class SidePart(SequencePart):
+    """s <- s + D t ahead of a block; after it a step of the side tokens s, and their displacement, where it has one."""
+
+    def __init__(
+        self, stage: Stage, number: int, *, down: str, graph: str | None, neighbours: int, begins: bool, follows: bool
+    ) -> None:
+        super().__init__(stage, number)
+        self.down = down
+        self.graph = graph
+        self.neighbours = neighbours
+        self.begins = begins
+        """True where the side tokens of the stage start."""
+        self.follows = follows
+        """True if what comes before it is known without the positions that the base adds: the block before has a part,
+        or there is none."""
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        forward = call.forward
+        # In a direct call of blocks it cannot be told when the next begins, but for the block where the side starts.
+        fresh = self.begins and forward.inputs is None and not forward.recomputing
+        side = None if fresh else forward.handover.take(self._key(call, "side"), call.path)
+        if side is None and not self.begins:
+            raise AdapterError(
+                f"block '{call.path}' runs before the one whose side tokens it should be handed: call the model, or "
+                "all of its blocks in order"
+            )
+        network = call.state(f"stage_{self.number}", SideNetwork)
+        added = network.down[self.down](self._tokens(call, self.received(call, args, kwargs).patches, side is None))
+        side = added if side is None else side + added
+        if self.graph is None:
+            forward.handover.leave(self._key(call, "side"), side)
+        else:
+            forward.handover.notes[call.adapter, "stag", call.path] = side
+        return args, kwargs
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        tokens = self.returned(call, output)
+        prefix, patches = tokens.prefix, tokens.patches
+        if self.graph is not None:
+            module = call.state(f"stage_{self.number}", SideNetwork).graph[self.graph]
+            assert isinstance(module, GraphModule)
+            near = neighbours(call.forward, self.number, self.neighbours)
+            side, displaced = module(call.forward.handover.notes.pop((call.adapter, "stag", call.path)), near)
+            call.forward.handover.leave(self._key(call, "side"), side)
+            displaced = displaced.to(patches.dtype)
+            prefix, patches = prefix + displaced.mean(dim=1, keepdim=True), patches + displaced
+            output = self.without_prompts(output, prefix, patches)
+        if self.stage.position == "every_block":
+            call.forward.handover.leave(self._key(call, "tokens"), patches)
+        return output
+
+    def _tokens(self, call: Call, received: Tensor, first: bool) -> Tensor:
+        """The patch tokens ahead of the block, without positions where the base has just added them."""
+        tokens = None
+        if self.follows and first:
+            tokens = call.forward.seen.patches.get(self.number)
+        elif self.follows and self.stage.position == "every_block":
+            tokens = call.forward.handover.take(self._key(call, "tokens"), call.path)
+        # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
+        return received if tokens is None or tokens.shape != received.shape else tokens
+
+    def _key(self, call: Call, name: str) -> tuple[str, int, str]:
+        return call.adapter, self.tuner, f"{name} of stage {self.number}"
