@@ -78,6 +78,10 @@ class Part(nn.Module):
         """The module's own tensors, by name, with this part folded in; with gradient to the part."""
         raise AdapterError(f"{type(self).__name__} is not a change of its module's tensors")
 
+    def key(self, call: Call, name: str) -> tuple[str, int, str]:
+        """The name in a forward of what the parts of its method in this adapter note there and hand on."""
+        return call.adapter, self.tuner, name
+
     def act_by_weight(self, path: str) -> None:
         """From now on, act through the tensors of the module at `path`, which is not called; or refuse to."""
         if not self.mergeable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,18 +93,13 @@ class TunedTokens(SharedState):
         self.compared = ()
         self.other_base(base_model)
 
-    def difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """The change that training has made to the base's tensor of that name, as (rows, c)."""
-        return self._less_base(getattr(self, name.replace(".", "/")), name, base_model)
+    def difference(self, name: str, base_model: nn.Module, *, kept: bool) -> Tensor:
+        """The change (rows, c) that training has made to the base's tensor of that name.
 
-    def base_difference(self, name: str, base_model: nn.Module) -> Tensor:
-        """The values of the base that the adapter was made for less those of this one, (rows, c); for those kept."""
-        return self._less_base(getattr(self, "base:" + name.replace(".", "/")), name, base_model)
-
-    @staticmethod
-    def _less_base(value: Tensor, name: str, base_model: nn.Module) -> Tensor:
-        difference = value - _tensor(base_model, name)
-        return difference.reshape(-1, value.shape[-1])
+        Of a `kept` one, the value in the base that the adapter was made for less that in this one.
+        """
+        value: Tensor = getattr(self, ("base:" if kept else "") + name.replace(".", "/"))
+        return (value - _tensor(base_model, name)).reshape(-1, value.shape[-1])
 
 
 def _tensor(base_model: nn.Module, name: str) -> Tensor:
@@ -128,30 +123,21 @@ class PrefixPart(Part):
         self.stage = stage
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        state = call.state("tokens", TunedTokens)
-        return self._shift(call, args, kwargs, state.tuned_tokens, state.difference)
+        return self._shifted(call, args, kwargs, kept=False)
 
     def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        state = call.state("tokens", TunedTokens)
-        return self._shift(call, args, kwargs, state.kept, state.base_difference)
+        return self._shifted(call, args, kwargs, kept=True)
 
-    def _shift(
-        self,
-        call: Call,
-        args: Args,
-        kwargs: Kwargs,
-        names: frozenset[str],
-        difference: Callable[[str, nn.Module], Tensor],
-    ) -> tuple[Args, Kwargs]:
+    def _shifted(self, call: Call, args: Args, kwargs: Kwargs, *, kept: bool) -> tuple[Args, Kwargs]:
+        state = call.state("tokens", TunedTokens)
+        names = state.kept if kept else state.tuned_tokens
         tokens = block_tokens(self.stage, call.path, args, kwargs)
         later = self._called_before(call)
         for parameter in self.parameters_of_prefix:
-            if parameter.name not in names:
-                continue
-            if later and (parameter.role == "token" or self.stage.position == "once"):
-                continue
-            shift = difference(parameter.name, call.forward.root.base_model)
-            tokens = shift_rows(tokens, shift, parameter.row, self.stage.layout)
+            once = parameter.role == "token" or self.stage.position == "once"
+            if parameter.name in names and not (later and once):
+                shift = state.difference(parameter.name, call.forward.root.base_model, kept=kept)
+                tokens = shift_rows(tokens, shift, parameter.row, self.stage.layout)
         return put_argument(args, kwargs, self.stage.tokens, tokens)
 
     def _called_before(self, call: Call) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from point_peft import geometry
@@ -114,8 +113,8 @@ class GroupingPart(Part):
         if self.stage.position == "once":
             tokens = tokens + positions
         else:
-            forward.handover.leave((call.adapter, self.tuner, "positions"), positions)
-        forward.handover.leave((call.adapter, self.tuner, "prompts"), tokens)
+            forward.handover.leave(self.key(call, "positions"), positions)
+        forward.handover.leave(self.key(call, "prompts"), tokens)
         return output
 
 
@@ -173,7 +172,7 @@ class CarryingPart(SequencePart):
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         count = call.forward.handover.notes[call.adapter, self.tuner, call.path].shape[1]
         made = self.finish(call, self.returned(call, output, prompts=count))
-        call.forward.handover.leave((call.adapter, self.tuner, "prompts"), made.prompts)
+        call.forward.handover.leave(self.key(call, "prompts"), made.prompts)
         return self.without_prompts(output, made.prefix, made.patches, prompts=count)
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
@@ -181,7 +180,7 @@ class CarryingPart(SequencePart):
         return tokens
 
     def _take(self, call: Call, what: str) -> Tensor:
-        taken = call.forward.handover.take((call.adapter, self.tuner, what), call.path)
+        taken = call.forward.handover.take(self.key(call, what), call.path)
         if taken is None:
             raise AdapterError(
                 f"block '{call.path}' gets further tokens, which are made of the clouds at the {self.stage.points} "
@@ -189,9 +188,3 @@ class CarryingPart(SequencePart):
                 "that runs its tokenizer too"
             )
         return taken
-
-
-def split_like(tokens: Tensor, like: BlockTokens) -> BlockTokens:
-    """Tokens (b, l, c) parted as others are."""
-    lengths = [part.shape[1] for part in (like.prefix, like.prompts, like.patches)]
-    return BlockTokens(*torch.split(tokens, lengths, dim=1))

@@ -31,11 +31,6 @@ class BlockTokens:
     prompts: Tensor
     patches: Tensor
 
-    @property
-    def tokens(self) -> Tensor:
-        """All of them in order, (b, e + p + g, c)."""
-        return torch.cat([self.prefix, self.prompts, self.patches], dim=1)
-
 
 def small_normal(*shape: int) -> nn.Parameter:
     """A trained tensor that begins small and random, as prompts and positions do."""
@@ -96,7 +91,7 @@ class InputNote(Part):
         self.name = name
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call.forward.handover.note((call.adapter, self.tuner, self.name, self.block), (*args, *kwargs.values())[0])
+        call.forward.handover.note((*self.key(call, self.name), self.block), (*args, *kwargs.values())[0])
         return args, kwargs
 
 
@@ -185,7 +180,8 @@ class LastingPrompts(SequencePart):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         # In a direct call of blocks it cannot be told when the next begins, but for the block where prompts come in.
         fresh = self.begins and call.forward.inputs is None and not call.forward.recomputing
-        prompts = None if fresh else call.forward.handover.take(self._key(call), call.path)
+        key = self.key(call, f"prompts of stage {self.number}")
+        prompts = None if fresh else call.forward.handover.take(key, call.path)
         if prompts is None and self.begins:
             prompts = self.made(call, args, kwargs)
         if prompts is None:
@@ -194,20 +190,18 @@ class LastingPrompts(SequencePart):
                 "its blocks in order"
             )
         prompts = self.entering(call, prompts)
-        call.forward.handover.notes[(*self._key(call), call.path)] = prompts
+        call.forward.handover.notes[(*key, call.path)] = prompts
         return self.with_prompts(call, args, kwargs, prompts)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        count = call.forward.handover.notes.pop((*self._key(call), call.path)).shape[1]
+        key = self.key(call, f"prompts of stage {self.number}")
+        count = call.forward.handover.notes.pop((*key, call.path)).shape[1]
         got = self.returned(call, output, prompts=count)
         prompts = self.leaving(call, got.prompts)
-        call.forward.handover.leave(self._key(call), prompts)
+        call.forward.handover.leave(key, prompts)
         if self.pooled:
-            call.forward.handover.leave((call.adapter, self.tuner, "prompts"), prompts)
+            call.forward.handover.leave(self.key(call, "prompts"), prompts)
         return self.without_prompts(output, got.prefix, got.patches, prompts=count)
-
-    def _key(self, call: Call) -> tuple[str, int, str]:
-        return call.adapter, self.tuner, f"prompts of stage {self.number}"
 
 
 def check_located(stage: Stage, method: str, path: str) -> None:

@@ -195,11 +195,6 @@ class DynamicAdapter(nn.Module):
         return adapted
 
 
-def adapted_key(call: Call, tuner: int, block: str) -> tuple[str, int, str]:
-    """Where a block's adapter leaves what its prompt is made of."""
-    return call.adapter, tuner, f"adapted tokens of {block}"
-
-
 class AdapterPart(EntrancePart):
     """h <- h + d(u) on the output h of a block's MLP, with u what the MLP gets."""
 
@@ -216,7 +211,7 @@ class AdapterPart(EntrancePart):
         if self.prompted is not None:
             mean = nn.functional.gelu(batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
             # Left and not noted: a model that checkpoints the inside of its blocks may run it without gradient.
-            call.forward.handover.leave(adapted_key(call, self.tuner, self.block), mean)
+            call.forward.handover.leave(self.key(call, f"adapted tokens of {self.block}"), mean)
         return output + adapted.to(output.dtype)
 
 
@@ -237,7 +232,7 @@ class InternalPrompts(LastingPrompts):
     def leaving(self, call: Call, prompts: Tensor) -> Tensor:
         if self.gamma is None or self.beta is None:
             return prompts
-        adapted = call.forward.handover.take(adapted_key(call, self.tuner, call.path), call.path)
+        adapted = call.forward.handover.take(self.key(call, f"adapted tokens of {call.path}"), call.path)
         assert adapted is not None  # the block's MLP has just run
         new = adapted * self.gamma + self.beta
         return torch.cat([new.to(prompts.dtype), prompts], dim=1)
@@ -253,7 +248,7 @@ class PositionOnce(SequencePart):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.first:
             return args, kwargs
-        kept = call.forward.handover.take(self._key(call), call.path)
+        kept = call.forward.handover.take(self.key(call, f"tokens of stage {self.number}"), call.path)
         tokens = block_tokens(self.stage, call.path, args, kwargs)
         if kept is None or kept.shape != tokens.shape:
             raise AdapterError(
@@ -264,8 +259,7 @@ class PositionOnce(SequencePart):
         return put_argument(args, kwargs, self.stage.tokens, kept)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.handover.leave(self._key(call), output_tokens(self.stage, call.path, output))
+        call.forward.handover.leave(
+            self.key(call, f"tokens of stage {self.number}"), output_tokens(self.stage, call.path, output)
+        )
         return output
-
-    def _key(self, call: Call) -> tuple[str, int, str]:
-        return call.adapter, self.tuner, f"tokens of stage {self.number}"

@@ -64,13 +64,15 @@ from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, Part, SharedState
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.prefix import tune_prefix
-from point_peft.parts.propagation import GeometryAwareAdapter, Neighbourhoods, neighbourhoods
+from point_peft.parts.propagation import GeometryAwareAdapter, neighbourhoods
 from point_peft.parts.quick_bottleneck import quick_bottleneck
 from point_peft.parts.second_grouping import run_apart
 from point_peft.parts.sequence import BlockTokens, SequencePart, check_located, check_takes_prompts, small_normal
 from point_peft.running.nested import Args, Kwargs, all_arguments, fetch_argument, put_argument
 from point_peft.schema import Count, Dropout, Factor, Limit, at_least
 from point_peft.tuners.ga_prompt.shift_net import ShiftNet
+
+Geometry = Literal["consistent", "replacement"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +134,16 @@ class GAPromptConfig(TunerConfig):
             with_prompts = [block for block in prompted if block in blocks]
             shape = None
             if shift_net is not None and (with_prompts or index == feature):
-                shape = shape_mlp(shift_net.code_width, self.shape_width, stage.width)
+                hidden = nn.Linear(shift_net.code_width, self.shape_width)
+                shape = nn.Sequential(hidden, nn.GELU(), nn.Linear(self.shape_width, stage.width))
                 shapes.append(index)
             places = self._build_blocks(plan, anatomy, index, blocks, with_prompts)
             if places or shape is not None:
                 prefix = "ga_prompt" if index == 0 else f"ga_prompt.stage_{index}"
                 plan.shared[f"stage_{index}"] = ShapeState(prefix, self.num_prompts if places else 0, shape)
         if self.shift or self.point_prompts:
-            cloud, prompts, factor = self._cloud_tap(anatomy), self.point_prompts, self.point_prompt_factor
-            part = CloudPart(cloud, shift_net, self.shift_scale, prompts, factor, tuple(shapes), feature)
-            plan.parts.append((cloud.module, part))
+            cloud = self._cloud_tap(anatomy)
+            plan.parts.append((cloud.module, CloudPart(cloud, shift_net, self, tuple(shapes), feature)))
         tune_prefix(plan, backbone, self.method, self.tuned_tokens)
         return plan
 
@@ -175,39 +177,13 @@ class GAPromptConfig(TunerConfig):
             check_located(stage, self.method, blocks[0].path)
         # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
         unread = None if anatomy.patches_read else anatomy.blocks[-1]
-        identity = self.init == "identity"
         for block in blocks:
             if block == unread and block not in prompted:
                 continue
-            reads = block != unread
-            part = ShapedPart(
-                stage,
-                index,
-                prompts=self.num_prompts if block in prompted else 0,
-                shape_scale=self.shape_scale if self.shift else 0.0,
-                adapter=quick_bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
-                if reads
-                else None,
-                adapter_scale=self.adapter_scale,
-                geometry=GeometryAwareAdapter(
-                    stage.width,
-                    batch_norm=True,
-                    scale=self.propagation_scale,
-                    centre_scale=self.centre_scale,
-                    gated=identity,
-                )
-                if reads
-                else None,
-                geometry_kind=self.geometry,
-                centre_ratio=self.centre_ratio,
-                neighbours=self.neighbours,
-            )
+            part = ShapedPart(stage, index, self, prompts=block in prompted, propagates=block != unread)
             plan.parts.append((block.path, part))
         among = self.geometry == "consistent" and any(block != unread for block in prompted)
         return among or (bool(prompted) and stage.position_embedding is not None)
-
-
-Geometry = Literal["consistent", "replacement"]
 
 
 class ShapeState(SharedState):
@@ -220,11 +196,6 @@ class ShapeState(SharedState):
         self.shape = shape
 
 
-def shape_mlp(inputs: int, width: int, channels: int) -> nn.Sequential:
-    """The MLP that turns the code of a cloud into its shape (b, c)."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, channels))
-
-
 class CloudPart(Part):
     """Ahead of the grouping: x <- x + scale * shift(x) * x for all points, then point prompts behind them.
 
@@ -235,21 +206,15 @@ class CloudPart(Part):
     prefix = "ga_prompt"
 
     def __init__(
-        self,
-        tap: Tap,
-        shift_net: ShiftNet | None,
-        shift_scale: float,
-        prompts: int,
-        factor: float,
-        shapes: tuple[int, ...],
-        feature: int | None,
+        self, tap: Tap, shift_net: ShiftNet | None, config: GAPromptConfig, shapes: tuple[int, ...], feature: int | None
     ) -> None:
         super().__init__()
         self.tap = tap
         self.shift_net = shift_net
-        self.shift_scale = shift_scale
+        self.shift_scale = config.shift_scale
+        prompts = config.point_prompts
         self.point_prompts = nn.Parameter(torch.empty(prompts, 3).uniform_(-0.01, 0.01)) if prompts else None
-        self.factor = factor
+        self.factor = config.point_prompt_factor
         self.shapes = shapes
         """The stages that take a shape."""
         self.feature = feature
@@ -286,9 +251,9 @@ class CloudPart(Part):
             shape = call.state(f"stage_{stage}", ShapeState).shape
             assert shape is not None
             made = shape(code)
-            call.forward.handover.leave((call.adapter, self.tuner, f"shape for stage {stage}"), made)
+            call.forward.handover.leave(self.key(call, f"shape for stage {stage}"), made)
             if stage == self.feature:
-                call.forward.handover.leave((call.adapter, self.tuner, "feature"), made)
+                call.forward.handover.leave(self.key(call, "feature"), made)
 
     def _with_means(self, value: Tensor) -> Tensor:
         assert self.point_prompts is not None
@@ -296,42 +261,26 @@ class CloudPart(Part):
         return torch.cat([value, mean.to(value.dtype).expand(-1, self.point_prompts.shape[0], -1)], dim=1)
 
 
-def twice_the_maximum(tokens: Tensor, near: Neighbourhoods) -> Tensor:
-    """2 max N_j (b, s, c) over neighbourhoods among tokens (b, l, c): each is added to itself, as published."""
-    doubled: Tensor = 2.0 * reduce(geometry.gather(tokens, near.neighbour), "b s k c -> b s c", "max")
-    return doubled
-
-
 class ShapedPart(SequencePart):
     """Prompts go in before the block; propagation and A act on the patches after it; then the prompts come out."""
 
     prefix = "ga_prompt"
 
-    def __init__(
-        self,
-        stage: Stage,
-        number: int,
-        *,
-        prompts: int,
-        shape_scale: float,
-        adapter: Bottleneck | None,
-        adapter_scale: float,
-        geometry: GeometryAwareAdapter | None,
-        geometry_kind: Geometry,
-        centre_ratio: float,
-        neighbours: int,
-    ) -> None:
+    def __init__(self, stage: Stage, number: int, config: GAPromptConfig, *, prompts: bool, propagates: bool) -> None:
         super().__init__(stage, number)
-        self.embeddings = small_normal(prompts, stage.width) if prompts else None
-        self.shape_scale = shape_scale
-        """Zero without a shift net, which leaves no shape."""
-        self.norm = None if adapter is None else nn.LayerNorm(stage.width)
-        self.adapter = adapter
-        self.adapter_scale = adapter_scale
-        self.geometry = geometry
-        self.consistent = geometry_kind == "consistent"
-        self.centre_ratio = centre_ratio
-        self.neighbours = neighbours
+        self.config = config
+        self.embeddings = small_normal(config.num_prompts, stage.width) if prompts else None
+        self.norm: nn.LayerNorm | None = None
+        self.adapter: Bottleneck | None = None
+        self.geometry: GeometryAwareAdapter | None = None
+        if propagates:
+            c, identity = stage.width, config.init == "identity"
+            scale, centre_scale = config.propagation_scale, config.centre_scale
+            self.norm = nn.LayerNorm(c)
+            self.adapter = quick_bottleneck(c, config.adapter_width, config.adapter_dropout, identity=identity)
+            self.geometry = GeometryAwareAdapter(
+                c, batch_norm=True, scale=scale, centre_scale=centre_scale, gated=identity
+            )
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.embeddings is None:
@@ -341,9 +290,9 @@ class ShapedPart(SequencePart):
             places = call.state(f"stage_{self.number}", ShapeState).prompt_coordinates
             assert places is not None
             prompts = prompts + run_apart(call.forward, [self.stage.position_embedding], places[None])
-        if self.shape_scale:
-            shape = rearrange(self.shape_scale * self._shape(call), "b c -> b 1 c")
-            call.forward.handover.notes[self._note(call)] = shape
+        if self.config.shift:
+            shape = rearrange(self.config.shape_scale * self._shape(call), "b c -> b 1 c")
+            call.forward.handover.notes[self.key(call, f"shape at {call.path}")] = shape
             prompts = prompts + shape
         return self.with_prompts(call, args, kwargs, prompts)
 
@@ -351,33 +300,35 @@ class ShapedPart(SequencePart):
         count = 0 if self.embeddings is None else self.embeddings.shape[0]
         got = self.returned(call, output, prompts=count)
         patches = got.patches if self.geometry is None else self._propagated(call, self.geometry, got)
-        shape = call.forward.handover.notes.pop(self._note(call), None)
+        shape = call.forward.handover.notes.pop(self.key(call, f"shape at {call.path}"), None)
         # A acts on every token by itself, so the prompts, which end here, need not pass through it.
         if self.adapter is not None and self.norm is not None:
             shaped = patches if shape is None else patches + shape
-            patches = patches + self.adapter_scale * self.adapter(self.norm(shaped)).to(patches.dtype)
+            patches = patches + self.config.adapter_scale * self.adapter(self.norm(shaped)).to(patches.dtype)
         return self.without_prompts(output, got.prefix, patches, prompts=count)
 
-    def _propagated(self, call: Call, geometry: GeometryAwareAdapter, got: BlockTokens) -> Tensor:
+    def _propagated(self, call: Call, adapter: GeometryAwareAdapter, got: BlockTokens) -> Tensor:
         """The patches with what the centres propagate to them."""
-        count, among = got.prompts.shape[1], self.consistent and got.prompts.shape[1] > 0
+        config, count = self.config, got.prompts.shape[1]
+        among = config.geometry == "consistent" and count > 0
         ahead = call.state(f"stage_{self.number}", ShapeState).prompt_coordinates if among else None
         near, propagate = neighbourhoods(
-            call.forward, self.number, self.centre_ratio, self.neighbours, ahead, owner=(call.adapter, self.tuner)
+            call.forward, self.number, config.centre_ratio, config.neighbours, ahead, owner=(call.adapter, self.tuner)
         )
         if among:
             tokens = torch.cat([got.prompts, got.patches], dim=1)
         else:  # the last patches replaced by the prompts, as far as there are any
             g = got.patches.shape[1]
             tokens = torch.cat([got.patches[:, : max(0, g - count)], got.prompts[:, :g]], dim=1)
+        # 2 max N_j, (b, s, c): each is added to itself, as published.
+        pooled = 2.0 * reduce(geometry.gather(tokens, near.neighbour), "b s k c -> b s c", "max")
         recomputing = call.forward.recomputing
-        pooled = twice_the_maximum(tokens, near)
-        propagated: Tensor = geometry(got.patches, tokens, near, propagate(), pooled, recomputing=recomputing)
+        propagated: Tensor = adapter(got.patches, tokens, near, propagate(), pooled, recomputing=recomputing)
         return propagated
 
     def _shape(self, call: Call) -> Tensor:
         """The shape (b, c) of the clouds."""
-        key = call.adapter, self.tuner, f"shape for stage {self.number}"
+        key = self.key(call, f"shape for stage {self.number}")
         taken = call.forward.handover.take(key, call.path)
         if taken is None:
             raise AdapterError(
@@ -387,6 +338,3 @@ class ShapedPart(SequencePart):
         # Left again, which is refused where a block runs without the gradient that it needs.
         call.forward.handover.leave(key, taken)
         return taken
-
-    def _note(self, call: Call) -> tuple[str, int, str]:
-        return call.adapter, self.tuner, f"shape at {call.path}"

@@ -74,9 +74,7 @@ class GEMConfig(TunerConfig):
         for number, stage, blocks in self.chosen_stages(backbone):
             check_located(stage, self.method, blocks[0].path)
             for block in blocks:
-                spatial = SpatialAdapter(stage.width, self.spatial_width)
-                context = ContextAdapter(stage.width, self.context_width, self.num_latents)
-                plan.parts.append((block.path, GEMPart(stage, number, spatial, context, self.neighbours)))
+                plan.parts.append((block.path, GEMPart(stage, number, self)))
         return plan
 
 
@@ -85,13 +83,11 @@ class GEMPart(SequencePart):
 
     prefix = "gem"
 
-    def __init__(
-        self, stage: Stage, number: int, spatial: SpatialAdapter, context: ContextAdapter, neighbours: int
-    ) -> None:
+    def __init__(self, stage: Stage, number: int, config: GEMConfig) -> None:
         super().__init__(stage, number)
-        self.spatial = spatial
-        self.context = context
-        self.neighbours = neighbours
+        self.spatial = SpatialAdapter(stage.width, config.spatial_width)
+        self.context = ContextAdapter(stage.width, config.context_width, config.num_latents)
+        self.neighbours = config.neighbours
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         got = self.received(call, args, kwargs)

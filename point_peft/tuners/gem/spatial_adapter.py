@@ -30,12 +30,6 @@ class KernelCells:
     begin: Tensor | None = None
     """(n,) where the pairs of each token begin, if only those inside are kept."""
 
-    def kept(self) -> KernelCells:
-        """Only the pairs inside the kernel, which in a scene are a third. How many these are is not a static size."""
-        inside = self.weights > 0
-        begin = nn.functional.pad(inside.sum(dim=1).cumsum(0), (1, 0))[:-1]
-        return KernelCells(self.index[inside], self.weights[inside], begin)
-
 
 class SpatialAdapter(nn.Module):
     """GELU(sum_o W_o mean_j (W_down x_j)) W_up, from c channels to `width` and back; zero at first."""
@@ -91,7 +85,11 @@ def _kernel_cells(points: Tensor, samples: Tensor | None, k: int) -> KernelCells
         cells = _in_cells(points, near, real, geometry.samples_of(ends, len(points)), ends)
         place = order.argsort()
         number, cell = cells.index // CELLS, cells.index % CELLS
-        return KernelCells((order[number] * CELLS + cell)[place], cells.weights[place]).kept()
+        index, weights = (order[number] * CELLS + cell)[place], cells.weights[place]
+        # Only the pairs inside the kernel, which in a scene are a third. How many these are is not a static size.
+        inside = weights > 0
+        begin = nn.functional.pad(inside.sum(dim=1).cumsum(0), (1, 0))[:-1]
+        return KernelCells(index[inside], weights[inside], begin)
 
 
 def _in_cells(points: Tensor, near: Tensor, real: Tensor, samples: Tensor, ends: Tensor) -> KernelCells:

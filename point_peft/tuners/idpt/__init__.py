@@ -61,10 +61,7 @@ class IDPTConfig(TunerConfig):
     tuned_tokens: str | Sequence[str] | None = None
     """Prefix tokens and positions that are trained; None: all."""
 
-    @property
-    def identity_at_init(self) -> bool:
-        """The prompt is attended from the start."""
-        return False
+    identity_at_init = False  # the prompt is attended from the start
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
@@ -116,7 +113,7 @@ class FeaturePart(SequencePart):
     """At the block before the prompt's first: hands on the patch tokens that it returns."""
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.handover.leave((call.adapter, self.tuner, "features"), self.returned(call, output).patches)
+        call.forward.handover.leave(self.key(call, "features"), self.returned(call, output).patches)
         return output
 
 
@@ -148,7 +145,7 @@ class InstancePrompt(LastingPrompts):
     def _features(self, call: Call) -> Tensor:
         if self.from_patches:
             return call.forward.seen.patches[self.number]
-        handed = call.forward.handover.take((call.adapter, self.tuner, "features"), call.path)
+        handed = call.forward.handover.take(self.key(call, "features"), call.path)
         if handed is None:
             raise AdapterError(
                 f"block '{call.path}' runs without the block before it, from whose tokens the prompt is made: call the "

@@ -45,7 +45,7 @@ from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
 from point_peft.schema import Count, Dropout, Factor, FrozenMapping
 from point_peft.tuners.lora.combining import combined_tensors
-from point_peft.tuners.lora.parts import LoraPart, QkvLoraPart
+from point_peft.tuners.lora.parts import LoraPart
 from point_peft.tuners.lora.patterns import anchored, pattern_values
 from point_peft.tuners.lora.peft_format import SHARED, exactly, read_fields, why_no_layer
 
@@ -165,7 +165,9 @@ class LoraConfig(TunerConfig):
 
     def _part(self, path: str, module: nn.Module, r: int, alpha: float, fused: bool) -> LoraPart:
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)
-        known = _weight(module)
+        known = weight_to_adapt(module)
+        if isinstance(module, nn.Conv1d):
+            known = ("weight", (module.out_channels, module.in_channels)) if module.groups == 1 else None
         if known is None:
             raise AnatomyError(
                 f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and nn.Conv1d of one group"
@@ -179,11 +181,4 @@ class LoraConfig(TunerConfig):
                 "leave qkv out and name the layers in target_modules"
             )
         chosen = tuple(QKV.index(name) for name in self.qkv)
-        return QkvLoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora, chosen)
-
-
-def _weight(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
-    """Name and shape (out, in) of the weight that is adapted, None where a layer is of a kind that cannot be."""
-    if isinstance(module, nn.Conv1d):
-        return ("weight", (module.out_channels, module.in_channels)) if module.groups == 1 else None
-    return weight_to_adapt(module)
+        return LoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora, chosen)

@@ -16,21 +16,32 @@ from point_peft.running.nested import Args, Kwargs
 class LoraPart(Part):
     """y <- y + s B A dropout(x); where the module is not called, W <- W + s B A for whoever reads W.
 
-    With a magnitude m, the rows of W + s B A have the lengths m.
+    With a magnitude m, the rows of W + s B A have the lengths m. Of a fused projection (3 c, in), some of query, key
+    and value may be `chosen`, each with its own A and B: `lora_A` then holds the factors one below the other,
+    (chosen * r, in), and so does `lora_B`, (chosen * c, r).
     """
 
     mergeable = True
     lora_magnitude_vector: Tensor | None
     """(out,), of a convolution (1, out, 1)"""
-    chosen: tuple[int, ...] = ()
-    """The numbers of those of query, key and value that are adapted, if not all rows of the weight."""
 
-    def __init__(self, module: nn.Module, weight: str, r: int, scale: float, dropout: float, use_dora: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        weight: str,
+        r: int,
+        scale: float,
+        dropout: float,
+        use_dora: bool,
+        chosen: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.r = r
         self.scale = scale
-        self.slices = max(1, len(self.chosen))
+        self.chosen = chosen
+        """The numbers of those of query, key and value that are adapted, if not all rows of the weight."""
+        self.slices = max(1, len(chosen))
         self.dropout = nn.Dropout(dropout)
         whole: Tensor = getattr(module, weight)
         rows = self.rows(whole, 0)
@@ -43,11 +54,19 @@ class LoraPart(Part):
 
     def rows(self, whole: Tensor, dim: int) -> Tensor:
         """The part that is adapted of a weight (dim 0) or an output (its last dimension)."""
-        return whole
+        if not self.chosen:
+            return whole
+        thirds = whole.chunk(3, dim)
+        return torch.cat([thirds[index] for index in self.chosen], dim)
 
     def put(self, whole: Tensor, rows: Tensor, dim: int) -> Tensor:
         """`whole` with `rows` in the place of what is adapted."""
-        return rows
+        if not self.chosen:
+            return rows
+        thirds = list(whole.chunk(3, dim))
+        for index, third in zip(self.chosen, rows.chunk(len(self.chosen), dim), strict=True):
+            thirds[index] = third
+        return torch.cat(thirds, dim)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (slices, out, r) and A (slices, r, in), in which a convolution's kernel is part of `in`."""
@@ -87,8 +106,13 @@ class LoraPart(Part):
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """B A x"""
-        update: Tensor = self.lora_B(self.lora_A(x))
-        return update
+        down: Tensor = self.lora_A(x)
+        if self.slices == 1:
+            update: Tensor = self.lora_B(down)
+            return update
+        up, _ = self.factors()
+        down = rearrange(down, "... (n r) -> ... n r", n=self.slices)
+        return rearrange(torch.einsum("...nr,ncr->...nc", down, up), "... n c -> ... (n c)")
 
     def _delta(self, weight: Tensor) -> Tensor:
         """s B A, in the shape and type of what is adapted of the weight."""
@@ -102,41 +126,6 @@ class LoraPart(Part):
         # In the weight's type, in which the magnitude was taken, so that a fresh adapter changes nothing.
         lengths = _lengths(wide + self._delta(wide).detach()).to(weight.dtype)
         return magnitude.flatten() / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
-
-
-class QkvLoraPart(LoraPart):
-    """LoRA on some of the query, key and value that a fused projection (3 c, in) makes, each with its own A and B.
-
-    `lora_A` holds the factors one below the other, (chosen * r, in); so does `lora_B`, (chosen * c, r).
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        weight: str,
-        r: int,
-        scale: float,
-        dropout: float,
-        use_dora: bool,
-        chosen: tuple[int, ...],
-    ) -> None:
-        self.chosen = chosen  # first, because the factors are made for these rows
-        super().__init__(module, weight, r, scale, dropout, use_dora)
-
-    def rows(self, whole: Tensor, dim: int) -> Tensor:
-        thirds = whole.chunk(3, dim)
-        return torch.cat([thirds[index] for index in self.chosen], dim)
-
-    def put(self, whole: Tensor, rows: Tensor, dim: int) -> Tensor:
-        thirds = list(whole.chunk(3, dim))
-        for index, third in zip(self.chosen, rows.chunk(len(self.chosen), dim), strict=True):
-            thirds[index] = third
-        return torch.cat(thirds, dim)
-
-    def _low_rank(self, x: Tensor) -> Tensor:
-        up, _ = self.factors()
-        down = rearrange(self.lora_A(x), "... (n r) -> ... n r", n=self.slices)
-        return rearrange(torch.einsum("...nr,ncr->...nc", down, up), "... n c -> ... (n c)")
 
 
 def _factors(

@@ -61,6 +61,8 @@ from point_peft.running.nested import Args, Kwargs
 from point_peft.schema import Count, at_least
 from point_peft.tuners.point_gst.graph import Graphs, graphs_of
 
+Transform = Literal["fourier", "published"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PointGSTConfig(TunerConfig):
@@ -90,9 +92,6 @@ class PointGSTConfig(TunerConfig):
                 plan.parts.append(note_stream(block, self.method))
         tune_prefix(plan, backbone, self.method, self.tuned_tokens)
         return plan
-
-
-Transform = Literal["fourier", "published"]
 
 
 class SpectralAdapter(nn.Module):

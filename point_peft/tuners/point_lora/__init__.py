@@ -89,43 +89,40 @@ class PointLoRAConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = min(self.num_groups, default=0)
-        require(sizes >= 1, self, "num_groups", "one number or more, each 1 or more")
+        require(min(self.num_groups, default=0) >= 1, self, "num_groups", "one number or more, each 1 or more")
         count = len(self.num_groups)
-        for name in ("group_size", "num_selected"):
+        for name, least in (("group_size", 1), ("num_selected", 1), ("mask_loss_weights", 0)):
             values = getattr(self, name)
-            fits = len(values) == count and min(values) >= 1
-            require(fits, self, name, f"{count} numbers, as num_groups has, each 1 or more")
-        weights = self.mask_loss_weights
-        fits = len(weights) == count and min(weights) >= 0
-        require(fits, self, "mask_loss_weights", f"{count} numbers, as num_groups has, each 0 or more")
+            fits = len(values) == count and min(values) >= least
+            require(fits, self, name, f"{count} numbers, as num_groups has, each {least} or more")
 
-    @property
-    def identity_at_init(self) -> bool:
-        """The selected tokens change what the blocks make of the others."""
-        return False
+    identity_at_init = False  # the selected tokens change what the blocks make of the others
 
     def build(self, backbone: Backbone) -> Blueprint:
         stage = stage_to_group(backbone, self.method)
         chosen = self.chosen_blocks(backbone)
         plan = Blueprint(modules=modules_to_tune(backbone, stage, self.tuned_modules))
         plan.shared["token_mlps"] = TokenMlps("point_lora", stage.width, self.token_mlp_width, self.init)
-        plan.parts.append((stage.tokenizer[-1], SelectedTokens(stage, 0, self._selections())))
+        columns = zip(self.num_groups, self.group_size, self.num_selected, self.mask_loss_weights, strict=True)
+        plan.parts.append((stage.tokenizer[-1], SelectedTokens(stage, 0, [Selection(*row) for row in columns])))
         for _, block in chosen:
             plan.parts.append((block.path, CarryingPart(stage, 0)))
         self._build_low_rank(plan, backbone, stage, [block for _, block in chosen])
         tune_prefix(plan, backbone, self.method, self.tuned_tokens)
         return plan
 
-    def _selections(self) -> list[Selection]:
-        columns = zip(self.num_groups, self.group_size, self.num_selected, self.mask_loss_weights, strict=True)
-        return [Selection(*row) for row in columns]
-
     def _build_low_rank(self, plan: Blueprint, backbone: Backbone, stage: Stage, blocks: Sequence[Block]) -> None:
         mlps: dict[str, nn.Sequential] = {}
         for block in blocks:
             for path in self._attention_layers(block):
-                weight, shape = _adapted(path, backbone.modules[path])
+                module = backbone.modules[path]
+                adapted = weight_to_adapt(module)
+                if adapted is None:
+                    raise AnatomyError(
+                        f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and the fused "
+                        "projection of nn.MultiheadAttention: use LORA with target_modules"
+                    )
+                weight, shape = adapted
                 name = path.removeprefix(block.path + ".").replace(".", "_") if self.shared_mlp_width else None
                 part = LowRankPart(weight, shape, self.r, self.lora_alpha / self.r, name, self.shared_mlp_scale)
                 if weight != "weight":
@@ -144,17 +141,6 @@ class PointLoRAConfig(TunerConfig):
                 "found: name it in config.anatomy, or use LORA"
             )
         return [*(block.qkv or (block.attention,)), block.projection]
-
-
-def _adapted(path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
-    """The name of the weight that is adapted, and its shape (out, in)."""
-    weight = weight_to_adapt(module)
-    if weight is None:
-        raise AnatomyError(
-            f"'{path}' is a {type(module).__name__}; {PointLoRAConfig.method} adapts linear layers and the fused "
-            "projection of nn.MultiheadAttention: use LORA with target_modules"
-        )
-    return weight
 
 
 class SharedMlps(SharedState):

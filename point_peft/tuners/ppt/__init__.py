@@ -48,7 +48,6 @@ from point_peft.parts.second_grouping import (
     TokenMlps,
     farthest_points,
     modules_to_tune,
-    split_like,
     stage_to_group,
     token_mlp,
 )
@@ -75,10 +74,7 @@ class PPTConfig(TunerConfig):
     tuned_modules: str | Sequence[str] | None = None
     tuned_tokens: str | Sequence[str] | None = None
 
-    @property
-    def identity_at_init(self) -> bool:
-        """The prompts themselves change what the blocks make of the other tokens."""
-        return False
+    identity_at_init = False  # the prompts themselves change what the blocks make of the other tokens
 
     def build(self, backbone: Backbone) -> Blueprint:
         stage = stage_to_group(backbone, self.method)
@@ -119,7 +115,7 @@ class PromptedBlock(CarryingPart):
     prefix = "ppt"
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
-        stream = noted_stream(call, self, tokens)
-        joined = tokens.tokens
-        change: Tensor = call.state("token_mlps", PositionMlps).all(stream)
-        return split_like(joined + change.to(joined.dtype), tokens)
+        change: Tensor = call.state("token_mlps", PositionMlps).all(noted_stream(call, self, tokens))
+        parts = tokens.prefix, tokens.prompts, tokens.patches
+        changes = change.to(tokens.patches.dtype).split([part.shape[1] for part in parts], dim=1)
+        return BlockTokens(*[part + added for part, added in zip(parts, changes, strict=True)])

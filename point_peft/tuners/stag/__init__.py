@@ -148,7 +148,7 @@ class SidePart(SequencePart):
         forward = call.forward
         # In a direct call of blocks it cannot be told when the next begins, but for the block where the side starts.
         fresh = self.begins and forward.inputs is None and not forward.recomputing
-        side = None if fresh else forward.handover.take(self._key(call, "side"), call.path)
+        side = None if fresh else forward.handover.take(self.key(call, f"side of stage {self.number}"), call.path)
         if side is None and not self.begins:
             raise AdapterError(
                 f"block '{call.path}' runs before the one whose side tokens it should be handed: call the model, or "
@@ -158,7 +158,7 @@ class SidePart(SequencePart):
         added = network.down[self.down](self._tokens(call, self.received(call, args, kwargs).patches, side is None))
         side = added if side is None else side + added
         if self.graph is None:
-            forward.handover.leave(self._key(call, "side"), side)
+            forward.handover.leave(self.key(call, f"side of stage {self.number}"), side)
         else:
             forward.handover.notes[call.adapter, "stag", call.path] = side
         return args, kwargs
@@ -171,12 +171,12 @@ class SidePart(SequencePart):
             assert isinstance(module, GraphModule)
             near = neighbours(call.forward, self.number, self.neighbours)
             side, displaced = module(call.forward.handover.notes.pop((call.adapter, "stag", call.path)), near)
-            call.forward.handover.leave(self._key(call, "side"), side)
+            call.forward.handover.leave(self.key(call, f"side of stage {self.number}"), side)
             displaced = displaced.to(patches.dtype)
             prefix, patches = prefix + displaced.mean(dim=1, keepdim=True), patches + displaced
             output = self.without_prompts(output, prefix, patches)
         if self.stage.position == "every_block":
-            call.forward.handover.leave(self._key(call, "tokens"), patches)
+            call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), patches)
         return output
 
     def _tokens(self, call: Call, received: Tensor, first: bool) -> Tensor:
@@ -185,9 +185,6 @@ class SidePart(SequencePart):
         if self.follows and first:
             tokens = call.forward.seen.patches.get(self.number)
         elif self.follows and self.stage.position == "every_block":
-            tokens = call.forward.handover.take(self._key(call, "tokens"), call.path)
+            tokens = call.forward.handover.take(self.key(call, f"tokens of stage {self.number}"), call.path)
         # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
         return received if tokens is None or tokens.shape != received.shape else tokens
-
-    def _key(self, call: Call, name: str) -> tuple[str, int, str]:
-        return call.adapter, self.tuner, f"{name} of stage {self.number}"

@@ -53,10 +53,7 @@ class VPTConfig(TunerConfig):
     prompt_dropout: Dropout = 0.0
     """Dropout of the prompts' channels."""
 
-    @property
-    def identity_at_init(self) -> bool:
-        """Prompts are attended from the start."""
-        return False
+    identity_at_init = False  # prompts are attended from the start
 
     def build(self, backbone: Backbone) -> Blueprint:
         last = backbone.known_anatomy(self.method).blocks[-1]
@@ -92,7 +89,7 @@ class DeepPrompts(SequencePart):
         count = self.embeddings.shape[0]
         got = self.returned(call, output, prompts=count)
         if self.pooled:
-            call.forward.handover.leave((call.adapter, self.tuner, "prompts"), got.prompts)
+            call.forward.handover.leave(self.key(call, "prompts"), got.prompts)
         return self.without_prompts(output, got.prefix, got.patches, prompts=count)
 
 
