@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from point_peft.anatomy.description import Stage
@@ -117,5 +118,5 @@ class PromptedBlock(CarryingPart):
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
         change: Tensor = call.state("token_mlps", PositionMlps).all(noted_stream(call, self, tokens))
         parts = tokens.prefix, tokens.prompts, tokens.patches
-        changes = change.to(tokens.patches.dtype).split([part.shape[1] for part in parts], dim=1)
+        changes = torch.split(change.to(tokens.patches.dtype), [part.shape[1] for part in parts], dim=1)
         return BlockTokens(*[part + added for part, added in zip(parts, changes, strict=True)])
