@@ -54,7 +54,7 @@ class Sequences:
             self._keep(f"block_in.{number}", torch.cat([prefix, own, further], dim=1))
 
         def leaves(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            (further,) = current_forward(peft).left(adapter, "prompts")
+            (further,) = current_forward(peft).handover.left(adapter, "prompts")
             self._keep(f"block_out.{number}", torch.cat([output, further], dim=1))
 
         block.register_forward_pre_hook(enters)
