@@ -13,26 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import status
-from point_peft.adapting import merging, mixed, naming, second_pass
+from point_peft.adapting import adding, mixed, second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
-from point_peft.adapting.adding import activate, attach_adapter, backbone_for, detach_adapter, detach_all
+from point_peft.adapting.adding import all_adapters, backbone_for, check_unmerged, meant_adapters, single_adapter
 from point_peft.adapting.combining import combine
-from point_peft.adapting.freezing import Frozen, hold_norms
 from point_peft.adapting.heads import HeadSource
 from point_peft.adapting.mixed import choosing
-from point_peft.adapting.naming import all_adapters, check_unmerged, meant_names, named_adapter, single_name
 from point_peft.adapting.planning import build_adapter
 from point_peft.adapting.site import backbone_modules
+from point_peft.adapting.weights import folded, overwrite_weights
 from point_peft.anatomy.description import Anatomy
 from point_peft.bank import bank_of, build_bank
 from point_peft.config import Combination, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.files.loading import read_stated, restore_adapter, swap_values
+from point_peft.files.loading import Stated, read_stated, restore_adapter, swap_values
 from point_peft.files.saving import Format, save_adapters
 from point_peft.hub.card import card_of, for_repository
-from point_peft.hub.place import Place, Token, check_names
-from point_peft.hub.pulling import folder_of
-from point_peft.hub.pushing import files_below, push
+from point_peft.hub.pulling import Place, Token, check_names, folder_of
+from point_peft.hub.pushing import Upload, files_below, push
 from point_peft.running.activation import Key, active_adapters
 from point_peft.running.forward import Forward
 from point_peft.running.losses import auxiliary_losses
@@ -68,7 +66,7 @@ class AdapterSet(nn.Module):
         self.why_unknown = str(anatomy) if isinstance(anatomy, AnatomyError) else ""
         self.merged: dict[str, dict[str, Tensor]] = {}
         """Merged adapter -> the base's tensors as they were, by name."""
-        self.frozen: Frozen | None = None
+        self.frozen: adding.Frozen | None = None
         self.training = model.training
 
     @property
@@ -102,7 +100,7 @@ class AdapterSet(nn.Module):
         """Set train or eval mode of adapters and backbone; the backbone's running statistics never move."""
         super().train(mode)
         if self.frozen is not None:
-            hold_norms(self, self.frozen, mode)
+            adding.hold_norms(self, self.frozen, mode)
         return self
 
     # ---- adding and removing ----
@@ -129,10 +127,10 @@ class AdapterSet(nn.Module):
         adapter = build_adapter(backbone_for(self, config), config, heads)
         if memory_bank is not None:
             bank_of(adapter, adapter_name).fill(memory_bank)
-        attach_adapter(self, adapter_name, adapter)
+        adding.attach_adapter(self, adapter_name, adapter)
 
     def _check_new(self, name: str) -> None:
-        naming.check_new_name(self.adapters, name)
+        adding.check_new_name(self.adapters, name)
         check_unmerged(self.merged, "adapters cannot be added")
 
     def add_weighted_adapter(
@@ -152,23 +150,23 @@ class AdapterSet(nn.Module):
         The new adapter is frozen and not active. On any error the model is as it was.
         """
         self._check_new(adapter_name)
-        chosen = {name: get_adapter(self, name) for name in meant_names(self.adapters, adapters)}
+        chosen = meant_adapters(self.adapters, adapters)
         combined = combine(chosen, weights, combination_type, svd_rank, partial(backbone_for, self))
-        attach_adapter(self, adapter_name, combined)
+        adding.attach_adapter(self, adapter_name, combined)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; the others stay as they are. If it was active, it no longer is.
 
         This thread or task lets go of what it used the adapter for, so that its memory is free at once.
         """
-        named_adapter(self.adapters, adapter_name)
+        adding.named_adapter(self.adapters, adapter_name)
         check_unmerged(self.merged, "adapters cannot be deleted")
-        detach_adapter(self, adapter_name)
+        adding.detach_adapter(self, adapter_name)
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the backbone as it was: hooks, requires_grad and train flags too."""
         check_unmerged(self.merged, "the model cannot be unloaded")
-        return detach_all(self)
+        return adding.detach_all(self)
 
     # ---- activation ----
 
@@ -189,9 +187,12 @@ class AdapterSet(nn.Module):
         It holds for this thread or task, and for every other that has not chosen for itself. What is trained does not
         change; see `train_adapter`.
         """
-        names = meant_names(self.adapters, adapter_name)
+        adding.activate(self, self._to_activate(adapter_name))
+
+    def _to_activate(self, adapter_name: str | Sequence[str]) -> tuple[str, ...]:
+        names = tuple(meant_adapters(self.adapters, adapter_name))
         check_unmerged(self.merged, "the active adapters cannot be changed")
-        activate(self, names)
+        return names
 
     @contextmanager
     def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
@@ -199,9 +200,7 @@ class AdapterSet(nn.Module):
 
         Code compiled with `torch.compile` follows `set_adapter` and does not see this.
         """
-        names = meant_names(self.adapters, adapter_name)
-        check_unmerged(self.merged, "the active adapters cannot be changed")
-        with choosing(self, names):
+        with choosing(self, self._to_activate(adapter_name)):
             yield
 
     @contextmanager
@@ -224,7 +223,7 @@ class AdapterSet(nn.Module):
         {'default': (4, 15), 'biases': (4, 15)}
         """
         check_unmerged(self.merged, "adapters cannot take turns")
-        return mixed.forward_tasks(self, *call_arguments(inputs), naming.task_names(self.adapters, tasks))
+        return mixed.forward_tasks(self, *call_arguments(inputs), adding.task_names(self.adapters, tasks))
 
     def forward_mixed(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]
@@ -237,7 +236,7 @@ class AdapterSet(nn.Module):
         for it alone.
         """
         check_unmerged(self.merged, "adapters cannot take turns")
-        names = naming.task_names(self.adapters, adapter_names)
+        names = adding.task_names(self.adapters, adapter_names)
         if any(module.training for module in (self, self.base_model)):
             raise AdapterError(
                 "adapter_names is for inference: call model.eval() first, or train one adapter at a time"
@@ -248,13 +247,13 @@ class AdapterSet(nn.Module):
 
     def train_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let the parameters of these adapters be trained."""
-        for name in meant_names(self.adapters, adapter_name):
-            get_adapter(self, name).requires_grad_(True)
+        for adapter in meant_adapters(self.adapters, adapter_name).values():
+            adapter.requires_grad_(True)
 
     def freeze_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Keep the parameters of these adapters as they are."""
-        for name in meant_names(self.adapters, adapter_name):
-            get_adapter(self, name).requires_grad_(False)
+        for adapter in meant_adapters(self.adapters, adapter_name).values():
+            adapter.requires_grad_(False)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters of the model, adapters included."""
@@ -270,15 +269,14 @@ class AdapterSet(nn.Module):
 
     def get_layer_status(self) -> list[LayerStatus]:
         """One row for every module of the backbone that something is attached to."""
-        return status.layer_status(
-            self.base_model, all_adapters(self.adapters), self.active_adapters, self.merged_adapters
-        )
+        return status.layer_status(*self._state())
 
     def get_model_status(self) -> ModelStatus:
         """The state of the model as a whole."""
-        return status.model_status(
-            self.base_model, all_adapters(self.adapters), self.active_adapters, self.merged_adapters
-        )
+        return status.model_status(*self._state())
+
+    def _state(self) -> tuple[nn.Module, dict[str, Adapter], tuple[str, ...], tuple[str, ...]]:
+        return self.base_model, all_adapters(self.adapters), self.active_adapters, self.merged_adapters
 
     def auxiliary_loss(self) -> Tensor:
         """The sum of what methods added to the training loss in this thread's or task's last forward, 0 if nothing.
@@ -304,26 +302,26 @@ class AdapterSet(nn.Module):
         An error names what cannot be merged, and leaves everything as it was.
         """
         check_unmerged(self.merged, "no second adapter can be merged")
-        name = single_name(self.adapters, self.active_adapters, adapter_name)
-        values = merging.folded(self.base_model, name, get_adapter(self, name))
-        self.merged = {name: merging.copied(self.base_model, values)}
-        merging.write(self.base_model, values)
-        activate(self, ())
+        name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)
+        values = folded(self.base_model, name, adapter)
+        self.merged = {name: {key: self.base_model.get_parameter(key).detach().clone() for key in values}}
+        overwrite_weights(self.base_model, values)
+        adding.activate(self, ())
 
     def unmerge(self) -> None:
         """Take the merged adapter out of the backbone's weights, which are again what they were; it is active again."""
         if not self.merged:
             raise AdapterError("no adapter is merged")
         ((name, values),) = self.merged.items()
-        merging.write(self.base_model, values)
+        overwrite_weights(self.base_model, values)
         self.merged = {}
-        activate(self, (name,))
+        adding.activate(self, (name,))
 
     def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
         """Fold an adapter into the backbone for good and return the backbone without hooks."""
         self.merge(adapter_name)
         self.merged = {}
-        return detach_all(self)
+        return adding.detach_all(self)
 
     # ---- memory bank ----
 
@@ -350,8 +348,8 @@ class AdapterSet(nn.Module):
         >>> model.add_adapter("task", PointPEFTConfig())
         >>> model.build_memory_bank([clouds, torch.rand(4, 64, 3)], adapter_name="task")
         """
-        name = single_name(self.adapters, self.active_adapters, adapter_name)
-        bank = bank_of(get_adapter(self, name), name)
+        name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)
+        bank = bank_of(adapter, name)
         check_unmerged(self.merged, "the active adapters cannot be changed")
         build_bank(self, bank, name, batches, to_inputs, size)
 
@@ -375,7 +373,7 @@ class AdapterSet(nn.Module):
         self._save(Path(save_directory), self._to_save(adapter_name), format, {})
 
     def _to_save(self, adapter_name: str | Sequence[str] | None) -> dict[str, Adapter]:
-        chosen = {name: get_adapter(self, name) for name in meant_names(self.adapters, adapter_name)}
+        chosen = meant_adapters(self.adapters, adapter_name)
         if not self.adapters:
             raise AdapterError("there is no adapter to save")
         check_unmerged(self.merged, "adapters cannot be saved")
@@ -420,16 +418,17 @@ class AdapterSet(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag})
             files = files_below(Path(folder), subfolder)
-        return push(
-            for_repository(files, repo_id),
-            repo_id,
-            commit_message=commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}",
-            commit_description=commit_description,
+        upload = Upload(
+            files=for_repository(files, repo_id),
+            repo_id=repo_id,
+            message=commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}",
+            description=commit_description,
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
         )
+        return push(upload)
 
     def load_adapter(
         self,
@@ -457,10 +456,9 @@ class AdapterSet(nn.Module):
         >>> model.set_adapter("copy")
         """
         self._check_new(adapter_name)
-        place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
-        stated = read_stated(folder_of(source, place), backbone_modules(self), partial(backbone_for, self))
+        stated = self._read(source, Place(subfolder, revision, token, cache_dir, local_files_only, force_download))
         adapter = restore_adapter(stated, heads).requires_grad_(is_trainable)
-        attach_adapter(self, adapter_name, adapter)
+        adding.attach_adapter(self, adapter_name, adapter)
 
     def swap_adapter_(
         self,
@@ -484,8 +482,10 @@ class AdapterSet(nn.Module):
         All values are written in one step, but a forward that runs meanwhile in another thread reads them one by one,
         and may see some old and some new. Where an adapter is in use, load the other beside it and call `set_adapter`.
         """
-        adapter = named_adapter(self.adapters, adapter_name)
+        adapter = adding.named_adapter(self.adapters, adapter_name)
         check_unmerged(self.merged, "adapters cannot be swapped")
-        place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
-        stated = read_stated(folder_of(source, place), backbone_modules(self), partial(backbone_for, self))
+        stated = self._read(source, Place(subfolder, revision, token, cache_dir, local_files_only, force_download))
         swap_values(stated, adapter, adapter_name)
+
+    def _read(self, source: str | Path, place: Place) -> Stated:
+        return read_stated(folder_of(source, place), backbone_modules(self), partial(backbone_for, self))

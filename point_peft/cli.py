@@ -25,14 +25,21 @@ from torch import Tensor, nn
 
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
-from point_peft.files.format import CARD_FILE, CONFIG_FILE, PEFT_TYPE, PENDING_CONFIG_FILE, TENSOR_FILE, AdapterFiles
-from point_peft.files.reading import leftovers, read_folder
-from point_peft.files.tensors import check_finite, dtype_name
+from point_peft.files.format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PEFT_TYPE,
+    PENDING_CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterFiles,
+    leftovers,
+    read_folder,
+)
+from point_peft.files.tensors import check_finite, dtype_name, unshared
 from point_peft.files.writing import copy_folder
 from point_peft.hub.card import for_repository
-from point_peft.hub.place import Place, is_repo_id
-from point_peft.hub.pulling import download
-from point_peft.hub.pushing import push
+from point_peft.hub.pulling import Place, download, is_repo_id
+from point_peft.hub.pushing import Upload, push
 from point_peft.model import PointPeftModel, describe
 from point_peft.version import __version__
 
@@ -44,7 +51,6 @@ _SOURCE = "a folder, or a repository of the Hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
     options = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -165,7 +171,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _report(folder: Path) -> dict[str, Any]:
     """The content of an adapter, as JSON."""
     files = read_folder(folder)
-    about = _about(files)
+    about = files.about
     methods, problems = _methods(files, about)
     for name, tensor in files.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -174,8 +180,7 @@ def _report(folder: Path) -> dict[str, Any]:
         problems.append("all tensors are zero" if files.tensors else "there are no tensors")
     if files.edited and not files.foreign:
         problems.append(f"{CONFIG_FILE} is another than the one that the tensors were saved with")
-    left = leftovers(folder)
-    if left:
+    if left := leftovers(folder):
         problems.append(f"an interrupted save has left {', '.join(left)}; the next save removes it")
     heads, saved = about.get("heads"), about.get("modules_to_save")
     return {
@@ -201,11 +206,6 @@ def _report(folder: Path) -> dict[str, Any]:
         },
         "problems": problems,
     }
-
-
-def _about(files: AdapterFiles) -> dict[str, Any]:
-    """The adapter's configuration: of PEFT's format our record, unless the configuration was edited since."""
-    return files.config if files.record is None or files.edited else files.record
 
 
 def _methods(files: AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -273,7 +273,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _differences(first: AdapterFiles, second: AdapterFiles) -> Iterator[str]:
-    ours, theirs = dict(_leaves(_about(first))), dict(_leaves(_about(second)))
+    ours, theirs = dict(_leaves(first.about)), dict(_leaves(second.about))
     for name in sorted({*ours, *theirs} - {"point_peft_version"}):
         if name not in ours or name not in theirs or ours[name] != theirs[name]:
             yield f"config {name}: {ours.get(name, 'absent')} -> {theirs.get(name, 'absent')}"
@@ -306,11 +306,9 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    model = _model(options.model)
-    inputs = []
-    if options.input is not None:
-        inputs.append(torch.randn(options.input, generator=torch.Generator().manual_seed(0)))
-    _say(str(describe(model, *inputs)))
+    shapes = [] if options.input is None else [options.input]
+    clouds = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    _say(str(describe(_model(options.model), *clouds)))
     return 0
 
 
@@ -319,16 +317,14 @@ def _merge(options: argparse.Namespace) -> int:
     if output.suffix != ".safetensors":
         raise PointPeftError(f"OUTPUT is {str(output)!r}; allowed: a name that ends with .safetensors")
     model = PointPeftModel.from_pretrained(_model(options.model), _folder(options.source, options))
-    tensors = {}
-    for name, value in model.merge_and_unload().state_dict().items():
+    tensors = model.merge_and_unload().state_dict()
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise PointPeftError(f"{name!r} of the backbone is no tensor, and safetensors hold nothing else")
-        # Clones, because tensors that share memory are not written.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        temporary.write_bytes(safetensors.torch.save(unshared(tensors), metadata={"format": "pt"}))
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
@@ -338,8 +334,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _model(spec: str) -> nn.Module:
     """The backbone that `package.module:callable` or `file.py:callable` makes."""
-    origin, colon, name = spec.rpartition(":")
-    if not colon or not origin or not name:
+    origin, _, name = spec.rpartition(":")
+    if not origin or not name:
         raise PointPeftError(f"MODEL is {quoted(spec)}; allowed: {_MODEL}")
     made: Any = _module(origin)
     for part in name.split("."):
@@ -375,21 +371,20 @@ def _module(origin: str) -> Any:
 
 
 def _push(options: argparse.Namespace) -> int:
-    url = push(
-        for_repository(_files(options.folder, options.subfolder), options.repo_id),
-        options.repo_id,
-        commit_message=options.message or f"Upload with point_peft {__version__}",
+    upload = Upload(
+        files=for_repository(_files(options.folder, options.subfolder), options.repo_id),
+        repo_id=options.repo_id,
+        message=options.message or f"Upload with point_peft {__version__}",
         private=options.private,
         token=options.token,
         revision=options.revision,
         create_pr=options.create_pr,
     )
-    _say(url)
+    _say(push(upload))
     return 0
 
 
 def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
-    """The files of the adapters in a folder and right below it, by their paths in the repository."""
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder '{folder}'")
     files: dict[str, bytes] = {}

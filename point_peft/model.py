@@ -16,7 +16,7 @@ from point_peft.adapting.site import CHILD, SITE
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError, PointPeftError
-from point_peft.hub.place import Token
+from point_peft.hub.pulling import Token
 from point_peft.running.forward import close_forward, open_forward, opened, reopen, replica
 from point_peft.running.reading import depth, unwind
 from point_peft.running.replay import mark

@@ -46,7 +46,6 @@ class ModelStatus:
 def layer_status(
     base: nn.Module, adapters: Adapters, active: Sequence[str], merged: Sequence[str]
 ) -> list[LayerStatus]:
-    """One row for every module of the backbone that something is attached to."""
     sites: dict[str, dict[str, nn.ModuleList]] = {}
     for name, adapter in adapters.items():
         for path, parts in adapter.sites():
@@ -68,7 +67,6 @@ def layer_status(
 
 
 def model_status(base: nn.Module, adapters: Adapters, active: Sequence[str], merged: Sequence[str]) -> ModelStatus:
-    """The state of the model as a whole."""
     trainable, total = count_parameters(base, adapters)
     return ModelStatus(
         base_model_type=type(base).__name__,
@@ -88,25 +86,21 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def count_parameters(base: nn.Module, adapters: Adapters) -> tuple[int, int]:
-    """(trainable, all) parameters of a backbone and its adapters."""
     parameters = {id(p): p for module in (base, *adapters.values()) for p in module.parameters()}.values()
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def trainable_parameters_report(base: nn.Module, adapters: Adapters) -> str:
-    """A table of the trainable parameters of each adapter by part, and their share of the model's."""
-    rows: list[tuple[str, str, int]] = []
+    counts: Counter[tuple[str, str]] = Counter()
     for name, adapter in adapters.items():
-        counts: Counter[str] = Counter()
         for label, parameter in _labelled(adapter):
             if parameter.requires_grad:
-                counts[label] += parameter.numel()
-        rows += [(name, label, count) for label, count in counts.items()]
+                counts[name, label] += parameter.numel()
     trainable, total = count_parameters(base, adapters)
     share = 100 * trainable / total if total else 0.0
-    names = max([len(name) for name, _, _ in rows], default=0)
-    labels = max([len(label) for _, label, _ in rows], default=0)
-    lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for name, label, count in rows]
+    names = max([len(name) for name, _ in counts], default=0)
+    labels = max([len(label) for _, label in counts], default=0)
+    lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for (name, label), count in counts.items()]
     return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
 
 

@@ -31,7 +31,7 @@ from point_peft.anatomy.checking import anatomy_from_json, check_anatomy
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import find_blocks, linear_shape
 from point_peft.backbones.layers import Encoder, Group, sine_features
-from point_peft.files.reading import read_folder
+from point_peft.files.format import read_folder
 from point_peft.running.nested import fetch, fetch_argument
 from point_peft.schema import to_json
 from point_peft.tracing import understand

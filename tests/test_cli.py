@@ -17,10 +17,9 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from torch import nn
 
 from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __version__, cli, get_peft_model
-from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, sha256
-from point_peft.files.reading import read_folder
+from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, read_folder, sha256
 from point_peft.files.writing import copy_folder
-from point_peft.hub.place import Place
+from point_peft.hub.pulling import Place
 from tests.hub_server import HubServer
 from tests.test_state import CONFIG, adapted, backbone, logits
 

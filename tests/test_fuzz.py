@@ -34,8 +34,17 @@ from point_peft import (
     describe,
 )
 from point_peft.adapting.adapter import get_adapter
-from point_peft.files.format import CONFIG_FILE, DIGEST, KEY_PREFIX, PEFT_TYPE, RECORD, SEAL, TENSOR_FILE
-from point_peft.files.reading import read_folder, seal_of
+from point_peft.files.format import (
+    CONFIG_FILE,
+    DIGEST,
+    KEY_PREFIX,
+    PEFT_TYPE,
+    RECORD,
+    SEAL,
+    TENSOR_FILE,
+    read_folder,
+    seal_of,
+)
 from point_peft.files.saving import Format
 from tests.adapting import adapt, assert_same_values, fingerprint
 from tests.zoo import BACKBONES

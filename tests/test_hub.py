@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, scan_cache_dir
@@ -277,14 +276,14 @@ def test_configuration_and_weights_are_of_the_same_commit(
     next_one = adapt(MAE, "IA3")
     moved: list[str] = []
 
-    def then_push(repo_id: str, name: str, **options: Any) -> str:
+    def then_push(client: HfApi, repo_id: str, name: str, **options: Any) -> str:
         path = str(hf_hub_download(repo_id, name, **options))
         if not moved:
             moved.append(name)
             next_one.push_to_hub(REPO)
         return path
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", then_push)
+    monkeypatch.setattr(HfApi, "hf_hub_download", then_push)
     assert torch.equal(logits(), run(model, MAE))
     assert moved == [CONFIG_FILE] and len(hub.commits(REPO)) == 3
     assert torch.equal(logits(), run(next_one, MAE))

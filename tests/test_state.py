@@ -22,11 +22,18 @@ from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_mod
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
-from point_peft.files import reading, writing
+from point_peft.files import format as file_format
+from point_peft.files import writing
 from point_peft.files.fingerprint import fingerprint
-from point_peft.files.format import CARD_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, MAX_HEADER_BYTES, TENSOR_FILE
-from point_peft.files.parsing import parse_config
-from point_peft.files.reading import read_folder
+from point_peft.files.format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
+    TENSOR_FILE,
+    parse_config,
+    read_folder,
+)
 from point_peft.files.writing import _sealed
 from point_peft.tuners.linear_probe import LinearProbeConfig
 from tests.adapting import every_method
@@ -253,7 +260,7 @@ def test_files_over_the_limits_are_not_read(saved: Path, tmp_path: Path, monkeyp
     folder = copy_of(saved, tmp_path)
     (folder / CONFIG_FILE).write_bytes(b" " * (MAX_CONFIG_BYTES + 1))
     refused(folder, r"adapter_config\.json' has 1048577 bytes, more than the 1048576 that are read")
-    monkeypatch.setattr(reading, "MAX_TENSOR_BYTES", 1000)
+    monkeypatch.setattr(file_format, "MAX_TENSOR_BYTES", 1000)
     refused(folder, r"adapter_model\.safetensors' has \d+ bytes, more than the 1000 that are read")
 
 

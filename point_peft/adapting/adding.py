@@ -1,15 +1,16 @@
-"""Add adapters to a model and take them off again."""
+"""Adapters added to a model by name, the backbone frozen under them, and taken off again."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites
-from point_peft.adapting.freezing import Frozen, freeze, restore
-from point_peft.adapting.naming import all_adapters
+from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
 from point_peft.adapting.site import CHILD, backbone_modules
 from point_peft.anatomy.checking import check_anatomy
 from point_peft.anatomy.description import Anatomy
@@ -18,6 +19,18 @@ from point_peft.errors import AdapterError
 from point_peft.parts.backbone import Backbone
 from point_peft.running.activation import choose_adapters, chosen_adapters
 from point_peft.running.forward import Root, forget
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}")
+
+
+@dataclass(kw_only=True)
+class Frozen:
+    """A backbone's states from before it was frozen, to be restored."""
+
+    requires_grad: dict[str, bool]
+    """By the name of a parameter."""
+    norm_modes: dict[str, bool]
+    """By the path of a module with running statistics: whether it would be in train mode."""
 
 
 class Host(Root, Protocol):
@@ -28,6 +41,100 @@ class Host(Root, Protocol):
     frozen: Frozen | None
     """The backbone's states from before the first adapter; None while nothing is attached."""
     training: bool
+
+
+def check_new_name(adapters: nn.ModuleDict, name: str) -> None:
+    """Refuse what cannot be the name of a further adapter."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AdapterError(
+            f"adapter name {name!r} is not valid: at most 100 letters, digits, '_' and '-', the first not '-'"
+        )
+    if name in adapters._modules:
+        raise AdapterError(f"there is an adapter '{name}' already: delete it first or choose another name")
+
+
+def all_adapters(adapters: nn.ModuleDict) -> dict[str, Adapter]:
+    """Every adapter by name, in the order in which they were added."""
+    return {name: adapter for name, adapter in adapters._modules.items() if isinstance(adapter, Adapter)}
+
+
+def named_adapter(adapters: nn.ModuleDict, name: str) -> Adapter:
+    """The adapter of that name; if there is none, the error says which there are."""
+    adapter = adapters._modules.get(name) if isinstance(name, str) else None
+    if not isinstance(adapter, Adapter):
+        known = ", ".join(f"'{other}'" for other in adapters) or "none"
+        raise AdapterError(f"there is no adapter {name!r}; adapters: {known}")
+    return adapter
+
+
+def meant_adapters(adapters: nn.ModuleDict, names: str | Sequence[str] | None) -> dict[str, Adapter]:
+    """The adapters that a name or a list of names means, each of which exists; None means all."""
+    if names is None:
+        return all_adapters(adapters)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    meant = {name: named_adapter(adapters, name) for name in chosen}
+    if len(meant) != len(chosen):
+        raise AdapterError(f"an adapter is named twice in {list(chosen)}")
+    return meant
+
+
+def single_adapter(adapters: nn.ModuleDict, active: Sequence[str], name: str | None) -> tuple[str, Adapter]:
+    """The name of the one adapter that is meant, and it; None means the active one."""
+    if name is None:
+        if len(active) != 1:
+            raise AdapterError(f"name one adapter: active are {list(active)}, present {list(adapters)}")
+        name = active[0]
+    return name, named_adapter(adapters, name)
+
+
+def task_names(adapters: nn.ModuleDict, names: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The adapters, each of which exists, that take turns; None is the plain backbone."""
+    if isinstance(names, str) or not names:
+        raise AdapterError(f"name adapters in a list, None for the plain backbone; got {names!r}")
+    for name in names:
+        if name is not None:
+            named_adapter(adapters, name)
+    return tuple(names)
+
+
+def check_unmerged(merged: Collection[str], what: str) -> None:
+    """Refuse to do what cannot be done while an adapter is merged; `what` begins the sentence."""
+    if merged:
+        raise AdapterError(f"{what} while '{next(iter(merged))}' is merged into the backbone: call unmerge() first")
+
+
+def freeze(root: Root) -> Frozen:
+    """Let no parameter of a backbone be trained and no running statistic move."""
+    parameters, norms = own_parameters(root.base_model), frozen_norms(root)
+    frozen = Frozen(
+        requires_grad={name: parameter.requires_grad for name, parameter in parameters.items()},
+        norm_modes={path: module.training for path, module in norms.items()},
+    )
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for module in norms.values():
+        module.training = False
+    return frozen
+
+
+def hold_norms(root: Root, frozen: Frozen, mode: bool) -> None:
+    """After train() or eval(): running statistics still do not move, and what is restored is what was asked for."""
+    for path, module in frozen_norms(root).items():
+        frozen.norm_modes[path] = mode
+        module.training = False
+
+
+def restore(base: nn.Module, frozen: Frozen) -> None:
+    for name, parameter in base.named_parameters():
+        if name in frozen.requires_grad:
+            parameter.requires_grad_(frozen.requires_grad[name])
+    for path, mode in frozen.norm_modes.items():
+        base.get_submodule(path).training = mode
+
+
+def own_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a backbone by name, without those of the adapters that it may hold."""
+    return {name: p for name, p in base.named_parameters() if not name.startswith(CHILD + ".")}
 
 
 def backbone_for(root: Host, config: PeftConfig | None = None) -> Backbone:

@@ -75,7 +75,6 @@ def pools_of(head: nn.Module) -> tuple[str, ...]:
 
 
 def split_pool(pool: str) -> tuple[str, ...]:
-    """The names that a pooled head joins."""
     names = tuple(pool.split("+"))
     wrong = [name for name in names if name not in POOLS]
     if wrong or len(set(names)) != len(names):

@@ -33,7 +33,6 @@ def choosing(root: Root, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> dict[str | None, Any]:
-    """The outputs of several adapters for the same inputs, by name; None is the plain backbone."""
     if len(set(names)) != len(names):
         raise AdapterError(f"a task is named twice in {list(names)}")
     with sharing(root, args, kwargs, 0):
@@ -41,7 +40,6 @@ def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
 
 
 def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> Any:
-    """The output for a batch, of whose samples each has its own adapter; None is the plain backbone."""
     batch = Batch.of(args, kwargs, len(names))
     if len(set(names)) == 1:
         return _run(root, names[0], args, kwargs)

@@ -1,14 +1,16 @@
-"""Adapted weights in the place of the base's, while a module runs that reads them."""
+"""Adapted weights in the place of the base's: while a module runs that reads them, or merged for good."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from point_peft.adapting.adapter import calls_at, get_adapter
+from point_peft.adapting.adapter import Adapter, calls_at, get_adapter
 from point_peft.adapting.site import SITE, Site, hook
+from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
 from point_peft.running.forward import Forward, Root, current_forward
 from point_peft.running.nested import Args
@@ -63,3 +65,31 @@ def adapted_tensors(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> di
             before, value = adapted.get(name, (base, base))[1], value.to(base.dtype)
             adapted[name] = base, value if before is base else before + (value - base)
     return adapted
+
+
+def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
+    """The values of the backbone's tensors, by name, with an adapter in them; an error says why there are none."""
+    for path, part in adapter.all_parts():
+        if not part.mergeable:
+            raise AdapterError(
+                f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' "
+                f"({adapter.config.tuners[part.tuner].method}) is not a change of the backbone's weights"
+            )
+    if any(adapter.shared_states()):
+        raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
+    values: dict[str, Tensor] = {}
+    for path, part in adapter.all_parts():
+        for own, value in part.weights(base.get_submodule(path)).items():
+            key = f"{path}.{own}"
+            if not bool(torch.isfinite(value).all()):
+                raise AdapterError(f"merging '{name}' would give '{key}' values that are not finite")
+            if key in values:
+                raise AdapterError(f"adapter '{name}' cannot be merged: two of its parts change '{key}'")
+            values[key] = value.detach()
+    return values
+
+
+def overwrite_weights(base: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            base.get_parameter(name).copy_(value)

@@ -1,16 +1,24 @@
-"""Names, limits and versions of an adapter's files."""
+"""An adapter's files: their names, limits and versions, and how they are read, strictly."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from point_peft.config import METHODS, TunerConfig
+from point_peft.errors import AdapterFileError, quoted
+from point_peft.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -25,6 +33,7 @@ MAX_TENSOR_BYTES = 4 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_NESTING = 64
 """No object or list of a configuration lies deeper: what goes through it must not run out of stack."""
+_ROUNDS = 10
 DIGEST = "config_sha256"
 SEAL = "file_sha256"
 RECORD = "point_peft"
@@ -49,6 +58,11 @@ class AdapterFiles:
         """True if PEFT wrote the files."""
         return self.config["peft_type"] != PEFT_TYPE and self.record is None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The adapter's configuration: of PEFT's format our record, unless the configuration was edited since."""
+        return self.config if self.record is None or self.edited else self.record
+
 
 def methods_of_peft() -> dict[str, type[TunerConfig]]:
     """The methods that can be written in PEFT's format, by its names for them."""
@@ -57,3 +71,174 @@ def methods_of_peft() -> dict[str, type[TunerConfig]]:
 
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def seal_of(header: Mapping[str, Any], values: memoryview) -> str:
+    """The digest of a safetensors file: of what its header says, but for the digest itself, and of its values."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != SEAL}
+    digest = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    digest.update(values)
+    return digest.hexdigest()
+
+
+def leftovers(folder: Path) -> list[str]:
+    """The files that an interrupted save has left in a folder; the next save removes them."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name == PENDING_CONFIG_FILE or LEFTOVER.fullmatch(name))
+
+
+def read_folder(folder: Path) -> AdapterFiles:
+    """Read an adapter's files; whatever is wrong with them raises `AdapterFileError`."""
+    text, data, header = read_pair(folder)
+    where = f"'{folder / TENSOR_FILE}'"
+    try:
+        tensors = dict(sorted(safetensors.torch.load(data).items()))
+    except KeyError as error:
+        raise AdapterFileError(f"{where} has a tensor of an unknown type: {quoted(error.args[0])}") from error
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise AdapterFileError(f"{where} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
+    metadata = metadata_of(header)
+    if SEAL in metadata and metadata[SEAL] != seal_of(
+        header, memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+    ):
+        raise AdapterFileError(
+            f"{where} is damaged, or another program has changed it: its digest is not the {SEAL} that its metadata "
+            "states; get it again from where it came"
+        )
+    wrong = [name for name in tensors if not name.startswith(KEY_PREFIX)]
+    if wrong:
+        raise AdapterFileError(f"{where}: the tensor name {quoted(wrong[0])} does not begin with '{KEY_PREFIX}'")
+    config, record = parse_config(text, folder / CONFIG_FILE), None
+    if config["peft_type"] != PEFT_TYPE and RECORD in metadata:
+        record = parse_config(metadata[RECORD].encode(), folder / TENSOR_FILE)
+    return AdapterFiles(
+        config=config,
+        tensors={name.removeprefix(KEY_PREFIX): tensor for name, tensor in tensors.items()},
+        record=record,
+        edited=metadata.get(DIGEST) != sha256(text),
+    )
+
+
+def read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
+    """The configuration in a folder, the tensors' file and what its header says.
+
+    They are those that belong together, whatever a save does meanwhile.
+
+    A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
+    """
+    try:
+        if not folder.is_dir():
+            raise AdapterFileError(f"there is no folder '{folder}'")
+        for _ in range(_ROUNDS):
+            before = _stamps(folder)
+            data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
+            if data is None:
+                raise AdapterFileError(f"there is no file '{folder / TENSOR_FILE}'")
+            header = parse_header(data, folder / TENSOR_FILE)
+            digest = metadata_of(header).get(DIGEST)
+            text, fits = _config_text(folder, digest)
+            # What does not fit while nothing was replaced has been edited by hand.
+            if fits or digest is None or _stamps(folder) == before:
+                return text, data, header
+    except OSError as error:
+        raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
+    raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
+
+
+def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+    """Marks by which one sees that a file of a folder is replaced: a save gives each a new inode."""
+    stamps: list[tuple[int, int] | None] = [None, None, None]
+    for number, name in enumerate((CONFIG_FILE, PENDING_CONFIG_FILE, TENSOR_FILE)):
+        with suppress(FileNotFoundError):
+            stat = (folder / name).stat()
+            stamps[number] = stat.st_ino, stat.st_mtime_ns
+    return stamps
+
+
+def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
+    """The configuration that goes with the tensors of a folder, the file's or after an interrupted save the pending.
+
+    And whether it is the one that the tensors were saved with.
+    """
+    text = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
+    if digest is not None and (text is None or sha256(text) != digest):
+        pending = _read(folder / PENDING_CONFIG_FILE, MAX_CONFIG_BYTES)
+        if pending is not None and sha256(pending) == digest:
+            return pending, True
+    if text is None:
+        raise AdapterFileError(f"there is no file '{folder / CONFIG_FILE}'")
+    return text, digest == sha256(text)
+
+
+def _read(path: Path, limit: int) -> bytes | None:
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise AdapterFileError(f"'{path}' has {size} bytes, more than the {limit} that are read")
+            return file.read()
+    except FileNotFoundError:  # a save has just moved it
+        return None
+
+
+def parse_config(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object of a configuration, of a format that this version reads."""
+    try:
+        config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        json.dumps(config, ensure_ascii=False).encode()  # an escape may stand for half a character
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
+    if not _shallow(config, MAX_NESTING):
+        raise AdapterFileError(f"'{path}' is nested deeper than the {MAX_NESTING} levels that are read")
+    peft_type, known = config.get("peft_type"), [PEFT_TYPE, *methods_of_peft()]
+    if peft_type not in known:
+        readable = " and ".join(f"'{name}'" for name in known)
+        raise AdapterFileError(f"'{path}': peft_type is {quoted(peft_type)}; this version reads {readable}")
+    if peft_type != PEFT_TYPE:
+        return config
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = ": a newer point_peft is needed" if type(version) is int and version > FORMAT_VERSION else ""
+        raise AdapterFileError(
+            f"'{path}' has format version {quoted(version)}; point_peft {__version__} reads version {FORMAT_VERSION}"
+            + newer
+        )
+    return config
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    """True if objects and lists lie in each other no deeper than so many levels."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_shallow(entry, levels - 1) for entry in inside)
+
+
+def parse_header(data: bytes, path: Path) -> Any:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise AdapterFileError(f"'{path}' is not a safetensors file, or it is cut off")
+    if length > MAX_HEADER_BYTES:
+        raise AdapterFileError(f"'{path}': a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
+    try:
+        return json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"'{path}' is not a safetensors file: its header is not JSON") from error
+
+
+def metadata_of(header: Any) -> dict[str, str]:
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise json.JSONDecodeError("a key stands twice in an object", "", 0)
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise json.JSONDecodeError(f"{name} is not a value of JSON", "", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,32 +16,14 @@ from point_peft.schema import fits
 
 # Layers that a file may ask for.
 _LAYERS: dict[str, type[nn.Module]] = {
-    layer.__name__: layer
-    for layer in (
-        nn.Linear,
-        nn.Conv1d,
-        nn.BatchNorm1d,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.Dropout,
-        nn.ReLU,
-        nn.LeakyReLU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.Softmax,
-        nn.LogSoftmax,
-        nn.Flatten,
-        nn.Identity,
+    name: getattr(nn, name)
+    for name in (
+        *("Linear", "Conv1d", "BatchNorm1d", "LayerNorm", "GroupNorm", "Dropout", "ReLU", "LeakyReLU", "GELU", "SiLU"),
+        *("Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Flatten", "Identity"),
     )
 }
 _MAX_LAYERS = 256
 _MAX_SIZE = 2**20
-
-
-def _is(hint: Any) -> Callable[[Any], bool]:
-    return lambda value: fits(value, hint)
 
 
 def _is_size(value: Any) -> bool:
@@ -65,13 +48,14 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("in_features", "out_features", "in_channels", "out_channels", "groups"), _is_size),
     **dict.fromkeys(("num_features", "num_channels", "num_groups"), _is_size),
     **dict.fromkeys(("kernel_size", "stride", "dilation", "normalized_shape"), _is_sizes),
-    **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats", "inplace"), _is(bool)),
+    **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats"), partial(fits, hint=bool)),
     **dict.fromkeys(("dim", "start_dim", "end_dim"), _is_dimension),
-    **dict.fromkeys(("eps", "p", "negative_slope"), _is(float)),
-    "momentum": _is(float | None),
+    **dict.fromkeys(("eps", "p", "negative_slope"), partial(fits, hint=float)),
+    "inplace": partial(fits, hint=bool),
+    "momentum": partial(fits, hint=float | None),
     "padding": _is_padding,
-    "padding_mode": _is(Literal["zeros", "reflect", "replicate", "circular"]),
-    "approximate": _is(Literal["none", "tanh"]),
+    "padding_mode": partial(fits, hint=Literal["zeros", "reflect", "replicate", "circular"]),
+    "approximate": partial(fits, hint=Literal["none", "tanh"]),
 }
 
 

@@ -19,17 +19,16 @@ from point_peft.adapting.site import clean_copy, floating_parameter
 from point_peft.config import PeftConfig, difference
 from point_peft.errors import AdapterError, AdapterFileError, MatchError, PointPeftError, quoted
 from point_peft.files.fingerprint import check_fingerprint
-from point_peft.files.format import CONFIG_FILE, TENSOR_FILE, AdapterFiles
+from point_peft.files.format import CONFIG_FILE, TENSOR_FILE, AdapterFiles, read_folder
 from point_peft.files.head_description import build_head, describe_head
 from point_peft.files.peft_format import described, from_peft, to_peft, why_not
-from point_peft.files.reading import read_folder
 from point_peft.files.saving import base_fingerprint
 from point_peft.files.tensors import check_tensors, copy_tensors, overwrite_tensors, why_not_in_place
 from point_peft.nearest import nearest_names
 from point_peft.parts.backbone import Backbone
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stated:
     """The statements of an adapter's files, and the backbone, which they fit as far as could be told."""
 
@@ -71,15 +70,7 @@ def read_stated(
         if not path or path not in modules:
             near = nearest_names(path, list(modules))
             raise AdapterFileError(f"the adapter has its own {quoted(path)}, this model has not; nearest: {near}")
-    return Stated(
-        folder=folder,
-        files=files,
-        config=config,
-        heads=heads,
-        adapted=adapted,
-        fingerprint=fingerprint,
-        backbone=backbone,
-    )
+    return Stated(folder, files, config, heads, adapted, fingerprint, backbone)
 
 
 def restore_adapter(stated: Stated, heads: Mapping[str, HeadSource] | None) -> Adapter:

@@ -58,10 +58,8 @@ def described(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> dict[str
 
     A configuration that was edited by hand counts; what the record says beside it stays.
     """
-    if files.config["peft_type"] == PEFT_TYPE:
-        return files.config
-    if files.record is not None and not files.edited:
-        return files.record
+    if files.config["peft_type"] == PEFT_TYPE or files.about is files.record:
+        return files.about
     stated = from_peft(files.config, modules)
     if files.record is None:
         return stated

@@ -20,17 +20,11 @@ def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], free_rows: frozenset[str], where: str
 ) -> None:
     """Every name, shape, type and value must fit; the first that does not is named."""
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise AdapterFileError(f"{where} lacks the tensor {quoted(missing[0])}{more}")
-    unexpected = [name for name in tensors if name not in expected]
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+    if missing := [name for name in expected if name not in tensors]:
+        raise AdapterFileError(f"{where} lacks the tensor {_first(missing)}")
+    if unexpected := [name for name in tensors if name not in expected]:
         near = nearest_names(unexpected[0], list(expected), what="tensor")
-        raise AdapterFileError(
-            f"{where} has a tensor {quoted(unexpected[0])}{more} that the adapter has not; nearest: {near}"
-        )
+        raise AdapterFileError(f"{where} has a tensor {_first(unexpected)} that the adapter has not; nearest: {near}")
     for name, tensor in tensors.items():
         wanted = expected[name]
         shape, wanted_shape = tuple(tensor.shape), tuple(wanted.shape)
@@ -41,6 +35,10 @@ def check_tensors(
         if tensor.dtype != wanted.dtype and not (tensor.dtype in _FLOATS and wanted.dtype in _FLOATS):
             raise AdapterFileError(f"{where}: '{name}' is {dtype_name(tensor)}, this model needs {dtype_name(wanted)}")
     check_finite(tensors, where)
+
+
+def _first(names: list[str]) -> str:
+    return quoted(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _shape(shape: tuple[Any, ...]) -> str:
@@ -59,6 +57,13 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             raise AdapterFileError(f"{where}: '{name}' holds values that are not finite")
 
 
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones on the CPU: safetensors writes no tensors that share memory."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
 def copy_tensors(
     source: Mapping[str, Tensor],
     target: nn.Module,
@@ -74,17 +79,15 @@ def copy_tensors(
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in target.modules():
-        for key, tensor in _own_tensors(module):
-            owners.setdefault(id(tensor), []).append((module, key))
+        for key, held in (*module._parameters.items(), *module._buffers.items()):
+            owners.setdefault(id(held), []).append((module, key))
     for name, tensor in source.items():
         wanted = names[name]
         placed = tensor.to(device, tensor.dtype if keep_types else wanted.dtype)
-        parameter = nn.Parameter(placed, wanted.requires_grad) if isinstance(wanted, nn.Parameter) else None
+        if isinstance(wanted, nn.Parameter):
+            placed = nn.Parameter(placed, wanted.requires_grad)
         for module, key in owners[id(wanted)]:
-            if parameter is not None:
-                module._parameters[key] = parameter
-            else:
-                module._buffers[key] = placed
+            setattr(module, key, placed)
 
 
 def why_not_in_place(
@@ -109,8 +112,3 @@ def overwrite_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]
     placed = [tensor.to(target[name].device, target[name].dtype) for name, tensor in source.items()]
     with torch.inference_mode():  # which may also write to tensors that were made in it, and counts as a change too
         overwrite([target[name] for name in source], placed)
-
-
-def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    own = [*module._parameters.items(), *module._buffers.items()]
-    return [(key, tensor) for key, tensor in own if tensor is not None]

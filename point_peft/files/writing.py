@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from point_peft.errors import AdapterFileError
@@ -33,11 +32,14 @@ from point_peft.files.format import (
     SEAL,
     TENSOR_FILE,
     Card,
+    metadata_of,
+    parse_header,
+    read_folder,
+    read_pair,
+    seal_of,
     sha256,
 )
-from point_peft.files.parsing import metadata_of, parse_header
-from point_peft.files.reading import read_folder, read_pair, seal_of
-from point_peft.files.tensors import check_finite
+from point_peft.files.tensors import check_finite, unshared
 
 fcntl: Any
 try:
@@ -59,11 +61,7 @@ def write_folder(
     of the tensors' file.
     """
     text = (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    # Clones, because tensors that share memory are not written.
-    plain = {
-        KEY_PREFIX + name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in sorted(tensors.items())
-    }
+    plain = unshared({KEY_PREFIX + name: tensor for name, tensor in sorted(tensors.items())})
     check_finite(plain, "the adapter")
     metadata = {"format": "pt", DIGEST: sha256(text)}
     if record is not None:
@@ -75,10 +73,7 @@ def write_folder(
 def copy_folder(source: Path, folder: Path) -> None:
     """Copy an adapter's configuration and tensors, byte for byte, into a folder. Complete or not at all."""
     read_folder(source)
-    try:
-        text, data, _ = read_pair(source)
-    except OSError as error:
-        raise AdapterFileError(f"cannot read '{source}': {error.strerror or error}") from error
+    text, data, _ = read_pair(source)
     _replace_adapter(folder, text, data, None)
 
 

@@ -23,11 +23,11 @@ import yaml  # type: ignore[import-untyped]
 from torch import nn
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.freezing import own_parameters
+from point_peft.adapting.adding import own_parameters
 from point_peft.config import METHODS, TunerConfig, require
 from point_peft.errors import PointPeftError, quoted
 from point_peft.files.format import CARD_FILE, Card
-from point_peft.hub.place import LIBRARY, is_repo_id
+from point_peft.hub.pulling import LIBRARY, is_repo_id
 
 TAGS = ("point-cloud", LIBRARY)
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_./\-]*"
@@ -139,7 +139,6 @@ def markdown(text: str) -> str:
 
 
 def render(about: About) -> str:
-    """The whole card of an adapter."""
     return _front(_fields(about)) + "\n" + "\n".join(_section(about)) + "\n"
 
 
@@ -148,18 +147,10 @@ def _front(fields: Mapping[str, Any]) -> str:
 
 
 def _fields(about: About) -> dict[str, Any]:
-    """The YAML of a card."""
     # The Hub refuses cards that state what cannot be a name on it.
-    base = about.base_model if is_repo_id(about.base_model) else None
+    base, task = about.base_model if is_repo_id(about.base_model) else None, about.pipeline_tag or "other"
     results = [
-        huggingface_hub.EvalResult(
-            task_type=about.pipeline_tag or "other",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=value,
-        )
+        huggingface_hub.EvalResult(task, dataset, dataset, metric, value, metric_name=metric)
         for dataset, metrics in about.results.items()
         for metric, value in metrics.items()
     ]
@@ -202,9 +193,7 @@ def _section(about: About) -> Iterator[str]:
     yield "<!-- point_peft writes what stands between these marks anew; write above or below them. -->"
     yield ""
     yield f"# {methods} adapter{f' {_plain(about.adapter)}' if about.adapter else ''} for {_plain(about.base_kind)}"
-    yield ""
-    yield "The base stays as it is; these files hold only what was trained beside it, with point_peft."
-    yield ""
+    yield from ("", "The base stays as it is; these files hold only what was trained beside it, with point_peft.", "")
     yield from ("| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text))
     if about.results:
         yield from ("", "## Results", "", "| dataset | metric | value |", "|---|---|---|")
@@ -213,14 +202,12 @@ def _section(about: About) -> Iterator[str]:
                 yield f"| {_plain(dataset)} | {_plain(metric)} | {value} |"
     yield from ("", "## Use", "", "```python", "from point_peft import PointPeftModel", "")
     yield f"backbone = ...  # the {' '.join(about.base_kind.split())} that it was trained on, with its weights"
-    yield _loading(about.repo_id, about.adapter)
-    yield "```"
-    cited = {method: blocks for method, blocks in about.methods.items() if blocks}
-    if cited:
+    yield from (_loading(about.repo_id, about.adapter), "```")
+    if any(about.methods.values()):
         yield from ("", "## Citation")
-        for method, blocks in cited.items():
-            text = markdown(" ".join(" ".join(blocks).split()))
-            yield from ("", f"{_plain(method)}: {text}")
+    for method, blocks in about.methods.items():
+        if blocks:
+            yield from ("", f"{_plain(method)}: {markdown(' '.join(' '.join(blocks).split()))}")
     yield from ("", end)
 
 
@@ -268,14 +255,13 @@ def merged(existing: str | None, new: str) -> str:
     existing = existing.removeprefix("\ufeff")
     line_end = "\r\n" if 0 < existing.count("\n") == existing.count("\r\n") else "\n"
     _, ours, fresh = _taken_apart(new)
+    fresh = fresh.replace("\r\n", "\n").replace("\n", line_end)
     front, theirs, body = _taken_apart(existing)
     sections, present = _sections(fresh), _sections(body)
-    texts = {
-        name: fresh[slice(*where)].replace("\r\n", "\n").replace("\n", line_end) for name, where in sections.items()
-    }
+    texts = {name: fresh[slice(*where)] for name, where in sections.items()}
     others = {name: body[slice(*where)] for name, where in present.items() if name not in sections}
     if _outside(fresh, sections).strip() and not _outside(body, present).strip():
-        body, texts = fresh.replace("\r\n", "\n").replace("\n", line_end), others
+        body, texts = fresh, others
     for name, section in texts.items():
         body = _placed(body, name, section, line_end)
     fields = _united(theirs, ours, alone=not others)
@@ -285,7 +271,6 @@ def merged(existing: str | None, new: str) -> str:
 
 
 def _outside(body: str, sections: Mapping[str, tuple[int, int]]) -> str:
-    """The text around the sections."""
     for start, stop in sorted(sections.values(), reverse=True):
         body = body[:start] + body[stop:]
     return body

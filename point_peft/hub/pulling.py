@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: what one load downloads and checks, what one push commits.
+"""Adapters on the Hugging Face Hub: where they may lie, what one load downloads and checks.
 
 The client is huggingface_hub's. What it does not check is checked here: that a revision is a name and not a path, that
 files have the size and the digest that the Hub states, that both come from one commit, and that they are small enough
@@ -7,21 +7,85 @@ before a byte is fetched. What can be tried again is tried again; all else is a 
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from point_peft.errors import HubError, PointPeftError, quoted
-from point_peft.files.format import CONFIG_FILE, TENSOR_FILE
+from point_peft.files.format import CONFIG_FILE, MAX_CONFIG_BYTES, MAX_TENSOR_BYTES, TENSOR_FILE
 from point_peft.hub.asking import TIMEOUT, Unreachable, ask, first_line, no_hub
-from point_peft.hub.place import COMMIT, LIBRARY, LIMITS, HubFile, Place, Token, check_names, is_repo_id
 from point_peft.version import __version__
+
+Token = str | bool | None
+LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: MAX_TENSOR_BYTES}
+"""The files of an adapter that are read, and how large they may be."""
+_PATH = re.compile(r"[A-Za-z0-9._\-][A-Za-z0-9._/\-]{0,249}")
+PULL_REQUEST = re.compile(r"refs/pr/[0-9]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"[!-~]+")
+LIBRARY = "point-peft"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a repository an adapter lies, and how it is got from there."""
+
+    subfolder: str | None = None
+    revision: str | None = None
+    token: Token = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the paths of the adapter's files in the repository."""
+        return f"{self.subfolder}/" if self.subfolder else ""
+
+
+def is_repo_id(name: object) -> bool:
+    """True if a string is a repository's name, and not a path: one or two words without a leading dot."""
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_names(repo_id: str, revision: str | None, subfolder: str | None, token: Token = None) -> None:
+    """Raise `HubError` for what is no repository, revision, folder in one, or token."""
+    if not is_repo_id(repo_id):
+        raise HubError(f"{quoted(repo_id)} is not a repository of the Hub: write 'owner/name'")
+    for what, value in (("revision", revision), ("subfolder", subfolder)):
+        if value is not None and not is_path(value):
+            raise HubError(
+                f"{what} is {quoted(value)}; allowed: letters, digits, '.', '_', '-' and, in between, '/', but no '..'"
+            )
+    if isinstance(token, str) and not _TOKEN.fullmatch(token):
+        raise HubError("the token has characters that no token has: copy it again, without spaces or line ends")
+
+
+def is_path(value: object) -> bool:
+    """True if a string names something within a repository, and nothing outside."""
+    return (
+        isinstance(value, str)
+        and _PATH.fullmatch(value) is not None
+        and ".." not in value
+        and all(part.strip(".") for part in value.split("/"))
+    )
 
 
 def folder_of(source: str | Path, place: Place) -> Path:
@@ -49,7 +113,7 @@ def download(repo_id: str, place: Place) -> Path:
             raise HubError(f"'{repo_id}' could not be downloaded: {error}. Try again") from error
         folder = _cached(repo_id, place, str(error))
         sha = _snapshot(folder, place.prefix).name
-        warnings.warn(f"{error}: '{repo_id}' is taken from the cache, commit {sha}", stacklevel=3)
+        warnings.warn(f"{error}: '{repo_id}' is taken from the cache, commit {sha}", stacklevel=5)
         return folder
     files = _files(info, repo_id, place.prefix)
     paths = [fetched(repo_id, str(info.sha), file, place) for file in files]
@@ -57,11 +121,15 @@ def download(repo_id: str, place: Place) -> Path:
     return paths[0].parent
 
 
+def client(token: Token) -> huggingface_hub.HfApi:
+    """A client of the Hub, which says for which library it asks."""
+    return huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+
+
 def model_info(repo_id: str, revision: str | None, token: Token) -> huggingface_hub.ModelInfo:
     """The Hub's answer about a repository at a revision, which may be any."""
-    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     try:
-        info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
+        info = client(token).model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
     except (LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"{no_hub()}: its answer lacks {first_line(error)}") from error
     if not COMMIT.fullmatch(str(info.sha)):
@@ -69,7 +137,7 @@ def model_info(repo_id: str, revision: str | None, token: Token) -> huggingface_
     return info
 
 
-def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[HubFile]:
+def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[RepoSibling]:
     """The files that are read as the Hub states them, which must be there and small enough."""
     stated = {entry.rfilename: entry for entry in info.siblings or ()}
     files = []
@@ -87,26 +155,22 @@ def _files(info: huggingface_hub.ModelInfo, repo_id: str, prefix: str) -> list[H
             raise HubError(
                 f"'{prefix + name}' of '{repo_id}' has {size} bytes, at most {limit:,} are read: nothing was downloaded"
             )
-        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-        files.append(HubFile(name=prefix + name, size=entry.size, sha256=sha256, blob=entry.blob_id))
+        files.append(entry)
     return files
 
 
-def fetched(repo_id: str, sha: str, file: HubFile, place: Place) -> Path:
+def fetched(repo_id: str, sha: str, file: RepoSibling, place: Place) -> Path:
     """A file in the cache, of the commit `sha`; what is there and is not what the Hub states is fetched again, once."""
 
     def fetch(again: bool) -> Path | None:
         path = Path(
-            huggingface_hub.hf_hub_download(
+            client(place.token).hf_hub_download(
                 repo_id,
-                file.name,
+                file.rfilename,
                 revision=sha,
-                token=place.token,
                 cache_dir=place.cache_dir,
                 force_download=again,
                 etag_timeout=TIMEOUT,
-                library_name=LIBRARY,
-                library_version=__version__,
             )
         )
         if _is_what_is_stated(path, file):
@@ -118,34 +182,30 @@ def fetched(repo_id: str, sha: str, file: HubFile, place: Place) -> Path:
         try:
             path = ask(repo_id, sha, partial(fetch, again))
         except Unreachable as error:
-            raise HubError(f"'{file.name}' of '{repo_id}' could not be downloaded: {error}. Try again") from error
+            raise HubError(f"'{file.rfilename}' of '{repo_id}' could not be downloaded: {error}. Try again") from error
         if path is not None:
             return path
     raise HubError(
-        f"'{file.name}' of '{repo_id}' arrived damaged twice: it is not what the Hub states at commit {sha}. It was "
-        "taken out of the cache; try again, or ask the owner to push it again"
+        f"'{file.rfilename}' of '{repo_id}' arrived damaged twice: it is not what the Hub states at commit {sha}. It "
+        "was taken out of the cache; try again, or ask the owner to push it again"
     )
 
 
-def _is_what_is_stated(path: Path, file: HubFile) -> bool:
+def _is_what_is_stated(path: Path, file: RepoSibling) -> bool:
     if path.stat().st_size != file.size:
         return False
-    if file.sha256 is not None:
-        return _sha256(path) == file.sha256
-    return file.blob is None or _git_digest(path) == file.blob
+    if file.lfs is not None:
+        return _sha256(path) == file.lfs.sha256
+    return file.blob_id is None or _git_digest(path) == file.blob_id
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(opened).hex()
 
 
 def _git_digest(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return git_hash(path.read_bytes())
 
 
 def _forget(path: Path, cache: Path) -> None:
@@ -214,9 +274,8 @@ def list_adapters(base_model: str, *, token: Token = None) -> list[huggingface_h
     check_names(base_model, None, None, token)
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"adapters of '{base_model}' cannot be listed: HF_HUB_OFFLINE is set")
-    api = huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     tags = [LIBRARY, f"base_model:adapter:{base_model}"]
     try:
-        return ask(base_model, None, lambda: list(api.list_models(filter=tags, sort="downloads")))
+        return ask(base_model, None, lambda: list(client(token).list_models(filter=tags, sort="downloads")))
     except Unreachable as error:
         raise HubError(f"adapters of '{base_model}' could not be listed: {error}. Try again") from error

@@ -15,68 +15,49 @@ from point_peft.errors import HubError, quoted
 from point_peft.files.format import CARD_FILE
 from point_peft.hub.asking import T, Unreachable, ask, first_line
 from point_peft.hub.card import merged
-from point_peft.hub.place import COMMIT, LIBRARY, PULL_REQUEST, HubFile, Place, Token, check_names, is_path
-from point_peft.hub.pulling import fetched, model_info
-from point_peft.version import __version__
+from point_peft.hub.pulling import COMMIT, PULL_REQUEST, Place, Token, check_names, client, fetched, is_path, model_info
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Upload:
+class Upload:
     """A commit that is to be made."""
 
-    api: huggingface_hub.HfApi
     files: Mapping[str, bytes]
+    """By their paths in the repository."""
     repo_id: str
     message: str
-    description: str | None
-    private: bool | None
-    token: Token
-    revision: str | None
-    create_pr: bool
+    description: str | None = None
+    private: bool | None = None
+    token: Token = None
+    revision: str | None = None
+    create_pr: bool = False
 
 
-def push(
-    files: Mapping[str, bytes],
-    repo_id: str,
-    *,
-    commit_message: str,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: Token = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Commit files, by their paths in the repository, all in one commit, and return its address.
+def push(upload: Upload) -> str:
+    """Make one commit and return its address.
 
     The repository and the branch are made if need be. A model card that is there already keeps what its owner
     wrote. A commit that came in between is taken in, so that nothing of it is lost.
     """
-    check_names(repo_id, revision, None, token)
-    for name in files:
+    repo_id, revision = upload.repo_id, upload.revision
+    check_names(repo_id, revision, None, upload.token)
+    for name in upload.files:
         if not is_path(name):
             raise HubError(
                 f"{quoted(name)} cannot be a path in a repository: name the adapter with letters, digits, '.', '_', '-'"
             )
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"nothing was pushed to '{repo_id}': HF_HUB_OFFLINE is set")
-    upload = _Upload(
-        api=huggingface_hub.HfApi(token=token, library_name=LIBRARY, library_version=__version__),
-        files=files,
-        repo_id=repo_id,
-        message=commit_message,
-        description=commit_description,
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-    )
-    _asked(upload, lambda: upload.api.create_repo(repo_id, private=private, exist_ok=True))
-    if revision is not None and not create_pr:
-        _asked(upload, lambda: _make_branch(upload.api, repo_id, revision))
+    api = client(upload.token)
+    _asked(upload, lambda: api.create_repo(repo_id, private=upload.private, exist_ok=True))
+    if revision is not None and not upload.create_pr:
+        _asked(upload, lambda: _make_branch(api, repo_id, revision))
     for _ in range(3):
         try:
             # A commit is prepared anew each time: if only the answer was lost, nothing is left to commit.
-            return _open_request(upload) if create_pr else _asked(upload, lambda: _send(upload, *_prepare(upload)))
+            if upload.create_pr:
+                return _open_request(upload)
+            return _asked(upload, lambda: _send(upload, *_prepare(upload)))
         except HubError as error:
             # 412: somebody else has committed since; what is there now is read again.
             if not isinstance(error.__cause__, HfHubHTTPError) or error.__cause__.response.status_code != 412:
@@ -84,7 +65,7 @@ def push(
     raise HubError(f"nothing was pushed to '{repo_id}': others commit to it all the time. Push again")
 
 
-def _asked(upload: _Upload, request: Callable[[], T]) -> T:
+def _asked(upload: Upload, request: Callable[[], T]) -> T:
     """The answer to a request, which is sent again where the Hub fails for a moment."""
     try:
         return ask(upload.repo_id, upload.revision, request)
@@ -94,7 +75,7 @@ def _asked(upload: _Upload, request: Callable[[], T]) -> T:
         ) from error
 
 
-def _open_request(upload: _Upload) -> str:
+def _open_request(upload: Upload) -> str:
     """Open a pull request. It is not sent again: one whose answer is lost would be opened twice."""
     prepared = _asked(upload, lambda: _prepare(upload))
     try:
@@ -106,7 +87,7 @@ def _open_request(upload: _Upload) -> str:
         ) from error
 
 
-def _prepare(upload: _Upload) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
+def _prepare(upload: Upload) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
     """The commit that is there, and what goes on top of it."""
     info = model_info(upload.repo_id, upload.revision, upload.token)
     if upload.private and info.private is False:
@@ -116,9 +97,7 @@ def _prepare(upload: _Upload) -> tuple[str, list[huggingface_hub.CommitOperation
         name = entry.rfilename
         if name not in contents or name.rpartition("/")[2] != CARD_FILE:
             continue
-        sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-        present = HubFile(name=name, size=entry.size or 0, sha256=sha256, blob=entry.blob_id)
-        path = fetched(upload.repo_id, str(info.sha), present, Place(token=upload.token))
+        path = fetched(upload.repo_id, str(info.sha), entry, Place(token=upload.token))
         contents[name] = _over(path.read_bytes(), contents[name])
     added = [
         huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
@@ -127,9 +106,9 @@ def _prepare(upload: _Upload) -> tuple[str, list[huggingface_hub.CommitOperation
     return str(info.sha), added
 
 
-def _send(upload: _Upload, parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
+def _send(upload: Upload, parent: str, added: list[huggingface_hub.CommitOperationAdd]) -> str:
     try:
-        made = upload.api.create_commit(
+        made = client(upload.token).create_commit(
             upload.repo_id,
             added,
             commit_message=upload.message,

@@ -30,8 +30,7 @@ from point_peft.adapting.site import SITE
 from point_peft.config import Combination, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.files.format import KEY_PREFIX, PEFT_TYPE
-from point_peft.hub.place import Place
-from point_peft.hub.pulling import download
+from point_peft.hub.pulling import Place, download
 from point_peft.model import PointPeftModel
 from point_peft.status import LayerStatus, ModelStatus
 from point_peft.torch_private import IncompatibleKeys
@@ -90,7 +89,6 @@ class BridgeConfig(peft.PeftConfig):
 
     @property
     def stated(self) -> PeftConfig:
-        """The configuration of point_peft."""
         return PeftConfig.from_json({item.name: getattr(self, item.name) for item in fields(PeftConfig)})
 
     @property
@@ -127,7 +125,6 @@ class PointPeftTuner(nn.Module):
         self.set_requires_grad(adapter_name, not config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone with the active adapters."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -140,7 +137,6 @@ class PointPeftTuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
         return list(self.model.active_adapters)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False) -> None:
@@ -162,17 +158,16 @@ class PointPeftTuner(nn.Module):
 
     def load(self, folder: Path, adapter_name: str, is_trainable: bool) -> None:
         """Add the adapter of a folder, or put it in the place of the one of this name; on any error nothing changes."""
-        if adapter_name in self.model.adapters:
-            active = self.model.active_adapters
+        active, replaces = self.model.active_adapters, adapter_name in self.model.adapters
+        if replaces:
             # The check that it fits, while the present one is still there.
             spare = f"{adapter_name[:90]}-checked"
             self.model.load_adapter(folder, spare)
             self.model.delete_adapter(spare)
             self.model.delete_adapter(adapter_name)
-            self.model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+        self.model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+        if replaces:
             self.model.set_adapter(active)
-        else:
-            self.model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
         self.peft_config[adapter_name] = wrap(get_adapter(self.model, adapter_name).config)
         self.peft_config[adapter_name].inference_mode = not is_trainable
 
@@ -183,7 +178,6 @@ class PointPeftTuner(nn.Module):
         self.set_requires_grad(adapter_name, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the parameters of adapters be trained, or not."""
         if requires_grad:
             self.model.train_adapter(adapter_names)
         else:
@@ -198,13 +192,7 @@ class PointPeftTuner(nn.Module):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        *,
-        model: PeftModelForPointCloud,
-        config: BridgeConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, *, model: PeftModelForPointCloud, adapter_name: str, state_dict: Mapping[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         """For `peft.get_peft_model_state_dict`: the adapter's tensors by their names in a file."""
         return {name: state_dict[key] for name, key in _keys(model, adapter_name).items()}
@@ -215,12 +203,7 @@ class PointPeftTuner(nn.Module):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls,
-        *,
-        model: PeftModelForPointCloud,
-        config: BridgeConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
+        cls, *, model: PeftModelForPointCloud, adapter_name: str, state_dict: Mapping[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         """For `peft.set_peft_model_state_dict`: the tensors of a file by their names in the model."""
         keys = _keys(model, adapter_name)
@@ -231,7 +214,6 @@ class PointPeftTuner(nn.Module):
         self.model.merge(_single(adapter_names))
 
     def unmerge_adapter(self) -> None:
-        """Take the merged adapter out of the backbone's weights."""
         self.model.unmerge()
 
     def merge_and_unload(
@@ -249,11 +231,9 @@ def _keys(model: PeftModelForPointCloud, adapter_name: str) -> dict[str, str]:
 
 
 def _single(names: list[str] | None) -> str | None:
-    if names is None:
-        return None
-    if len(names) != 1:
+    if names is not None and len(names) != 1:
         raise AdapterError(f"adapter_names is {names}; one adapter can be merged at a time: name one")
-    return names[0]
+    return names[0] if names else None
 
 
 class PeftModelForPointCloud(peft.PeftModel):
@@ -277,11 +257,9 @@ class PeftModelForPointCloud(peft.PeftModel):
         super().__init__(model, peft_config, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone with the active adapters; arguments and result are the backbone's."""
         return self.base_model(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
-        """The backbone itself."""
         return self.base_model.model.get_base_model()
 
     @contextmanager
@@ -291,11 +269,9 @@ class PeftModelForPointCloud(peft.PeftModel):
             yield
 
     def get_layer_status(self) -> list[LayerStatus]:  # type: ignore[override]
-        """One row for every module of the backbone that something is attached to."""
         return self.base_model.model.get_layer_status()
 
     def get_model_status(self) -> ModelStatus:  # type: ignore[override]
-        """The state of the model as a whole."""
         return self.base_model.model.get_model_status()
 
     def add_adapter(
@@ -402,15 +378,7 @@ def get_peft_model(
             f"point_peft has adapted this {type(model).__name__} already: PEFT's methods cannot be put on top of "
             "point_peft's; call unload() first"
         )
-    return _get_peft_model(
-        model,
-        config,
-        adapter_name,
-        mixed=mixed,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        revision=revision,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    return _get_peft_model(model, config, adapter_name, mixed, autocast_adapter_dtype, revision, low_cpu_mem_usage)
 
 
 def _accepting(add_adapter: Callable[..., None]) -> Callable[..., None]:
