@@ -20,6 +20,7 @@ from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __v
 from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, read_folder, sha256
 from point_peft.files.writing import copy_folder
 from point_peft.hub.pulling import Place
+from point_peft.hub.pushing import Upload
 from tests.hub_server import HubServer
 from tests.test_state import CONFIG, adapted, backbone, logits
 
@@ -355,8 +356,8 @@ def test_push_and_pull(
     (folder / "notes" / "secret").write_text("x")
     pushed: dict[str, Any] = {}
 
-    def push(files: Any, repo_id: str, **options: Any) -> str:
-        pushed.update(files=files, repo_id=repo_id, **options)
+    def push(upload: Upload) -> str:
+        pushed.update(vars(upload))
         return "https://hub/alice/x/commit/1"
 
     def download(repo_id: str, place: Place) -> Path:
@@ -377,7 +378,7 @@ def test_push_and_pull(
     assert run("push", folder / "task", "alice/x", *options) == 0
     assert set(pushed["files"]) == {*(f"s/t/{name}" for name in names), "README.md"}
     assert 'subfolder="s/t")' in pushed["files"]["README.md"].decode()
-    assert [pushed[name] for name in ("private", "create_pr", "commit_message", "revision", "token")] == [
+    assert [pushed[name] for name in ("private", "create_pr", "message", "revision", "token")] == [
         *(True, True, "m", "r", "t")
     ]
     capsys.readouterr()
