@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
@@ -26,6 +26,9 @@ from point_peft.errors import HubError, PointPeftError, quoted
 from point_peft.files.format import CONFIG_FILE, MAX_CONFIG_BYTES, MAX_TENSOR_BYTES, TENSOR_FILE
 from point_peft.hub.asking import TIMEOUT, Unreachable, ask, first_line, no_hub
 from point_peft.version import __version__
+
+if TYPE_CHECKING:  # the client itself is loaded when it is used
+    from huggingface_hub.hf_api import RepoSibling
 
 Token = str | bool | None
 LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: MAX_TENSOR_BYTES}
