@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from point_peft import AnatomyError, PointGSTConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
+from point_peft.running.seen import Seen
 from point_peft.tuners.point_gst import SpectralPart, graph
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
@@ -140,8 +141,7 @@ class Told:
     """Answers that `graphs_of` asks of a forward."""
 
     def __init__(self, points: Tensor, samples: Tensor | None = None) -> None:
-        self.coordinates = {0: points}
-        self.samples = {} if samples is None else {0: samples}
+        self.seen = Seen(coordinates={0: points}, samples={} if samples is None else {0: samples})
 
     def once(self, key: Any, make: Any) -> Any:
         return make()
