@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
 # Not needed to read or write its files; what they are read with elsewhere.
 PEFT = ["peft>=0.21"]
-# Farthest points on a GPU in one kernel; Point-PEFT's local attention compiled for the CPU.
-FAST = ["torch-fps>=0.6", "numba>=0.61"]
+# Farthest points on a GPU in one kernel.
+FAST = ["torch-fps>=0.6"]
 # Other people's models that the tests adapt, unmodified.
 BACKBONES = [
     "openpoints==0.1.2",

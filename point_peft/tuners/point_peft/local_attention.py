@@ -8,11 +8,8 @@ Tokens of all samples lie in one row; a neighbourhood is k numbers of rows.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -21,20 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from point_peft.tuners.point_peft import chunked_attention
 from point_peft.tuners.point_peft.chunked_attention import Given
-from point_peft.tuners.point_peft.openmp import PARALLEL
-
-# With fewer numbers than these in all neighbourhoods, compiling for them would take longer than it saves.
-FEWEST_FOR_COMPILED = 2**18
-# Neighbours, and channels of all heads: the compiled loops are written out in full for each.
-MOST_FOR_COMPILED = 64
-
-
-class Steps(Protocol):
-    """How neighbourhoods are worked on, forward and back."""
-
-    def pooled(self, given: Given, with_winner: bool) -> tuple[Tensor, Tensor | None]: ...
-
-    def gradients(self, given: Given, gradient: Tensor, winner: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def pooled_attention(
@@ -113,9 +96,8 @@ class _PooledAttention(torch.autograd.Function):
             normed = nn.functional.layer_norm(x, (c,), gain, shift, eps)
             qkv = normed @ _query_times(scale, to_three).T
             given = Given(x, qkv, weight, rows, keep, heads)
-            steps = _steps(given)
-            pooled, winner = steps.pooled(given, with_gradient)
-        ctx.heads, ctx.scale, ctx.eps, ctx.steps = heads, scale, eps, steps
+            pooled, winner = chunked_attention.pooled(given, with_gradient)
+        ctx.heads, ctx.scale, ctx.eps = heads, scale, eps
         ctx.save_for_backward(tokens, norm_weight, norm_bias, to_qkv, projection, rows, keep, winner)
         return pooled.to(tokens.dtype)
 
@@ -130,7 +112,7 @@ class _PooledAttention(torch.autograd.Function):
         with _in_full(tokens.device.type):
             normed, mean, rstd = torch.native_layer_norm(x, (c,), gain, shift, ctx.eps)
             given = Given(x, normed @ to_three.T, weight, rows, keep, ctx.heads)
-            to_tokens, to_three_of_tokens, to_projection = ctx.steps.gradients(given, gradient.to(kind), winner)
+            to_tokens, to_three_of_tokens, to_projection = chunked_attention.gradients(given, gradient.to(kind), winner)
             through_norm = torch.ops.aten.native_layer_norm_backward(
                 to_three_of_tokens @ to_three, x, (c,), mean, rstd, gain, shift, [True, True, True]
             )
@@ -149,29 +131,3 @@ def _query_times(scale: float, three: Tensor) -> Tensor:
     """What is for query, key and value (3 w, c), scaled for the query: of weights, fewer than what they make."""
     query, others = torch.split(three, [len(three) // 3, 2 * len(three) // 3])
     return torch.cat([scale * query, others])
-
-
-def _steps(given: Given) -> Steps:
-    """Compiled ones where they are to be had and worth it."""
-    x, rows = given.x, given.rows
-    # Not for a tensor that has no numbers (torch's FakeTensor), nor where somebody watches torch's operations, as those
-    # do who count them.
-    plain = x.is_cpu and x.dtype is torch.float32 and type(x) in (Tensor, nn.Parameter)
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    worth = rows.numel() * x.shape[1] >= FEWEST_FOR_COMPILED
-    fits = max(rows.shape[1], given.weight.shape[1]) <= MOST_FOR_COMPILED
-    compiled = _compiled_steps() if plain and worth and fits and not watched else None
-    return chunked_attention if compiled is None else compiled
-
-
-@functools.cache
-def _compiled_steps() -> Steps | None:
-    """None without numba, which takes half a second to import and so is imported where it is first needed."""
-    if importlib.util.find_spec("numba") is None or PARALLEL is None:
-        return None
-    try:
-        from point_peft.tuners.point_peft import compiled_attention
-    except ImportError as error:  # it is made for certain releases of Python and numpy
-        warnings.warn(f"local attention runs without numba: {error}", stacklevel=2)
-        return None
-    return compiled_attention
