@@ -1,109 +1,128 @@
-"""Attention within neighbourhoods and its maximum: by hand as in plain words, in any chunks, with its gradient."""
+"""Attention within neighbourhoods and the maximum over each: in any parts what the equation says, with its gradient."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from point_peft.tuners.point_peft import chunked_attention, local_attention
-from point_peft.tuners.point_peft.local_attention import pooled_attention
+from point_peft.tuners.point_peft import local_attention
+from point_peft.tuners.point_peft.local_attention import LocalAttention, maximum
 
 pytestmark = pytest.mark.smoke
 
-SCALE = 0.3
+B, N, S, K, C = 3, 20, 7, 5, 12
 
 
-def some(
-    n: int = 40, k: int = 5, m: int = 17, c: int = 12, width: int = 6, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, nn.LayerNorm, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, their norm, what makes query, key and value, the projection, neighbours, factors."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (n, c), (3 * width, c), (c, width)
-    tokens, to_qkv, weight = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
-    norm = nn.LayerNorm(c, dtype=dtype)
+def some(heads: int = 2, *, drop_path: float = 0.0) -> tuple[LocalAttention, Tensor, Tensor]:
+    """A module, tokens (b, n, c) and neighbours (b, s, k)."""
+    torch.manual_seed(0)
+    module = LocalAttention(C, 6, heads, drop_path).double()
     with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.add_(torch.randn(c, generator=generator))
-    rows = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(m)])
-    keep = torch.rand(m, generator=generator).round().to(dtype) / 0.5
-    return tokens, norm, to_qkv, weight, rows, keep
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    tokens = torch.randn(B, N, C, dtype=torch.float64, requires_grad=True)
+    return module, tokens, torch.rand(B, S, N).topk(K).indices
 
 
-def in_words(
-    tokens: Tensor, norm: nn.LayerNorm, to_qkv: Tensor, weight: Tensor, rows: Tensor, keep: Tensor | None, heads: int
-) -> Tensor:
+def in_words(module: LocalAttention, tokens: Tensor, neighbour: Tensor, keep: Tensor) -> Tensor:
     """Neighbourhood by neighbourhood and head by head."""
     pooled = []
-    for j, near in enumerate(rows):
-        q, key, v = (part.chunk(heads, dim=1) for part in (norm(tokens[near]) @ to_qkv.T).chunk(3, dim=1))
-        mixed = [(SCALE * q[h] @ key[h].T).softmax(dim=1) @ v[h] for h in range(heads)]
-        added = torch.cat(mixed, dim=1) @ weight.T
-        pooled.append((tokens[near] + (added if keep is None else keep[j] * added)).amax(dim=0))
-    return torch.stack(pooled)
+    for sample, near, kept in zip(tokens, neighbour, keep, strict=True):
+        for rows, factor in zip(near, kept, strict=True):
+            three = module.qkv(module.norm(sample[rows])).chunk(3, dim=1)
+            q, key, v = (part.chunk(module.heads, dim=1) for part in three)
+            heads = [(module.scale * q[h] @ key[h].T).softmax(dim=1) @ v[h] for h in range(module.heads)]
+            pooled.append((sample[rows] + factor * module.proj(torch.cat(heads, dim=1))).amax(dim=0))
+    return torch.stack(pooled).view(*neighbour.shape[:2], C)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6])
-@pytest.mark.parametrize("chunk", [1, 200, 2**20])
-@pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("limit", [1, 2 * S * K * C, 2**20], ids=["samples in parts", "two samples", "all at once"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_it_is_what_it_says_with_its_gradient(
-    heads: int, chunk: int, dropped: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int, limit: int, train: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", chunk)
-    tokens, norm, to_qkv, weight, rows, keep = some()
-    factors = keep if dropped else None
-    args = (tokens, norm, to_qkv, weight, rows, factors, heads)
-    expected, found = in_words(*args), pooled_attention(*args, SCALE)
-    with torch.no_grad():
-        assert torch.equal(pooled_attention(*args, SCALE), found)
+    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", limit)
+    module, tokens, neighbour = some(heads, drop_path=0.4)
+    module.train(train)
+    torch.manual_seed(1)
+    keep = module._keep(tokens, B, S)
+    assert set(keep.unique().tolist()) == ({0.0, 1 / 0.6} if train else {1.0})
+    torch.manual_seed(1)
+    found, expected = module.pooled(tokens, neighbour), in_words(module, tokens, neighbour, keep)
     torch.testing.assert_close(found, expected)
-    plain = local_attention._in_one(
-        tokens, norm.weight, norm.bias, to_qkv, weight, rows, factors, heads, SCALE, norm.eps
-    )
-    torch.testing.assert_close(plain, expected)
-    out = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=found.dtype)
-    trained = (tokens, to_qkv, weight, *norm.parameters())
-    theirs, ours = torch.autograd.grad(expected, trained, out), torch.autograd.grad(found, trained, out)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        torch.testing.assert_close(module.pooled(tokens, neighbour), expected)
+    gradient, trained = torch.randn_like(found), (tokens, *module.parameters())
+    ours, theirs = (torch.autograd.grad(output, trained, gradient) for output in (found, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
-    tokens, norm, to_qkv, weight, rows, _ = some()
-    output = pooled_attention(tokens.detach(), norm, to_qkv, weight.detach(), rows, None, 2, SCALE)
-    (gradient,) = torch.autograd.grad(output.sum(), to_qkv)
-    assert gradient.abs().sum() > 0
-    norm.requires_grad_(False)
-    assert not pooled_attention(
-        tokens.detach(), norm, to_qkv.detach(), weight.detach(), rows, None, 2, SCALE
-    ).requires_grad
+def test_it_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, tokens, neighbour = some()
+    seen: list[Any] = []
+    module.register_forward_pre_hook(lambda module, args: seen.append([tuple(x.shape[:2]) for x in args[:2]]))
+    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 2 * S * K * C)
+    module.pooled(tokens, neighbour)
+    assert seen == [[(2, N), (2, S)], [(1, N), (1, S)]]
+    seen.clear()
+    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 1)
+    module.pooled(tokens, neighbour)
+    assert N // K == 4
+    assert seen == [[(1, N), (1, 4)], [(1, N), (1, 3)]] * B
+
+
+def test_nothing_is_kept_of_what_is_made_for_each_neighbour() -> None:
+    module, tokens, neighbour = some()
+    kept: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.untyped_storage().nbytes())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module.pooled(tokens, neighbour)
+    assert kept and max(kept) <= tokens.nbytes
+
+
+def test_a_tensor_that_was_changed_ahead_of_the_backward_pass_is_noticed() -> None:
+    module, tokens, neighbour = some()
+    loss = module.pooled(tokens, neighbour).sum()
+    with torch.no_grad():
+        module.proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_worked_on_in_float32(dtype: torch.dtype) -> None:
-    tokens, norm, to_qkv, weight, rows, keep = some(dtype=dtype)
-    found = pooled_attention(tokens, norm, to_qkv, weight, rows, keep, 2, SCALE)
+def test_half_precision_is_near_the_exact_numbers(dtype: torch.dtype) -> None:
+    module, tokens, neighbour = some()
+    exact = module.pooled(tokens, neighbour).detach()
+    scale, step = float(exact.abs().max()), torch.finfo(dtype).eps
+    found = module.to(dtype).pooled(tokens.to(dtype), neighbour)
     assert found.dtype is dtype
-    gradients = torch.autograd.grad(found.sum(), (tokens, to_qkv, weight, *norm.parameters()))
-    for gradient in gradients:
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=8 * step * scale)
+    for gradient in torch.autograd.grad(found.sum(), [*module.parameters()]):
         assert gradient.dtype is dtype and bool(torch.isfinite(gradient).all())
-    wide = [tensor.double() for tensor in (tokens, to_qkv, weight)]
-    exact = pooled_attention(wide[0], norm.double(), wide[1], wide[2], rows, keep.double(), 2, SCALE)
-    torch.testing.assert_close(found, exact.to(dtype))
 
 
 def test_of_equal_neighbours_one_gets_the_gradient() -> None:
-    tokens, norm, to_qkv, weight, rows, _ = some(n=6, k=4, m=3)
+    x = torch.randn(4, 1, C).expand(4, K, C).clone().requires_grad_()
+    assert torch.equal(maximum(x), x[:, 0])
+    (gradient,) = torch.autograd.grad(maximum(x).sum(), x)
+    assert torch.equal(gradient.sum(dim=1), torch.ones(4, C)) and bool(((gradient == 0) | (gradient == 1)).all())
+
+
+def test_the_maximum_is_that_of_torch_with_its_gradient() -> None:
+    x = torch.randn(4, 300, C, dtype=torch.float64, requires_grad=True)
+    found, expected = maximum(x), x.max(dim=1).values
+    assert torch.equal(found, expected)
+    out = torch.randn_like(found)
+    assert torch.equal(*(torch.autograd.grad(y, x, out)[0] for y in (found, expected)))
     with torch.no_grad():
-        tokens[1:] = tokens[0].clone()
-    output = pooled_attention(tokens, norm, to_qkv, torch.zeros_like(weight), rows, None, 2, SCALE)
-    (gradient,) = torch.autograd.grad(output.sum(), tokens)
-    torch.testing.assert_close(gradient.sum(dim=0), torch.full((12,), 3.0, dtype=torch.float64))
-
-
-def test_more_neighbours_than_a_byte_counts() -> None:
-    tokens, norm, to_qkv, weight, rows, _ = some(n=400, k=300, m=2)
-    args = (tokens, norm, to_qkv, weight, rows, None, 2)
-    ours = torch.autograd.grad(pooled_attention(*args, SCALE).sum(), tokens)
-    theirs = torch.autograd.grad(in_words(*args).sum(), tokens)
-    torch.testing.assert_close(ours, theirs)
+        assert torch.equal(maximum(x), expected)
+    assert bool(maximum(torch.tensor([[[1.0], [float("nan")], [2.0]]], requires_grad=True)).isnan())

@@ -150,7 +150,7 @@ def test_the_chunks_of_a_large_scene_change_nothing(monkeypatch: pytest.MonkeyPa
     points, samples = torch.rand(60, 3), torch.arange(3).repeat_interleave(20)
     found = []
     for limit in (2**24, 100):
-        monkeypatch.setattr("point_peft.tuners.point_peft.chunked_attention.CHUNK_ELEMENTS", limit)
+        monkeypatch.setattr("point_peft.tuners.point_peft.local_attention.CHUNK_ELEMENTS", limit)
         torch.manual_seed(1)
         model.zero_grad()
         output = model.train()(points, samples)

@@ -32,8 +32,9 @@ from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Block, Group
 from point_peft.parts.propagation import Neighbourhoods, coordinates_of
 from point_peft.tuners.point_peft import prior
-from point_peft.tuners.point_peft.geometry_aware import LocalAttention, StageState
-from point_peft.tuners.point_peft.parts import BlockPart, MlpPart
+from point_peft.tuners.point_peft.adapter import MlpPart
+from point_peft.tuners.point_peft.block import BlockPart
+from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
@@ -98,8 +99,8 @@ class Published:
         return block, mlp
 
     @property
-    def stage(self) -> StageState:
-        (state,) = (s for group in self.adapter.shared for s in group.children() if isinstance(s, StageState))
+    def stage(self) -> StageGeometry:
+        (state,) = (s for group in self.adapter.shared for s in group.children() if isinstance(s, StageGeometry))
         return state
 
 
@@ -190,7 +191,7 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
 
 def local_attention(module: LocalAttention, tokens: Tensor, near: Neighbourhoods) -> Tensor:
     """Terms that the local attention adds to each neighbour (b, s, k, c), neighbour by neighbour."""
-    neighbours = rearrange(tokens.flatten(0, 1)[near.rows], "(b s) k c -> b s k c", b=len(tokens))
+    neighbours = geometry.gather(tokens, near.neighbour)
     normed = module.norm(neighbours)
     q, k, v = rearrange(module.qkv(normed), "b s k (qkv h c) -> qkv b s h k c", qkv=3, h=module.heads).unbind(0)
     mixed = (q @ k.transpose(-2, -1) * module.scale).softmax(dim=-1) @ v

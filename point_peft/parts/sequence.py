@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,28 @@ from point_peft.running.tokens import (
 class BlockTokens:
     """The tokens of a block, batch first: prefix tokens (b, e, c), prompts (b, p, c) and patches (b, g, c)."""
 
+    tokens: Tensor
+    """All of them in order, (b, e + p + g, c)."""
+    tokens: Tensor
+    """All of them in order, (b, e + p + g, c)."""
     prefix: Tensor
     prompts: Tensor
     patches: Tensor
+
+    @staticmethod
+    def of(tokens: Tensor, lengths: Sequence[int]) -> BlockTokens:
+        """Tokens (b, l, c) parted in three, of these lengths."""
+        return BlockTokens(tokens, *torch.split(tokens, list(lengths), dim=1))
+
+    @property
+    def located(self) -> Tensor:
+        """Those that lie in space, (b, p + g, c)."""
+        return self.tokens[:, self.prefix.shape[1] :]
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of the three parts."""
+        return self.prefix.shape[1], self.prompts.shape[1], self.patches.shape[1]
 
 
 def small_normal(*shape: int) -> nn.Parameter:
@@ -78,8 +98,7 @@ class SequencePart(Part):
     def _parted(self, call: Call, tokens: Tensor, prompts: int) -> BlockTokens:
         rows = batch_first(tokens, self.stage.layout)
         g = rows.shape[1] if self.stage.layout == "packed" else self.coordinates(call).shape[1]
-        prefix, inserted, patches = torch.split(rows, [rows.shape[1] - prompts - g, prompts, g], dim=1)
-        return BlockTokens(prefix, inserted, patches)
+        return BlockTokens.of(rows, (rows.shape[1] - prompts - g, prompts, g))
 
 
 class InputNote(Part):

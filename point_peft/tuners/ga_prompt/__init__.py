@@ -65,7 +65,7 @@ from point_peft.parts.base import Blueprint, Call, Part, SharedState
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter, neighbourhoods
-from point_peft.parts.quick_bottleneck import quick_bottleneck
+from point_peft.parts.bottleneck import quick_bottleneck
 from point_peft.parts.second_grouping import run_apart
 from point_peft.parts.sequence import BlockTokens, SequencePart, check_located, check_takes_prompts, small_normal
 from point_peft.running.nested import Args, Kwargs, all_arguments, fetch_argument, put_argument
@@ -312,18 +312,18 @@ class ShapedPart(SequencePart):
         config, count = self.config, got.prompts.shape[1]
         among = config.geometry == "consistent" and count > 0
         ahead = call.state(f"stage_{self.number}", ShapeState).prompt_coordinates if among else None
-        near, propagate = neighbourhoods(
+        near, reach = neighbourhoods(
             call.forward, self.number, config.centre_ratio, config.neighbours, ahead, owner=(call.adapter, self.tuner)
         )
         if among:
-            tokens = torch.cat([got.prompts, got.patches], dim=1)
+            tokens = got.located
         else:  # the last patches replaced by the prompts, as far as there are any
             g = got.patches.shape[1]
             tokens = torch.cat([got.patches[:, : max(0, g - count)], got.prompts[:, :g]], dim=1)
         # 2 max N_j, (b, s, c): each is added to itself, as published.
         pooled = 2.0 * reduce(geometry.gather(tokens, near.neighbour), "b s k c -> b s c", "max")
         recomputing = call.forward.recomputing
-        propagated: Tensor = adapter(got.patches, tokens, near, propagate(), pooled, recomputing=recomputing)
+        propagated: Tensor = adapter(got.patches, tokens, near, reach(ahead), pooled, recomputing=recomputing)
         return propagated
 
     def _shape(self, call: Call) -> Tensor:

@@ -14,13 +14,15 @@ from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
+from point_peft.parts.bottleneck import Bottleneck, quick_bottleneck
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter
-from point_peft.parts.quick_bottleneck import quick_bottleneck
 from point_peft.parts.tuned import block_biases, tuned_biases, tuned_norms
-from point_peft.tuners.point_peft.geometry_aware import StageState
-from point_peft.tuners.point_peft.parts import BlockPart, MlpPart, Prompt
+from point_peft.tuners.point_peft.adapter import MlpPart
+from point_peft.tuners.point_peft.block import BlockPart
+from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
 from point_peft.tuners.point_peft.prior import MemoryBank
+from point_peft.tuners.point_peft.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,65 +124,109 @@ class PointPEFTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = self.chosen_blocks(backbone)
-        limit = self.prompt_layers
-        if limit is None:
-            several = len({stage.width for stage in anatomy.stages}) > 1
-            limit = len(chosen) if several else len(chosen) // 2
-        prompted = {block.path for _, block in chosen[:limit] if self.num_prompts}
-        queried = self._queried_stage(anatomy)
-        plan, enhanced = Blueprint(), False
-        for index, stage in enumerate(anatomy.stages):
-            blocks = [block for _, block in chosen if block in stage.blocks]
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        prompted = self._prompted(anatomy, chosen)
+        queried = anatomy.stages[0 if self.prior == "stem" else anatomy.queried]
+        # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
+        unread = None if anatomy.patches_read else anatomy.blocks[-1]
+        plan = Blueprint()
+        for number, stage in enumerate(anatomy.stages):
+            blocks = [block for block in chosen if block in stage.blocks]
+            if not blocks:
+                continue
+            with_prompts = [block for block in blocks if block in prompted]
+            self._check_stage(anatomy, stage, blocks, with_prompts=bool(with_prompts))
             # A prior has the width of the features that query it, so it fits only the blocks of that width.
-            fits = self.memory_bank and stage.width == queried.width
-            enhanced |= fits and any(block.path in prompted for block in blocks)
-            if blocks:
-                last_unread = None if anatomy.patches_read else anatomy.blocks[-1]
-                self._build_stage(plan, anatomy.stages, index, blocks, prompted, last_unread, with_prior=fits)
-        if enhanced:
-            if self.prior == "stem" and queried.patch_tokens is None:
-                raise AnatomyError(
-                    f'{self.method} with prior="stem" needs the patch embedding, and where it is seen is not known: '
-                    'use prior="backbone"'
+            prior = self.prior if self.memory_bank and stage.width == queried.width else None
+            if prior is not None and with_prompts and "memory_bank" not in plan.shared:
+                plan.shared["memory_bank"] = self._bank(queried)
+            aware = [block for block in blocks if block != unread]
+            if aware:
+                plan.shared[f"stage_{number}"] = self._stage_geometry(number, stage, any(b in prompted for b in aware))
+            for block in blocks:
+                part = BlockPart(
+                    stage=stage,
+                    number=number,
+                    prompt=self._prompt(stage, prior) if block in prompted else None,
+                    geometry=self._geometry(stage) if block in aware else None,
+                    adapter=self._adapter(stage, self.adapter_width),
+                    prior=prior if block in prompted else None,
+                    centre_ratio=self.centre_ratio,
+                    neighbours=self.neighbours,
                 )
-            plan.shared["memory_bank"] = MemoryBank(
-                queried.width,
-                self.num_prompts - 2 if self.top_k is None else self.top_k,
-                self.prior,
-                torch.float16 if self.bank_dtype == "float16" else torch.float32,
-                leave_nearest_out=self.leave_nearest_out,
-                size=self.bank_size,
-            )
-        self._build_tuned(plan, backbone, anatomy, [block for _, block in chosen])
+                plan.parts.append((block.path, part))
+                if self.adapter_scale:
+                    after_mlp = MlpPart(self._adapter(stage, self.adapter_width), self.adapter_scale)
+                    plan.parts.append((self._mlp(block), after_mlp))
+        self._build_tuned(plan, backbone, anatomy, chosen)
         return plan
 
-    def _queried_stage(self, anatomy: Anatomy) -> Stage:
-        """The stage whose features query the memory bank."""
-        return anatomy.stages[0 if self.prior == "stem" else anatomy.queried]
+    def _prompted(self, anatomy: Anatomy, chosen: Sequence[Block]) -> Sequence[Block]:
+        """The blocks that get prompts."""
+        if self.num_prompts == 0:
+            return []
+        several = len({stage.width for stage in anatomy.stages}) > 1
+        half = len(chosen) if several else len(chosen) // 2
+        return chosen[: half if self.prompt_layers is None else self.prompt_layers]
 
-    def _build_stage(
-        self,
-        plan: Blueprint,
-        stages: Sequence[Stage],
-        index: int,
-        blocks: Sequence[Block],
-        prompted: set[str],
-        last_unread: Block | None,
-        *,
-        with_prior: bool,
-    ) -> None:
-        stage = stages[index]
+    def _adapter(self, stage: Stage, width: int) -> Bottleneck:
+        return quick_bottleneck(stage.width, width, self.adapter_dropout, identity=self.init == "identity")
+
+    def _prompt(self, stage: Stage, prior: str | None) -> Prompt:
+        prior_adapter = None if prior is None else self._adapter(stage, self.prior_adapter_width)
+        return Prompt(self.num_prompts, stage.width, self.prompt_dropout, prior_adapter)
+
+    def _geometry(self, stage: Stage) -> GeometryAwareAdapter:
+        return GeometryAwareAdapter(
+            stage.width,
+            batch_norm=self.pooling_norm == "batch",
+            scale=self.propagation_scale,
+            centre_scale=self.centre_scale,
+            gated=self.init == "identity",
+        )
+
+    def _stage_geometry(self, number: int, stage: Stage, prompted: bool) -> StageGeometry:
+        width, heads, drop_path = self.local_attention_width, self.local_attention_heads, self.local_attention_drop_path
+        return StageGeometry(
+            "point_peft" if number == 0 else f"point_peft.stage_{number}",
+            LocalAttention(stage.width, width, heads, drop_path),
+            self.num_prompts if prompted else 0,
+        )
+
+    def _bank(self, queried: Stage) -> MemoryBank:
+        if self.prior == "stem" and queried.patch_tokens is None:
+            raise AnatomyError(
+                f'{self.method} with prior="stem" needs the patch embedding, and where it is seen is not known: '
+                'use prior="backbone"'
+            )
+        return MemoryBank(
+            queried.width,
+            self.num_prompts - 2 if self.top_k is None else self.top_k,
+            self.prior,
+            torch.float16 if self.bank_dtype == "float16" else torch.float32,
+            leave_nearest_out=self.leave_nearest_out,
+            size=self.bank_size,
+        )
+
+    def _mlp(self, block: Block) -> str:
+        if block.mlp is None:
+            raise AnatomyError(
+                f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: set "
+                "adapter_scale=0.0 to do without, or name it in config.anatomy"
+            )
+        return block.mlp
+
+    def _check_stage(self, anatomy: Anatomy, stage: Stage, blocks: Sequence[Block], *, with_prompts: bool) -> None:
+        """Raise `AnatomyError` unless it is known where the tokens lie, and prompts that they get have a place."""
+        path = blocks[0].path
         if stage.coordinates is None:
-            located = [other.blocks[0].path for other in stages if other.coordinates is not None]
+            located = [other.blocks[0].path for other in anatomy.stages if other.coordinates is not None]
             choice = f"; target_modules can choose blocks of which it is known, as '{located[0]}'" if located else ""
             raise AnatomyError(
-                f"{self.method} needs to know where the tokens of '{blocks[0].path}' lie in space: "
+                f"{self.method} needs to know where the tokens of '{path}' lie in space: "
                 f"{stage.unknown or 'config.anatomy states no coordinates'}. LORA, BITFIT and LINEAR_PROBE do without"
                 f"{choice}"
             )
-        identity = self.init == "identity"
-        with_prompts = any(block.path in prompted for block in blocks)
         if with_prompts and not stage.takes_prompts:
             why = (
                 "its tokens are packed, and attended in patches of a serial order or of neighbours"
@@ -188,54 +234,9 @@ class PointPEFTConfig(TunerConfig):
                 else "what was put there was not attended, or the block did not accept it"
             )
             raise AnatomyError(
-                f"{self.method} puts prompts among the tokens of '{blocks[0].path}', which has no place for them "
+                f"{self.method} puts prompts among the tokens of '{path}', which has no place for them "
                 f"({why}): set num_prompts=0 to keep its geometry-aware adapter, or use LORA or BITFIT"
             )
-        aware = [block for block in blocks if block != last_unread]
-        if aware:
-            plan.shared[f"stage_{index}"] = StageState(
-                "point_peft" if index == 0 else f"point_peft.stage_{index}",
-                stage.width,
-                self.local_attention_width,
-                self.local_attention_heads,
-                self.num_prompts if any(block.path in prompted for block in aware) else 0,
-                self.local_attention_drop_path,
-            )
-        for block in blocks:
-            prompt = None
-            if block.path in prompted:
-                width, dropout = self.prior_adapter_width, self.adapter_dropout
-                narrow = quick_bottleneck(stage.width, width, dropout, identity=identity)
-                prompt = Prompt(self.num_prompts, stage.width, self.prompt_dropout, narrow if with_prior else None)
-            part = BlockPart(
-                stage=stage,
-                number=index,
-                prompt=prompt,
-                # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
-                geometry=None
-                if block == last_unread
-                else GeometryAwareAdapter(
-                    stage.width,
-                    batch_norm=self.pooling_norm == "batch",
-                    scale=self.propagation_scale,
-                    centre_scale=self.centre_scale,
-                    gated=identity,
-                ),
-                adapter=quick_bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity),
-                prior=self.prior if prompt is not None and with_prior else None,
-                centre_ratio=self.centre_ratio,
-                neighbours=self.neighbours,
-            )
-            plan.parts.append((block.path, part))
-            if not self.adapter_scale:
-                continue
-            if block.mlp is None:
-                raise AnatomyError(
-                    f"{self.method} adapts the MLP of every block, and '{block.path}' has none that was found: set "
-                    "adapter_scale=0.0 to do without, or name it in config.anatomy"
-                )
-            after_mlp = quick_bottleneck(stage.width, self.adapter_width, self.adapter_dropout, identity=identity)
-            plan.parts.append((block.mlp, MlpPart(after_mlp, self.adapter_scale)))
 
     def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
         names = list(backbone.modules)

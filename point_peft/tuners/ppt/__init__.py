@@ -117,6 +117,4 @@ class PromptedBlock(CarryingPart):
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:
         change: Tensor = call.state("token_mlps", PositionMlps).all(noted_stream(call, self, tokens))
-        parts = tokens.prefix, tokens.prompts, tokens.patches
-        changes = torch.split(change.to(tokens.patches.dtype), [part.shape[1] for part in parts], dim=1)
-        return BlockTokens(*[part + added for part, added in zip(parts, changes, strict=True)])
+        return BlockTokens.of(tokens.tokens + change.to(tokens.tokens.dtype), tokens.lengths)

@@ -1,0 +1,104 @@
+"""Point-PEFT at a block: prompts before it, the geometry-aware adapter and A after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from point_peft.anatomy.description import Stage
+from point_peft.parts.base import Call
+from point_peft.parts.bottleneck import Bottleneck, add_adapted
+from point_peft.parts.propagation import GeometryAwareAdapter, Neighbourhoods, Reach, neighbourhoods
+from point_peft.parts.recomputing import recomputed
+from point_peft.parts.sequence import BlockTokens, SequencePart
+from point_peft.running.nested import Args, Kwargs
+from point_peft.running.tokens import as_layout, put_output_tokens
+from point_peft.tuners.point_peft.local_attention import StageGeometry
+from point_peft.tuners.point_peft.prior import MemoryBank, query_of
+from point_peft.tuners.point_peft.prompt import Prompt
+
+
+class BlockPart(SequencePart):
+    """Prompts go in before the block; the geometry-aware adapter and A act after it; then the prompts come out."""
+
+    prefix = "point_peft"
+
+    def __init__(
+        self,
+        *,
+        stage: Stage,
+        number: int,
+        prompt: Prompt | None,
+        geometry: GeometryAwareAdapter | None,
+        adapter: Bottleneck,
+        prior: str | None,
+        centre_ratio: float,
+        neighbours: int,
+    ) -> None:
+        super().__init__(stage, number)
+        self.prompt = prompt
+        self.geometry = geometry
+        self.adapter = adapter
+        self.prior_source = prior
+        """Where the prior's query comes from, "backbone" or "stem"; None: the prompts have no prior."""
+        self.centre_ratio = centre_ratio
+        self.neighbours = neighbours
+
+    def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.prompt is None:
+            return args, kwargs
+        p = self.prompt(len(self.coordinates(call)), self._prior(call))
+        return self.with_prompts(call, args, kwargs, p)
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        count = 0 if self.prompt is None else len(self.prompt.embeddings)
+        got = self.returned(call, output, prompts=count)
+        if self.geometry is None:
+            tokens = add_adapted(torch.cat([got.prefix, got.patches], dim=1), self.adapter, 1.0)
+        else:
+            tokens = self._geometry_aware(call, got)
+        tokens = as_layout(tokens, self.stage.layout)
+        return put_output_tokens(self.stage, output, tokens, inserted=count, at=got.prefix.shape[1])
+
+    def _geometry_aware(self, call: Call, got: BlockTokens) -> Tensor:
+        """Prefix and patches (b, e + g, c) after the geometry-aware adapter and A."""
+        shared = call.state(f"stage_{self.number}", StageGeometry)
+        Q = None if self.prompt is None else shared.prompt_coordinates
+        near, reach = neighbourhoods(
+            call.forward, self.number, self.centre_ratio, self.neighbours, Q, owner=(call.adapter, self.tuner)
+        )
+        m = shared.local_attention.pooled(got.located, near.neighbour)
+        # Kept for the backward pass, what is made here would take a seventh of the memory of a training step.
+        tokens: Tensor = recomputed(self, got.tokens, got.lengths, m, Q, near, reach, random=True)
+        return tokens
+
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int], m: Tensor, Q: Tensor | None, near: Neighbourhoods, reach: Reach
+    ) -> Tensor:
+        """t_i <- t_i + 0.3 sum_j w_ij v_j for the patches, then x <- x + A(x) for all tokens.
+
+        A acts on every token by itself, so the prompts, which end here, need not pass through it.
+        """
+        got = BlockTokens.of(tokens, lengths)
+        assert self.geometry is not None
+        recomputing = reach.forward.recomputing
+        t = self.geometry(got.patches, got.located, near, reach(Q), m, recomputing=recomputing)
+        return add_adapted(torch.cat([got.prefix, t], dim=1), self.adapter, 1.0)
+
+    def _prior(self, call: Call) -> Tensor | None:
+        """The prior P (b, 2 + top_k, c) of the clouds, once per forward; None without a bank."""
+        source = self.prior_source
+        if source is None:
+            return None
+        bank = call.state("memory_bank", MemoryBank)
+        if not bank.ready:
+            return None
+
+        def retrieve() -> Tensor:
+            with torch.no_grad():
+                return bank.prior(query_of(call.forward.root.backbone_tokens(call.forward, source, call.adapter)))
+
+        return call.forward.once(("point_peft.prior", call.adapter), retrieve)
