@@ -255,7 +255,7 @@ def test_the_stem_runs_once_and_the_prior_is_that_of_its_groups(backbone: TinyBa
         tokens.append(ask(*of))
         return tokens[-1]
 
-    model.backbone_tokens = spy  # type: ignore[method-assign]
+    model.backbone_tokens = spy  # type: ignore[method-assign, assignment]
     torch.manual_seed(4)
     model(*args)
     assert counts == expected, "the stem runs more or less often than in the backbone"

@@ -93,12 +93,9 @@ class Encoder(nn.Module):
     def forward(self, neighborhood: Tensor) -> Tensor:
         b, g, _, _ = neighborhood.shape
         groups = rearrange(neighborhood, "b g k c -> (b g) k c")
-        if self._folds:
-            tokens = self._folded(groups)
-        elif self._splits:
-            tokens = torch.cat([self._layer_by_layer(part) for part in self._chunks(groups)])
-        else:
-            tokens = self._layer_by_layer(groups)
+        tokens_of = self._folded if self._folds else self._layer_by_layer
+        chunks = self._chunks(groups) if self._folds or not self.training else [groups]
+        tokens = torch.cat([tokens_of(part) for part in chunks])
         return rearrange(tokens, "(b g) c -> b g c", b=b, g=g)
 
     def _layer_by_layer(self, groups: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ class Encoder(nn.Module):
 
     @property
     def _folds(self) -> bool:
-        """Whether a part of a model is trained and this one's statistics are held, as those of a frozen one.
+        """True while a model is trained and the statistics of this part of it are held, as those of a frozen one.
 
         In eval mode all layers run one by one: rounding is then the same whether the encoder is frozen or not. And so
         they do where somebody listens to them; what holds the statistics does so before a norm.
@@ -132,18 +129,17 @@ class Encoder(nn.Module):
         held = self.training and not any(norm.training for norm in norms)
         return held and not heard and not torch.compiler.is_compiling()
 
-    @property
-    def _splits(self) -> bool:
-        """Whether no group depends on another. What is traced may be run on another number of groups."""
-        training = self.training or self.first_conv[1].training or self.second_conv[1].training
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        return not (training or traced)
-
     def _chunks(self, groups: Tensor) -> Sequence[Tensor]:
-        """Some of the groups (bg, k, inputs) at a time."""
+        """Some of the groups (bg, k, inputs) at a time, where none depends on another.
+
+        What is traced may be run on another number of groups.
+        """
+        batch_statistics = any(norm.training for norm in (self.first_conv[1], self.second_conv[1]))
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if batch_statistics or traced or not groups.is_cpu:
+            return [groups]
         assert isinstance(self.second_conv[0], nn.Conv1d)
-        elements = groups.shape[1] * self.second_conv[0].out_channels
-        return torch.split(groups, max(1, CHUNK_ELEMENTS // elements)) if groups.is_cpu else [groups]
+        return torch.split(groups, max(1, CHUNK_ELEMENTS // (groups.shape[1] * self.second_conv[0].out_channels)))
 
     def _folded(self, groups: Tensor) -> Tensor:
         """The same with the norms folded into the weights."""
@@ -153,16 +149,13 @@ class Encoder(nn.Module):
         three, shift_three = _linear(self.second_conv[0], self.second_conv[1])
         four, shift_four = _linear(self.second_conv[3])
         of_whole, of_local = torch.chunk(three, 2, dim=1)
-        pooled = []
-        for part in self._chunks(groups):
-            points = rearrange(part, "bg k c -> (bg k) c")
-            local = torch.addmm(shift_two, torch.addmm(shift_one, points, one.T).relu_(), two.T)
-            whole = reduce(local, "(bg k) c -> bg c", "max", k=k)
-            of_group = torch.addmm(shift_three, whole, of_whole.T)
-            tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
-            tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
-            pooled.append(reduce(tokens, "(bg k) c -> bg c", "max", k=k))
-        return torch.cat(pooled)
+        points = rearrange(groups, "bg k c -> (bg k) c")
+        local = torch.addmm(shift_two, torch.addmm(shift_one, points, one.T).relu_(), two.T)
+        of_group = torch.addmm(shift_three, reduce(local, "(bg k) c -> bg c", "max", k=k), of_whole.T)
+        tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
+        tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
+        pooled: Tensor = reduce(tokens, "(bg k) c -> bg c", "max", k=k)
+        return pooled
 
 
 def _linear(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:

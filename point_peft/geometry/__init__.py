@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from point_peft.geometry.dense import (
     gather,
-    gradient_to_sources,
     interpolate,
     inverse_distance_weights,
     rows_of_all,
@@ -30,7 +29,6 @@ __all__ = [
     "feature_knn",
     "gather",
     "gathered",
-    "gradient_to_sources",
     "interpolate",
     "inverse_distance_weights",
     "knn",

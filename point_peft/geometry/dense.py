@@ -47,19 +47,6 @@ def inverse_distance_weights(queries: Tensor, sources: Tensor, eps: float = 1e-8
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def gradient_to_sources(
-    gradient: Tensor, weights: Tensor, queries: Tensor, sources: Tensor, eps: float = 1e-8
-) -> Tensor:
-    """The gradient to the sources (b, s, 3) of that to the `inverse_distance_weights` (b, m, s) of queries (b, m, 3).
-
-    With u = 1 / (d^2 + eps) and w = u / sum u it is the sum over the queries of -2 u w (g - sum g w) (source - query).
-    """
-    x, y, z = (wide(sources)[:, None, :, axis] - wide(queries)[:, :, None, axis] for axis in range(3))
-    square = (x * x).addcmul_(y, y).addcmul_(z, z)
-    to_square = (gradient - (gradient * weights).sum(dim=2, keepdim=True)).mul_(weights).div_(square.add_(eps))
-    return torch.stack([(to_square * offset).sum(dim=1) for offset in (x, y, z)], dim=2).mul_(-2.0)
-
-
 def interpolate(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums (b, m, c) of source features (b, s, c) under weights (b, m, s)."""
     fitting = features.ndim == weights.ndim == 3 and features.shape[:2] == weights.shape[::2]

@@ -1,7 +1,7 @@
 """The local attention of the geometry-aware adapters of a stage, and where their prompts lie.
 
-    m_j = max_i (U_i + LA(LN(N_j))_i),    i, i' in N_j
-    LA_i = W sum_i' a_ii' v_i' + b,       a_ii' = softmax_i' (scale q_i . k_i'),    [q; k; v]_i = LN(U_i) transformed
+m_j = max_i (U_i + LA(LN(N_j))_i),    i, i' in N_j
+LA_i = W sum_i' a_ii' v_i' + b,       a_ii' = softmax_i' (scale q_i . k_i'),    [q; k; v]_i = LN(U_i) transformed
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class LocalAttention(nn.Module):
         # Each part takes the norm of all tokens of its samples, so it has at least as many neighbours as these.
         few, some = max(1, limit // (s * k * c)), max(1, limit // (k * c), n // k)
         m = []
-        for tokens, near, kept in zip(U.split(few), neighbour.split(few), keep.split(few), strict=True):
-            pieces = zip(near.split(some, dim=1), kept.split(some, dim=1), strict=True)
+        for tokens, near, kept in zip(*(torch.split(x, few) for x in (U, neighbour, keep)), strict=True):
+            pieces = zip(torch.split(near, some, dim=1), torch.split(kept, some, dim=1), strict=True)
             m.append(torch.cat([recomputed(self, tokens, *piece) for piece in pieces], dim=1))
         return torch.cat(m)
 
