@@ -94,7 +94,7 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is known to do no more than to give its tensors to a function, which can be given others."""
+    """Tell a module that does no more than to give its tensors to a function, which can be given others."""
     own = "forward" not in module.__dict__  # as accelerate sets it, which moves the tensors
     return own and type(module) in PLAIN and not torch.compiler.is_compiling()
 

@@ -28,7 +28,7 @@ class Neighbourhoods:
 
 @dataclass(frozen=True)
 class Propagation:
-    """How much each of the centres gives to each of the tokens: from all of them, or packed, from the k nearest."""
+    """Share that each of the centres gives to each of the tokens: from all of them, or packed, from the k nearest."""
 
     weights: Tensor
     """(b, g, s), or packed (1, g, k)."""
@@ -36,7 +36,7 @@ class Propagation:
     """Packed: the centres (g, k) that the weights are of."""
 
     def __call__(self, centres: Tensor) -> Tensor:
-        """What features of the centres (b, s, c) propagate to the tokens, (b, g, c)."""
+        """Features (b, g, c) that those of the centres (b, s, c) propagate to the tokens."""
         if self.nearest is None:
             return geometry.interpolate(centres, self.weights)
         return geometry.ragged_interpolate(centres[0], self.nearest, self.weights[0])[None]
@@ -65,7 +65,7 @@ class GeometryAwareAdapter(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far the centres of neighbourhoods reach: what tells how they propagate, when it is asked."""
+    """Reach of the centres of neighbourhoods: it tells how they propagate, when it is asked."""
 
     forward: Forward
     key: Hashable
@@ -88,7 +88,7 @@ class Reach:
             return self.forward.once(("weights", self.key), lambda: Propagation(self._weights(ahead)))
 
     def _weights(self, ahead: Tensor | None) -> Tensor:
-        """How much of each centre goes to each patch, (b, g, s)."""
+        """Share of each centre that goes to each patch, (b, g, s)."""
         centres = geometry.gather(coordinates_of(self.patches, ahead), self.near.centre)
         return geometry.inverse_distance_weights(self.patches, centres)
 

@@ -30,8 +30,6 @@ class BlockTokens:
 
     tokens: Tensor
     """All of them in order, (b, e + p + g, c)."""
-    tokens: Tensor
-    """All of them in order, (b, e + p + g, c)."""
     prefix: Tensor
     prompts: Tensor
     patches: Tensor

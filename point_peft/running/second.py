@@ -54,7 +54,7 @@ class Start:
     args: Args
     kwargs: Kwargs
     versions: tuple[int, ...]
-    """How often each tensor among the arguments had been changed in place by then."""
+    """Version of each tensor among the arguments by then: a change in place counts it up."""
     random: RandomNumbers | None
     """The random numbers that came next; None in compiled code, which does not know."""
 
@@ -75,7 +75,7 @@ class Start:
 
 
 class Second:
-    """What a forward has to do with second passes. It lives as long as the forward; `start` and `trunk` end with it.
+    """State of a forward that concerns second passes. It lives as long as the forward; `start` and `trunk` end with it.
 
     A forward that asks for a prior runs a second pass within itself, which is a forward too, its child.
     """

@@ -62,10 +62,9 @@ from point_peft.config import TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, Part, SharedState
-from point_peft.parts.bottleneck import Bottleneck
+from point_peft.parts.bottleneck import Bottleneck, quick_bottleneck
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter, neighbourhoods
-from point_peft.parts.bottleneck import quick_bottleneck
 from point_peft.parts.second_grouping import run_apart
 from point_peft.parts.sequence import BlockTokens, SequencePart, check_located, check_takes_prompts, small_normal
 from point_peft.running.nested import Args, Kwargs, all_arguments, fetch_argument, put_argument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from point_peft.parts.bottleneck import Bottleneck, quick_bottleneck
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter
 from point_peft.parts.tuned import block_biases, tuned_biases, tuned_norms
+from point_peft.schema import Count, Dropout, Limit, at_least
 from point_peft.tuners.point_peft.adapter import MlpPart
 from point_peft.tuners.point_peft.block import BlockPart
 from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
@@ -34,22 +35,22 @@ class PointPEFTConfig(TunerConfig):
 
     method: ClassVar[str] = "POINT_PEFT"
 
-    num_prompts: int = 10
+    num_prompts: Annotated[int, at_least(0)] = 10
     """Prompts p that each of the prompt layers gets."""
-    prompt_layers: int | None = None
-    """How many of the adapted blocks get prompts, counted from the first.
+    prompt_layers: Annotated[int, at_least(0)] | None = None
+    """Adapted blocks that get prompts, counted from the first.
 
     None: half of them; all of them where stages differ in width, as published for Point-M2AE.
     """
-    prompt_dropout: float = 0.1
+    prompt_dropout: Dropout = 0.1
     """Dropout of the learned prompts."""
     memory_bank: bool = True
-    """Whether the prompts are enhanced by the prior that a memory bank of training features gives.
+    """Enhance the prompts by the prior that a memory bank of training features gives.
 
     Where stages differ in width: the prompts of the blocks that are as wide as the features.
     """
     bank_dtype: Literal["float16", "float32"] = "float16"
-    """How the rows of the bank are kept and saved."""
+    """Type in which the rows of the bank are kept and saved."""
     bank_size: int | None = 1800
     """Rows that the bank is reduced to where it is built of more clouds, by k-means in each class; None: all are kept.
 
@@ -61,27 +62,27 @@ class PointPEFTConfig(TunerConfig):
     """While training, skip the nearest row: for a training cloud it is most likely the cloud itself."""
     prior: Literal["backbone", "stem"] = "backbone"
     """The feature that queries the bank: after the frozen backbone (a second pass), or its patch embedding."""
-    prior_adapter_width: int = 8
+    prior_adapter_width: Count = 8
     """Channels in the middle of the adapter of the prior, CPA."""
-    adapter_width: int = 16
+    adapter_width: Count = 16
     """Channels in the middle of the adapters after the MLP and after the block."""
-    adapter_dropout: float = 0.1
+    adapter_dropout: Dropout = 0.1
     """Dropout in the middle of all these adapters."""
-    adapter_scale: float = 0.7
+    adapter_scale: Annotated[float, at_least(0)] = 0.7
     """Scale of the adapter after the MLP; 0: no adapter there."""
-    centre_ratio: float = 0.5
+    centre_ratio: Annotated[float, Limit("more than 0 and at most 1", lambda ratio: 0 < ratio <= 1)] = 0.5
     """Centres of neighbourhoods per patch token."""
-    neighbours: int = 16
+    neighbours: Count = 16
     """Tokens in a neighbourhood, at most as many as there are tokens."""
-    local_attention_width: int = 18
+    local_attention_width: Count = 18
     """Channels of query, key and value in a neighbourhood, all heads together."""
-    local_attention_heads: int = 6
+    local_attention_heads: Count = 6
     """Heads of the local attention."""
-    local_attention_drop_path: float = 0.1
-    """How often, while training, a neighbourhood goes without its local attention."""
-    propagation_scale: float = 0.3
+    local_attention_drop_path: Dropout = 0.1
+    """Share of neighbourhoods that go without their local attention while training."""
+    propagation_scale: Annotated[float, at_least(0)] = 0.3
     """Scale of what the centres propagate to the tokens."""
-    centre_scale: float = 0.3
+    centre_scale: Annotated[float, at_least(0)] = 0.3
     """Scale of the centre's own token in what it propagates."""
     pooling_norm: Literal["batch", "layer"] = "batch"
     """The norm of pooled neighbourhoods; "layer" for training with batches of one."""
@@ -97,18 +98,7 @@ class PointPEFTConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.bank_size is None or self.bank_size >= 1, self, "bank_size", "1 or more, or None")
-        for name in ("num_prompts", "prompt_layers"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, self, name, "0 or more")
         heads = self.local_attention_heads
-        for name in ("prior_adapter_width", "adapter_width", "neighbours", "local_attention_width"):
-            require(getattr(self, name) >= 1, self, name, "1 or more")
-        require(heads >= 1, self, "local_attention_heads", "1 or more")
-        for name in ("prompt_dropout", "adapter_dropout", "local_attention_drop_path"):
-            require(0.0 <= getattr(self, name) < 1.0, self, name, "0 or more and less than 1")
-        for name in ("adapter_scale", "propagation_scale", "centre_scale"):
-            require(getattr(self, name) >= 0.0, self, name, "0 or more")
-        require(0.0 < self.centre_ratio <= 1.0, self, "centre_ratio", "more than 0 and at most 1")
         divides = self.local_attention_width % heads == 0
         require(divides, self, "local_attention_width", f"a multiple of local_attention_heads={heads}")
         if self.top_k is not None:

@@ -90,7 +90,7 @@ def maximum(x: Tensor) -> Tensor:
 
 
 class StageGeometry(SharedState):
-    """What the blocks of one stage share: the local attention, and the coordinates Q of their prompts."""
+    """State that the blocks of one stage share: the local attention, and the coordinates Q of their prompts."""
 
     def __init__(self, prefix: str, local_attention: LocalAttention, prompts: int) -> None:
         super().__init__()

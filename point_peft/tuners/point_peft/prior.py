@@ -92,7 +92,7 @@ class MemoryBank(Bank):
 
     @property
     def ready(self) -> bool:
-        """Whether the bank holds rows. The first time that it does not, a warning says so."""
+        """True if the bank holds rows. The first time that it does not, a warning says so."""
         if len(self.rows) == 0 and not self.warned and not torch.compiler.is_compiling():
             self.warned = True
             warnings.warn(
@@ -154,7 +154,7 @@ def prototypes(features: Tensor, labels: Tensor | None, size: int, *, iterations
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:
-    """How many of `total` rows each class gets: the same for all, but no more than it has."""
+    """Number of the `total` rows that each class gets: the same for all, but no more than it has."""
     shares = [0] * len(sizes)
     while sum(shares) < total:
         open_groups = [i for i, size in enumerate(sizes) if shares[i] < size]
