@@ -37,7 +37,7 @@ class PointPEFTConfig(TunerConfig):
 
     num_prompts: Annotated[int, at_least(0)] = 10
     """Prompts p that each of the prompt layers gets."""
-    prompt_layers: Annotated[int, at_least(0)] | None = None
+    prompt_layers: Annotated[int | None, at_least(0)] = None
     """Adapted blocks that get prompts, counted from the first.
 
     None: half of them; all of them where stages differ in width, as published for Point-M2AE.
