@@ -36,13 +36,14 @@ QUESTIONS = {
     "hub": "how is it pushed and pulled?",
     "bank": "how is a memory bank built?",
     "status": "what is attached where?",
-    "model": "everything, by name: the facade",
+    "adapter_set": "all that can be done with adapters",
+    "model": "a backbone with adapters: the doors",
     "integrations": "other libraries",
     "cli": "the command line",
     "backbones": "reference backbones",
 }
 """Unit -> the question that it answers."""
-LEFT_OUT = {"__main__", "version", "errors"}
+LEFT_OUT = {"__main__", "version", "errors", "torch_private"}
 ROW, NAMES, CELL, TOP = 30, 430, 27, 118
 """Height of a row, width of the names, width of a column, height of the column heads."""
 INK, SOFT, LINE, DOT = "#1f2933", "#5d6874", "#d5dbe1", "#2f6fca"
