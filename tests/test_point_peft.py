@@ -1033,7 +1033,9 @@ def test_a_base_with_other_random_class_tokens_gives_the_same_logits(tmp_path):
 @pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
 def test_functional_call_takes_the_given_tensors_in_the_backward_pass_too(mode: bool) -> None:
     torch.manual_seed(0)
-    backbone = PointTransformer(trans_dim=12, depth=2, num_heads=2, num_group=8, group_size=4, encoder_dims=12, cls_dim=3)
+    backbone = PointTransformer(
+        trans_dim=12, depth=2, num_heads=2, num_group=8, group_size=4, encoder_dims=12, cls_dim=3
+    )
     model = get_peft_model(backbone, PointPEFTConfig(memory_bank=False, init="published")).train(mode)
     points, names = torch.rand(3, 40, 3), [name for name, p in model.named_parameters() if p.requires_grad]
     given = {name: (p + 0.1 * torch.randn_like(p)).detach().requires_grad_() for name, p in model.named_parameters()}
