@@ -50,7 +50,7 @@ class BlockPart(SequencePart):
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.prompt is None:
             return args, kwargs
-        p = self.prompt(len(self.coordinates(call)), self._prior(call))
+        p = self.prompt(self.coordinates(call).shape[0], self._prior(call))
         return self.with_prompts(call, args, kwargs, p)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:

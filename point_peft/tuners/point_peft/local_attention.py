@@ -40,7 +40,7 @@ class LocalAttention(nn.Module):
         `keep` (b, s) is what LA is multiplied by. Norm, query, key and value are taken once per token, not once per
         neighbour.
         """
-        b, k, keep = len(U), neighbour.shape[2], rearrange(keep, "b s -> (b s) 1")
+        b, k, keep = U.shape[0], neighbour.shape[2], rearrange(keep, "b s -> (b s) 1")
         rows = rows_of_all(neighbour, U.shape[1]).flatten()
         qkv = rearrange(self.qkv(self.norm(U)), "b n c -> (b n) c").index_select(0, rows)
         # As 3 by 16, not as 16 by 3: batches of such matrices are multiplied three times as fast on a CPU.
@@ -64,7 +64,7 @@ class LocalAttention(nn.Module):
             return whole
         limit = CHUNK_ELEMENTS if U.is_cpu else CHUNK_ELEMENTS_OF_OTHERS
         # Each part takes the norm of all tokens of its samples, so it has at least as many neighbours as these.
-        few, some = max(1, limit // (s * k * c)), max(1, limit // (k * c), n // k)
+        few, some = max(1, limit // max(1, s * k * c)), max(1, limit // max(1, k * c), n // max(1, k))
         m = []
         for tokens, near, kept in zip(*(torch.split(x, few) for x in (U, neighbour, keep)), strict=True):
             pieces = zip(torch.split(near, some, dim=1), torch.split(kept, some, dim=1), strict=True)
