@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", choices=["digits", "radhar"], default="digits")
     parser.add_argument("--file", type=Path, help="radhar.npz")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
-    parser.add_argument("--train", type=int, default=600, help="at most so many training clouds")
+    parser.add_argument("--train", type=int, default=320, help="at most so many training clouds")
     parser.add_argument("--val", type=int, default=100, help="at most so many validation clouds")
     parser.add_argument("--test", type=int, default=None, help="at most so many test clouds; default: all")
     parser.add_argument("--out", type=Path, default=Path("build/quickstart"), help="folder for adapters and picture")

@@ -22,7 +22,7 @@ from examples.data import Clouds, Split
 class Recipe:
     """All of a training but the learning rate."""
 
-    epochs: int = 5
+    epochs: int = 4
     batch_size: int = 16
     weight_decay: float = 0.05
     warm_up: float = 0.1  # share of the steps
