@@ -3,8 +3,8 @@
     python -m benchmarks.bank_size             print the table (some minutes on two cores)
     python -m benchmarks.bank_size --write     write it to docs/bank_size.md
 
-A bank of 11,392 clouds, that of the published numbers, is kept as 1,800 rows by default: 16 %. The quickstart has 600
-training clouds, fewer than that, so here the share is the same: 95 rows. The learning rate is the quickstart's, chosen
+A bank of 11,392 clouds, that of the published numbers, is kept as 1,800 rows by default: 16 %. Here there are
+600 training clouds, fewer than that, so the share is the same: 95 rows. The learning rate is the quickstart's, chosen
 on the validation split with all rows; the last epoch counts.
 """
 

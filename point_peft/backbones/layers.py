@@ -5,7 +5,7 @@ The names of their tensors are those of public checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange, reduce
@@ -93,8 +93,9 @@ class Encoder(nn.Module):
     def forward(self, neighborhood: Tensor) -> Tensor:
         b, g, _, _ = neighborhood.shape
         groups = rearrange(neighborhood, "b g k c -> (b g) k c")
-        tokens_of = self._folded if self._folds else self._layer_by_layer
-        chunks = self._chunks(groups) if self._folds or not self.training else [groups]
+        folds = self._folds
+        tokens_of = self._folded() if folds else self._layer_by_layer
+        chunks = self._chunks(groups) if folds or not self.training else [groups]
         tokens = torch.cat([tokens_of(part) for part in chunks])
         return rearrange(tokens, "(b g) c -> b g c", b=b, g=g)
 
@@ -141,21 +142,25 @@ class Encoder(nn.Module):
         assert isinstance(self.second_conv[0], nn.Conv1d)
         return torch.split(groups, max(1, CHUNK_ELEMENTS // (groups.shape[1] * self.second_conv[0].out_channels)))
 
-    def _folded(self, groups: Tensor) -> Tensor:
-        """The same with the norms folded into the weights."""
-        k = groups.shape[1]
+    def _folded(self) -> Callable[[Tensor], Tensor]:
+        """`_layer_by_layer` with the norms folded into the weights, once for all chunks."""
         one, shift_one = _linear(self.first_conv[0], self.first_conv[1])
         two, shift_two = _linear(self.first_conv[3])
         three, shift_three = _linear(self.second_conv[0], self.second_conv[1])
         four, shift_four = _linear(self.second_conv[3])
         of_whole, of_local = torch.chunk(three, 2, dim=1)
-        points = rearrange(groups, "bg k c -> (bg k) c")
-        local = torch.addmm(shift_two, torch.addmm(shift_one, points, one.T).relu_(), two.T)
-        of_group = torch.addmm(shift_three, reduce(local, "(bg k) c -> bg c", "max", k=k), of_whole.T)
-        tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
-        tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
-        pooled: Tensor = reduce(tokens, "(bg k) c -> bg c", "max", k=k)
-        return pooled
+
+        def tokens_of(groups: Tensor) -> Tensor:
+            k = groups.shape[1]
+            points = rearrange(groups, "bg k c -> (bg k) c")
+            local = torch.addmm(shift_two, torch.addmm(shift_one, points, one.T).relu_(), two.T)
+            of_group = torch.addmm(shift_three, reduce(local, "(bg k) c -> bg c", "max", k=k), of_whole.T)
+            tokens = rearrange(local @ of_local.T, "(bg k) c -> bg k c", k=k).add_(of_group[:, None]).relu_()
+            tokens = torch.addmm(shift_four, rearrange(tokens, "bg k c -> (bg k) c"), four.T)
+            pooled: Tensor = reduce(tokens, "(bg k) c -> bg c", "max", k=k)
+            return pooled
+
+        return tokens_of
 
 
 def _linear(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
