@@ -13,14 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.bases import (
-    PUBLISHED,
-    QUICK_PUBLISHED,
-    QUICK_REFERENCE,
-    REFERENCE,
-    learner,
-    torch_pointcloud_is_there,
-)
+from benchmarks.bases import PUBLISHED, QUICK_PUBLISHED, QUICK_REFERENCE, REFERENCE, learner, torch_pointcloud_is_there
 from benchmarks.beside_peft import handling, libraries
 from benchmarks.clock import Learner, Timed, seconds, take_turns
 from benchmarks.memory import peak_bytes

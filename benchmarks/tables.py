@@ -61,10 +61,7 @@ CHAPTERS: Sequence[Chapter] = (
         "for both, on either side of each ratio.",
         tables=(
             Table(
-                name="published training",
-                caption=STEP,
-                reference=FULL,
-                aims={POINT_PEFT.label: 0.90, STEM.label: 0.70},
+                name="published training", caption=STEP, reference=FULL, aims={POINT_PEFT.label: 0.90, STEM.label: 0.70}
             ),
             Table(
                 name="published inference",
@@ -138,18 +135,12 @@ CHAPTERS: Sequence[Chapter] = (
             Table(name="points", caption="Inference over points in a cloud", sizes="points"),
             Table(name="tokens", caption="Inference over tokens of the backbone", sizes="tokens"),
             Table(
-                name="adapters",
-                caption="Inference with adapters loaded",
-                reference="with one",
-                aims={loaded(20): 1.05},
+                name="adapters", caption="Inference with adapters loaded", reference="with one", aims={loaded(20): 1.05}
             ),
             Table(name="swap", caption="`set_adapter` with adapters loaded", sizes="adapters"),
             Table(name="retrieval", caption="Retrieval from a memory bank", sizes="rows"),
             Table(
-                name="retrieval memory",
-                caption="Peak memory of retrieval, bank included",
-                sizes="rows",
-                unit="bytes",
+                name="retrieval memory", caption="Peak memory of retrieval, bank included", sizes="rows", unit="bytes"
             ),
         ),
     ),

@@ -356,11 +356,7 @@ class AdapterSet(nn.Module):
     # ---- files ----
 
     def save_pretrained(
-        self,
-        save_directory: str | Path,
-        adapter_name: str | Sequence[str] | None = None,
-        *,
-        format: Format = "auto",
+        self, save_directory: str | Path, adapter_name: str | Sequence[str] | None = None, *, format: Format = "auto"
     ) -> None:
         """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 

@@ -267,11 +267,7 @@ class HubServer:
     """The Hub; `tokens` maps tokens to users, `page_size` is for listings."""
 
     def __init__(
-        self,
-        root: Path,
-        tokens: Mapping[str, str] | None = None,
-        xet: bool = False,
-        page_size: int = 3,
+        self, root: Path, tokens: Mapping[str, str] | None = None, xet: bool = False, page_size: int = 3
     ) -> None:
         self.tokens = {"hf_alice": "alice"} if tokens is None else dict(tokens)
         self.page_size = page_size

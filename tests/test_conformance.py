@@ -229,8 +229,7 @@ def has_prior(backbone: TinyBackbone) -> bool:
 
 
 with_a_bank = pytest.mark.parametrize(
-    "backbone",
-    [pytest.param(b, id=b.name) for label, b in PAIRS if label == "POINT_PEFT" and has_prior(b)],
+    "backbone", [pytest.param(b, id=b.name) for label, b in PAIRS if label == "POINT_PEFT" and has_prior(b)]
 )
 
 

@@ -11,12 +11,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    HfApi,
-    hf_hub_download,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     BadRequestError,
     GatedRepoError,

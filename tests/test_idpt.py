@@ -62,10 +62,7 @@ OFFICIAL = {
     "generator.joined.weight": "conv5.0.weight",
     **{
         f"generator.{ours}.{name}": f"{theirs}.{name}"
-        for ours, theirs in (
-            *((f"convolutions.{i}.norm", f"conv{i + 1}.1") for i in range(3)),
-            ("norm", "conv5.1"),
-        )
+        for ours, theirs in (*((f"convolutions.{i}.norm", f"conv{i + 1}.1") for i in range(3)), ("norm", "conv5.1"))
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     },
 }

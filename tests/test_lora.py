@@ -49,10 +49,7 @@ def test_equation(rslora, scale):
 
 def test_default_targets_and_layers():
     model = adapted(layers_to_transform=[0, 2])
-    assert [row.name for row in model.get_layer_status()] == [
-        "blocks.blocks.0.attn.qkv",
-        "blocks.blocks.2.attn.qkv",
-    ]
+    assert [row.name for row in model.get_layer_status()] == ["blocks.blocks.0.attn.qkv", "blocks.blocks.2.attn.qkv"]
     excluded = adapted(target_modules=["qkv", "fc1"], exclude_modules=r".*\.0\..*")
     assert all(".0." not in row.name for row in excluded.get_layer_status())
 
@@ -632,10 +629,7 @@ def test_equal_heads_are_taken_over_and_others_refused() -> None:
         ((["default", "other"], [1, 1], "sum", "ties"), "combination_type is 'ties'; allowed: 'linear', 'cat', 'svd'"),
         ((["default", "other"], [1, 1], "sum", "cat", 3), "svd_rank is 3; allowed: 1 or more with combination_type='s"),
         ((["default", "other"], [1, 1], "sum", "svd", 0), "svd_rank is 0; allowed"),
-        (
-            (["default", "other"], [1, 1], "sum", "linear"),
-            r"'linear' needs equal ranks, at '.*' they are \[4, 3\]:",
-        ),
+        ((["default", "other"], [1, 1], "sum", "linear"), r"'linear' needs equal ranks, at '.*' they are \[4, 3\]:"),
         ((["default", "dora"], [1, 1], "sum"), "adapter 'dora' uses DoRA, whose changes do not add up"),
         ((["default", "mixed"], [1, 1], "sum"), r"adapter 'mixed' \(LORA, LORA\) cannot be combined: only LORA alone"),
         ((["default", "fewer"], [1, 1], "sum"), "'default' and 'fewer' adapt other layers: only one has 'bare'"),

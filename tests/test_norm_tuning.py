@@ -32,8 +32,7 @@ def test_parameters_on_point_mae():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["point_mae", "pointgpt", "uni3d", "torch_pointcloud_ptv1", "torch_pointcloud_ptv3", "official_ptv2"],
+    "name", ["point_mae", "pointgpt", "uni3d", "torch_pointcloud_ptv1", "torch_pointcloud_ptv3", "official_ptv2"]
 )
 def test_tuned_tensors_are_the_norms_own(name: str):
     """LayerNorm, BatchNorm with frozen statistics, and norms that are not torch's."""

@@ -437,10 +437,7 @@ def test_layers_to_transform_as_peft_counts_them(tmp_path: Path) -> None:
     model = theirs(transformer, target_modules=["qkv", "fc1"], layers_to_transform=[1])
     model.save_pretrained(str(tmp_path))
     loaded = PointPeftModel.from_pretrained(transformer(), tmp_path)
-    assert {row.name for row in loaded.get_layer_status()} == {
-        "blocks.blocks.1.attn.qkv",
-        "blocks.blocks.1.mlp.fc1",
-    }
+    assert {row.name for row in loaded.get_layer_status()} == {"blocks.blocks.1.attn.qkv", "blocks.blocks.1.mlp.fc1"}
     close(out(loaded), out(model))
 
 

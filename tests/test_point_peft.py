@@ -573,10 +573,7 @@ def test_two_prompts_suffice_without_a_bank() -> None:
 def test_what_is_tuned_of_the_base_can_be_chosen() -> None:
     own = set(small_base().state_dict())
     some = adapted(
-        modules_to_save=[],
-        tuned_biases=["blocks.1.mlp.fc1"],
-        tuned_norms=["blocks.0.norm1"],
-        tuned_tokens=["cls_pos"],
+        modules_to_save=[], tuned_biases=["blocks.1.mlp.fc1"], tuned_norms=["blocks.0.norm1"], tuned_tokens=["cls_pos"]
     )
     tensors = get_adapter(some, "default").tensors()
     chosen = {"blocks.blocks.1.mlp.fc1.bias", "blocks.blocks.0.norm1.weight", "blocks.blocks.0.norm1.bias", "cls_pos"}

@@ -102,11 +102,7 @@ class Reading(Classifier):
         return tokens
 
 
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "torch": TorchAttention,
-    "eva": EvaAttention,
-    "joined": JoinedAttention,
-}
+KINDS: dict[str, Callable[[], nn.Module]] = {"torch": TorchAttention, "eva": EvaAttention, "joined": JoinedAttention}
 POINTS = clouds(3, 0)[0]
 TARGETS: dict[str, tuple[str, list[str]]] = {
     "in_proj": ("torch", ["attention"]),

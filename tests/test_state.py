@@ -382,8 +382,7 @@ def test_a_wrong_configuration_is_refused(saved: Path, tmp_path: Path, change: A
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"dtypes": [3]}, {"dtypes": "float32"}, {"tensors": "x"}, {"sums_sha256": None}, {"more": 1}],
+    "change", [{"dtypes": [3]}, {"dtypes": "float32"}, {"tensors": "x"}, {"sums_sha256": None}, {"more": 1}]
 )
 def test_a_wrong_fingerprint_is_refused(saved: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = copy_of(saved, tmp_path)

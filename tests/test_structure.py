@@ -77,7 +77,7 @@ READ_IN_AN_HOUR = tuple(
     )
 )
 LATE_IMPORTS: dict[str, str] = {
-    "__init__": "a method that is dropped into tuners/ is imported by the name of its folder",
+    "__init__": "a method that is dropped into tuners/ is imported by the name of its folder"
 }
 """Modules that import inside a function, with the reason."""
 SAME_NAMES = {
@@ -124,11 +124,7 @@ def package() -> list[Source]:
     return sources(PACKAGE)
 
 
-UNFINISHED: dict[str, list[str]] = {
-    "lines in all": [
-        "the package without backbones: ",
-    ],
-}
+UNFINISHED: dict[str, list[str]] = {"lines in all": ["the package without backbones: "]}
 """Rule -> beginnings of lines that it still lists. To be emptied, and then taken out."""
 
 

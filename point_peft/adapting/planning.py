@@ -22,10 +22,7 @@ from point_peft.parts.tuned import TunedModule
 
 
 def build_adapter(
-    backbone: Backbone,
-    config: PeftConfig,
-    heads: Mapping[str, HeadSource] | None,
-    saved: Sequence[str] | None = None,
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None = None
 ) -> Adapter:
     """An adapter for a backbone, complete but not attached, with the backbone's device and type.
 
@@ -59,10 +56,7 @@ class _NoNumbers(TorchFunctionMode):
 
 
 def _assemble(
-    backbone: Backbone,
-    config: PeftConfig,
-    heads: Mapping[str, HeadSource] | None,
-    saved: Sequence[str] | None,
+    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None
 ) -> Adapter:
     """An adapter as its configuration says, where and as what torch makes tensors by default."""
     adapter = Adapter(config)

@@ -269,10 +269,7 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud Point-M2AE",
         requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
         absent=("group_dividers",),
-        stage={
-            "coordinates": Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"),
-            "embedding": None,
-        },
+        stage={"coordinates": Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"), "embedding": None},
         heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
     ),
     # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.

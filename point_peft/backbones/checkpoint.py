@@ -25,11 +25,7 @@ WRAPPERS = ("module.", "base_model.")
 # Pre-training models keep the backbone under a name of their own, beside decoders and teachers. If one of these is
 # found, only the names under it are the backbone's, except those that start with the second prefix. Point-M2AE's are
 # not among them: its pre-training model calls the encoder `h_encoder.` as the models do that are made from it.
-ENCODERS = (
-    ("MAE_encoder.", None),
-    ("ACT_encoder.", None),
-    ("transformer_q.", "transformer_q.cls_head"),
-)
+ENCODERS = (("MAE_encoder.", None), ("ACT_encoder.", None), ("transformer_q.", "transformer_q.cls_head"))
 # The layers whose shape depends on the number of classes: from another data set they are left out, not refused.
 HEADS = ("cls_head_finetune.", "convs3.", "convs4.")
 

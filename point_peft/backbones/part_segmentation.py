@@ -7,13 +7,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.backbones.layers import (
-    Encoder,
-    TransformerEncoder,
-    group_divider,
-    init_weights,
-    split_features,
-)
+from point_peft.backbones.layers import Encoder, TransformerEncoder, group_divider, init_weights, split_features
 from point_peft.errors import PointPeftError
 
 

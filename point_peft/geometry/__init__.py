@@ -7,21 +7,10 @@ that lies 100 units from the origin. Half precision inputs are widened to float3
 
 from __future__ import annotations
 
-from point_peft.geometry.dense import (
-    gather,
-    interpolate,
-    inverse_distance_weights,
-    rows_of_all,
-    squared_distance,
-)
+from point_peft.geometry.dense import gather, interpolate, inverse_distance_weights, rows_of_all, squared_distance
 from point_peft.geometry.neighbours import farthest_point_sample, feature_knn, knn, nearest_interpolate
 from point_peft.geometry.offsets import as_offset, gathered, offset_of, rows_of, samples_of
-from point_peft.geometry.packed import (
-    nearest_weights,
-    ragged_farthest_point_sample,
-    ragged_interpolate,
-    ragged_knn,
-)
+from point_peft.geometry.packed import nearest_weights, ragged_farthest_point_sample, ragged_interpolate, ragged_knn
 
 __all__ = [
     "as_offset",

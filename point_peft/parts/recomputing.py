@@ -25,10 +25,5 @@ def recomputed(module: nn.Module, *args: Any, random: bool = False) -> Any:
         return functional_call(module, {**buffers, **dict(zip(parameters, given, strict=False))}, given[count:])
 
     return checkpoint(
-        run,
-        *parameters.values(),
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=random,
-        determinism_check="none",
+        run, *parameters.values(), *args, use_reentrant=False, preserve_rng_state=random, determinism_check="none"
     )

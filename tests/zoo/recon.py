@@ -95,12 +95,7 @@ class ReCon(nn.Module):
         return logits
 
 
-@register(
-    inputs=clouds,
-    slice=slice_batch,
-    heads=("cls_head_finetune",),
-    other_head=linear_head(4 * WIDTH),
-)
+@register(inputs=clouds, slice=slice_batch, heads=("cls_head_finetune",), other_head=linear_head(4 * WIDTH))
 def recon_contrast() -> nn.Module:
     """`x[:, :3]` inside the block: what is put before the fourth token takes the place of one of the three."""
     return ReCon()

@@ -82,12 +82,7 @@ class Uni3D(nn.Module):
         return embedding
 
 
-_uni3d: dict[str, Any] = {
-    "needs": NEEDS,
-    "inputs": coloured_clouds,
-    "slice": slice_batch,
-    "heads": ("trans2embed",),
-}
+_uni3d: dict[str, Any] = {"needs": NEEDS, "inputs": coloured_clouds, "slice": slice_batch, "heads": ("trans2embed",)}
 
 
 @register(**_uni3d, other_head=linear_head(WIDTH))
@@ -127,13 +122,7 @@ class PatchVit(nn.Module):
         return logits
 
 
-@register(
-    needs=NEEDS,
-    inputs=clouds,
-    slice=slice_batch,
-    heads=("head",),
-    other_head=linear_head(WIDTH),
-)
+@register(needs=NEEDS, inputs=clouds, slice=slice_batch, heads=("head",), other_head=linear_head(WIDTH))
 def timm_vit() -> nn.Module:
     """Layer scale after attention and MLP; no prefix token."""
     supply_torchvision_schemas()

@@ -65,12 +65,7 @@ def torch_pointcloud_part_seg() -> nn.Module:
 
 # ---- further vision transformers -------------------------------------------------------------------------------------
 
-_classification: dict[str, Any] = {
-    "needs": NEEDS,
-    "inputs": packed_clouds,
-    "slice": slice_packed,
-    "heads": ("head",),
-}
+_classification: dict[str, Any] = {"needs": NEEDS, "inputs": packed_clouds, "slice": slice_packed, "heads": ("head",)}
 
 
 @register(**_classification, other_head=linear_head(2 * WIDTH), random_in_training=True)

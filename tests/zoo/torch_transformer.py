@@ -63,12 +63,7 @@ class SequenceFirst(nn.Module):
         return logits
 
 
-@register(
-    inputs=partly_filled_clouds,
-    slice=slice_batch,
-    heads=("classify",),
-    other_head=linear_head(2 * WIDTH),
-)
+@register(inputs=partly_filled_clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(2 * WIDTH))
 def transformer_batch_first() -> nn.Module:
     """nn.TransformerEncoder with a key padding mask (b, l), True for padding: it changes with the batch mates.
 

@@ -12,14 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from point_peft import geometry
 from point_peft.backbones.layers import Group
 
-from .inputs import (
-    channels_first_clouds,
-    clouds,
-    featured_clouds,
-    partly_filled_clouds,
-    slice_batch,
-    slice_dict,
-)
+from .inputs import channels_first_clouds, clouds, featured_clouds, partly_filled_clouds, slice_batch, slice_dict
 from .parts import GROUP_SIZE, GROUPS, HEADS, Layer, PatchNet, Positions, Tokenizer, first_and_largest
 from .registry import CLASSES, WIDTH, Args, linear_head, register
 
@@ -84,10 +77,7 @@ def _dict_clouds(batch: int, seed: int) -> Args:
     return ({"name": torch.arange(batch), "points": clouds(batch, seed)[0]},)
 
 
-@register(
-    **{**_variant, "inputs": _dict_clouds, "slice": slice_dict},
-    select=lambda output: output["logits"],
-)
+@register(**{**_variant, "inputs": _dict_clouds, "slice": slice_dict}, select=lambda output: output["logits"])
 def dict_in_dict_out() -> nn.Module:
     """The clouds lie in a dict, and so do the logits."""
     return DictClassifier()

@@ -98,7 +98,4 @@ def _factors(
     kept = min(rank, lengths.shape[-1])
     left = einsum(left[..., :kept], lengths[..., :kept], "n out r, n r -> n out r")
     missing = rank - kept  # a layer can be narrower than the rank
-    return (
-        torch.nn.functional.pad(right[:, :kept], (0, 0, 0, missing)),
-        torch.nn.functional.pad(left, (0, missing)),
-    )
+    return (torch.nn.functional.pad(right[:, :kept], (0, 0, 0, missing)), torch.nn.functional.pad(left, (0, missing)))
