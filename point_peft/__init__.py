@@ -5,8 +5,6 @@ model = get_peft_model(backbone, PointPEFTConfig())
 model.print_trainable_parameters()
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -1,7 +1,5 @@
 """`python -m point_peft` is the command line `point-peft`."""
 
-from __future__ import annotations
-
 import sys
 
 from point_peft.cli import main

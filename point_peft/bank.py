@@ -1,7 +1,5 @@
 """A memory bank built from batches of training clouds, by one process or several."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -4,8 +4,6 @@ Exit codes: 0 all right; 1 a difference (diff) or an adapter that is not in orde
 which is one line on stderr.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.util

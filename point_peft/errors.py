@@ -1,7 +1,5 @@
 """The errors of the package; all of them are `ValueError`s, so a caller may catch that alone."""
 
-from __future__ import annotations
-
 
 class PointPeftError(ValueError):
     """Base of every error that point_peft raises on purpose."""

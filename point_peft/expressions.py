@@ -4,8 +4,6 @@ An expression may come from a stranger's file, and `re` backtracks without bound
 Python; matching it follows the set of all positions that it can have reached, which needs no backtracking.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

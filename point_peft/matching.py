@@ -4,8 +4,6 @@ The one rule for every field that names modules: a list holds names, exact or a 
 regular expression for the whole name; every list entry, and every expression, must match something.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from point_peft.errors import MatchError

@@ -1,7 +1,5 @@
 """Names near a miss, for errors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher

@@ -3,8 +3,6 @@
 JSON has neither tuples nor an order of keys: a tuple is a list there, a mapping a list of pairs, a dataclass an object.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 import types

@@ -1,7 +1,5 @@
 """The state of an adapted model: what is attached where, what is active, what is trained."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

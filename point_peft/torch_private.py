@@ -3,8 +3,6 @@
 A release of torch may change them without notice; this file is then the only one to read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """An adapter: everything that belongs to one task."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters added to a model by name, the backbone frozen under them, and taken off again."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Attach hooks to the modules of a backbone, and take them off."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

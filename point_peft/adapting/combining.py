@@ -1,7 +1,5 @@
 """An adapter made of several others, each with a weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Coordinates tapped while the model runs, and the token layout checked at every block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modules that an adapter has to itself: a trained copy of a module of the base, or a head of another shape."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

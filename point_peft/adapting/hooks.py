@@ -1,7 +1,5 @@
 """Hooks of an adapted module: functions without state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

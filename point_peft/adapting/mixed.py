@@ -3,8 +3,6 @@
 Forwards run one after another, one for each adapter, and share the backbone's frozen work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Plan an adapter: built and checked, but not attached; the backbone is not changed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

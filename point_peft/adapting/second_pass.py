@@ -25,8 +25,6 @@ may run the block again that asked, and not the second pass.
 A batch that several forwards run (`mixed`) shares one second pass among those whose groups are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Sites: what an adapted module knows of itself, and how the modules of a backbone are reached."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Adapted weights in the place of the base's: while a module runs that reads them, or merged for good."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@
 `presets` know what structure does not tell, `checking` compares an anatomy with a model.
 """
 
-from __future__ import annotations
-
 from point_peft.anatomy.description import Anatomy, Block, PrefixParameter, Read, Stage, Tap
 
 __all__ = ["Anatomy", "Block", "PrefixParameter", "Read", "Stage", "Tap"]

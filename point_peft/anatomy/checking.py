@@ -1,7 +1,5 @@
 """An anatomy checked: its values against their annotations, what it names against a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

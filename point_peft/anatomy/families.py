@@ -1,7 +1,5 @@
 """Families of models, as data: a `Preset` each for what structure does not tell; a variant says what differs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal

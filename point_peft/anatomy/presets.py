@@ -1,7 +1,5 @@
 """The anatomy of a model of a known family."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

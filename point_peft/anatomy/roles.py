@@ -1,7 +1,5 @@
 """The roles of the layers of an attention: which of query, key and value they make, as their names tell."""
 
-from __future__ import annotations
-
 import re
 
 from point_peft.anatomy.description import Block

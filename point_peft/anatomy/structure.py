@@ -1,7 +1,5 @@
 """Blocks found by their structure: an attention, a norm and a linear layer outside the attention."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise

@@ -1,7 +1,5 @@
 """The fingerprint of a backbone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """An adapter's files: their names, limits and versions, and how they are read, strictly."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

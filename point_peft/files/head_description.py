@@ -1,7 +1,5 @@
 """Heads of standard layers as JSON values, and built from them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial

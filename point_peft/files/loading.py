@@ -1,7 +1,5 @@
 """Load adapters: the statements of their files, checked against a backbone, and the adapter that they hold."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

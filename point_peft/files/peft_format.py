@@ -4,8 +4,6 @@ Its tensors are ours by name and shape. Its configuration says less: which base 
 like stand in the record in the header of the tensors. What it says of a method, the method's configuration knows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Save adapters: the configuration of each, the fingerprint of its backbone, its files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path

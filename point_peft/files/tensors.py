@@ -1,7 +1,5 @@
 """Tensors of a file checked against those of an adapter, and put in their place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -6,8 +6,6 @@ lies beside the old one until the tensors have been replaced. Whenever the proce
 adapter, the old one or the new. The tensors' file carries its own digest too, because a changed value would go unseen.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

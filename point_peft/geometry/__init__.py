@@ -5,8 +5,6 @@ Distances are taken from coordinate differences: the expanded form `|a|^2 - 2ab 
 that lies 100 units from the origin. Half precision inputs are widened to float32 first.
 """
 
-from __future__ import annotations
-
 from point_peft.geometry.dense import gather, interpolate, inverse_distance_weights, rows_of_all, squared_distance
 from point_peft.geometry.neighbours import farthest_point_sample, feature_knn, knn, nearest_interpolate
 from point_peft.geometry.offsets import as_offset, gathered, offset_of, rows_of, samples_of

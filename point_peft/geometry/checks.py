@@ -1,7 +1,5 @@
 """Checks that functions on points share."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Sampling and neighbours for compilers and exporters: one call in their graph, or a loop."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

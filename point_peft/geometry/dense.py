@@ -1,7 +1,5 @@
 """Distances, gathering and interpolation on dense clouds (b, n, 3)."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

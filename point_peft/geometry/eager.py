@@ -1,7 +1,5 @@
 """Sampling and neighbours as they are computed in eager mode."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

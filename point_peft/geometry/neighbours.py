@@ -1,7 +1,5 @@
 """Farthest points and nearest neighbours of dense clouds, whoever runs: eager mode, a compiler or an exporter."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Samples of packed points: offsets and sample numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -6,8 +6,6 @@ the end before it. A sample's result depends on its own points alone, bit for bi
 Distances are taken from coordinate differences, and half precision is widened to float32, as in `geometry`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

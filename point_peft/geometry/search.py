@@ -1,7 +1,5 @@
 """Search trees over packed points."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

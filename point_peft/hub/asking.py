@@ -1,7 +1,5 @@
 """Requests to the Hub: retried where that helps, and their failures in plain words."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

@@ -4,8 +4,6 @@ What is written here stands between two lines that are comments in Markdown, the
 section anew, and the fields of the YAML above it that it states. All else in the file is its owner's and stays.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -1,7 +1,5 @@
 """Push adapters: one commit."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A backbone as a method sees it while it plans."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

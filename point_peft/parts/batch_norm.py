@@ -1,7 +1,5 @@
 """BatchNorm inside an adapter, whose forward may be run again by gradient checkpointing."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """Bottleneck adapters."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """Training the prefix tokens of a backbone (CLS and the like) and their positions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

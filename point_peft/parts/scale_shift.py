@@ -1,7 +1,5 @@
 """Scaling and shifting channels: of what a layer gives, or of patch tokens where a module makes them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

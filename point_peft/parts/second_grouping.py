@@ -1,7 +1,5 @@
 """Further tokens of a cloud, from groupings of a method's own: made in the stem, carried through all blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Trained copies of the backbone's own tensors and modules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

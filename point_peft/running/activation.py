@@ -4,8 +4,6 @@ Context variables keep it, so that threads and tasks do not see each other. `tor
 traced asks the model itself.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar

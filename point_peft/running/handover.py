@@ -1,7 +1,5 @@
 """Tensors that parts hand on: from one block to a later one, and from one hook of a call to another."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 
 import torch

@@ -1,7 +1,5 @@
 """Auxiliary losses: what the parts of a forward add to the training loss, kept until the next forward."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -8,8 +8,6 @@ Gradient checkpointing of a block or of the module that reads works; of a part o
 because what is run again then runs outside the reader: torch's non-reentrant kind says so with an error.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -36,8 +36,6 @@ the block the first time and does not run again, therefore leaves the generators
 (`after_parts`). A forward that runs under `torch.compile` is traced with its backward pass and needs none of this.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from typing import Any, Protocol

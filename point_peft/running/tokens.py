@@ -4,8 +4,6 @@ Tokens are (b, l, c) in layout "bgc" and (l, b, c) in layout "gbc"; l counts pre
 tokens (n, c) are those of all samples one after another; they take no prompts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

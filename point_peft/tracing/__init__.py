@@ -4,8 +4,6 @@
 `surroundings` the stem, heads and prefix tokens; `trial` puts prompts among the tokens.
 """
 
-from __future__ import annotations
-
 from point_peft.tracing.understanding import understand
 
 __all__ = ["understand"]

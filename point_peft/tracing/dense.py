@@ -1,7 +1,5 @@
 """The stage of blocks on dense tokens, as a trace shows it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import combinations, pairwise
 

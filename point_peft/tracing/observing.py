@@ -3,8 +3,6 @@
 Tensors are kept as they were at the time, and as they are in the autograd graph, which tells dependencies exactly.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

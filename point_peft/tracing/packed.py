@@ -1,7 +1,5 @@
 """The stage of blocks on packed tokens, as a trace shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations

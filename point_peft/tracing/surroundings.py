@@ -1,7 +1,5 @@
 """The surroundings of the blocks, as a trace shows them: stem, heads, norms, prefix tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Prompts put among the tokens of a backbone on trial: whether its blocks take them, and whether they are attended."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations, product

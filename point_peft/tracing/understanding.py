@@ -7,8 +7,6 @@ of each token to the coordinates lies on its own. What is added to prefix tokens
 prompts are tried.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ A folder `point_peft/tuners` anywhere on the path of modules is searched too: a 
 without a line being edited.
 """
 
-from __future__ import annotations
-
 from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)

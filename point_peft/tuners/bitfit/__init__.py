@@ -19,8 +19,6 @@ Deviations from the published code, each with its reason:
   that have one, a softmax takes that of the keys away. `target_modules` can name them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

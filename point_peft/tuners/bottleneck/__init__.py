@@ -31,8 +31,6 @@ Deviations from the published code, each with its reason:
 - Where an attention's projection is not called (`nn.MultiheadAttention`), "houlsby" acts on what the attention gives.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -46,8 +46,6 @@ Deviations from the published code, each with its reason:
 - Where the prediction is made from the prefix tokens alone, nothing acts on the last block's patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

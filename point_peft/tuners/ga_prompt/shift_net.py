@@ -1,7 +1,5 @@
 """The ShiftNet of GAPrompt: a small PointNet++ that moves the points of a cloud and describes its shape."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn

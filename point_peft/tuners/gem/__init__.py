@@ -35,8 +35,6 @@ Deviations from the published code, each with its reason:
 - Prefix tokens (CLS and the like) have no place in space and do not change; they attend to the patches in the block.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

@@ -1,7 +1,5 @@
 """The context adapter: a few latent tokens look at all tokens of a scene, and these at the latents."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

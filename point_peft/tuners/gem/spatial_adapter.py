@@ -1,7 +1,5 @@
 """The spatial adapter: a bottleneck around a convolution over the cells beside each token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

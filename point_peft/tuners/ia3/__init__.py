@@ -22,8 +22,6 @@ Deviations from the published code, each with its reason:
   scaled.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

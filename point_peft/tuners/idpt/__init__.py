@@ -27,8 +27,6 @@ Deviations from the published code, each with its reason:
 - With the backbone's own head the prompt acts through attention alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar

@@ -1,7 +1,5 @@
 """The prompt generator of IDPT: a DGCNN on the patch tokens."""
 
-from __future__ import annotations
-
 import torch
 from einops import reduce
 from torch import Tensor, nn

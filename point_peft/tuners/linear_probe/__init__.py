@@ -12,8 +12,6 @@ When to use it: to see what a pre-trained backbone knows by itself, and as the b
 beat; it needs no gradient through the backbone, so a step costs about as much as inference.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -26,8 +26,6 @@ Deviations from the published code, each with its reason:
 - a row of the base that is zero keeps a magnitude of zero, and is not divided by its length.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

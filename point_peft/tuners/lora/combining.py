@@ -1,7 +1,5 @@
 """The factors of several LoRA adapters, each with a weight, as those of one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

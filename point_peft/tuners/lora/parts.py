@@ -1,7 +1,5 @@
 """LoRA at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k and v."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

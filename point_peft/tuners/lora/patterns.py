@@ -1,7 +1,5 @@
 """Values by layer: what `rank_pattern` and `alpha_pattern` say."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar

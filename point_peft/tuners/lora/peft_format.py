@@ -1,7 +1,5 @@
 """LoRA as PEFT's configuration says it; what that says and is not implemented here is refused by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -15,8 +15,6 @@ When to use it: as the smallest baseline that is worth beating, and for few-shot
 hardly overfit. With more data, SSF or LoRA reach further.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -41,8 +41,6 @@ Deviations from the published code, each with its reason:
   would read it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

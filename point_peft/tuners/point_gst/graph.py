@@ -1,7 +1,5 @@
 """Graphs of points and their Fourier bases: the eigenvectors of normalised Laplacians."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -35,8 +35,6 @@ Deviations from the published code, each with its reason:
 - only the positions of selected tokens are computed: no other is used.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The token selection of PointLoRA: which tokens of further groupings join the sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -28,8 +28,6 @@ Deviations from the published code, each with its reason:
 - what M1 and M2 add is not written into slices of the tokens: that breaks autograd and compilation in places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

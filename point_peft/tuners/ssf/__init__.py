@@ -27,8 +27,6 @@ Deviations from the published code, each with its reason:
   weight alone, and there is no beta.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

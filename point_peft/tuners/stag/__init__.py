@@ -33,8 +33,6 @@ Deviations from the published code, each with its reason:
 - Packed tokens (PTv3 and the like) find their neighbours within their sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """The side network of STAG: what it reads of the backbone's tokens, its graph convolution, what it gives back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

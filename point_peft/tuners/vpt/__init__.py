@@ -23,8 +23,6 @@ Deviations from the code that is used for point clouds (the baseline in IDPT's r
   mask would keep every token from attending to them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
