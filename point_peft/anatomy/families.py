@@ -66,31 +66,28 @@ def variant(preset: Preset, *, stage: Mapping[str, Any], **differs: Any) -> Pres
     return replace(preset, stages=(replace(preset.stages[0], **stage),), **differs)
 
 
+def _given(module: str, *steps: int | str, else_steps: Steps = ()) -> Tap:
+    return Tap(module=module, side="input", steps=steps, else_steps=else_steps)
+
+
+def _made(module: str, *steps: int | str) -> Tap:
+    return Tap(module=module, side="output", steps=steps)
+
+
+def _graph_stage(blocks: str, *samples: Tap) -> StagePreset:
+    """A stage of torch-pointcloud's blocks on graphs of packed points."""
+    return StagePreset(blocks=blocks, coordinates=_given("{first}", 1), samples=samples, layout="packed")
+
+
 _PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
 _HIERARCHICAL_PARTS = (
-    "label_conv",
-    *(f"propagations.{level}" for level in range(3)),
-    "convs1",
-    "bns1",
-    "convs2",
-    "bns2",
-    "convs3",
-    "bns3",
-    "convs4",
+    *("label_conv", "propagations.0", "propagations.1", "propagations.2"),
+    *("convs1", "bns1", "convs2", "bns2", "convs3", "bns3", "convs4"),
 )
-_GROUPED = Tap(module="group_divider", side="output", steps=(1,))
-_CLOUD = Tap(module="group_divider", side="input")
-_GRAPH_ENCODER = StagePreset(
-    blocks=r"encoder\.blocks\.\d+\.blocks\.\d+",
-    coordinates=Tap(module="{first}", side="input", steps=(1,)),
-    samples=(
-        Tap(module="{above}", side="input", steps=(2,)),
-        Tap(module="{above}.downsample", side="output", steps=(2,)),
-    ),
-    layout="packed",
+_GRAPH_ENCODER = _graph_stage(
+    r"encoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 2), _made("{above}.downsample", 2)
 )
 _SCENE_HEADS = ("seg_head", "cls_head")
-_EMBEDDED = Tap(module="pos_embed", side="input")
 # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
 _POINT_MAE = Preset(
     name="Point-MAE family",
@@ -99,8 +96,8 @@ _POINT_MAE = Preset(
     stages=(
         StagePreset(
             blocks=r"blocks\.blocks\.\d+",
-            coordinates=_GROUPED,
-            points=_CLOUD,
+            coordinates=_made("group_divider", 1),
+            points=_given("group_divider"),
             embedding="pos_embed",
             patch_tokens=("encoder", "reduce_dim"),
             neighbourhoods=True,
@@ -111,19 +108,8 @@ _POINT_MAE = Preset(
     positions=("cls_pos", "img_pos", "text_pos"),
     final_norms=("norm",),
     heads=(
-        "cls_head_finetune",
-        "label_conv",
-        "propagation_0",
-        "convs1",
-        "bns1",
-        "convs2",
-        "bns2",
-        "convs3",
-        "convs1_cls",
-        "bns1_cls",
-        "convs2_cls",
-        "bns2_cls",
-        "convs3_cls",
+        *("cls_head_finetune", *_PART_SEGMENTATION),
+        *("convs1_cls", "bns1_cls", "convs2_cls", "bns2_cls", "convs3_cls"),
     ),
 )
 # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
@@ -133,8 +119,8 @@ _POINT_GPT = Preset(
     stages=(
         StagePreset(
             blocks=r"blocks\.layers\.\d+",
-            coordinates=_GROUPED,
-            points=_CLOUD,
+            coordinates=_made("group_divider", 1),
+            points=_given("group_divider"),
             patch_tokens=("encoder",),
             neighbourhoods=True,
             layout="gbc",
@@ -155,9 +141,9 @@ _POINT_M2AE = Preset(
     stages=(
         StagePreset(
             blocks=r"h_encoder\.encoder_blocks\.\d+\.blocks\.\d+",
-            coordinates=Tap(module="group_dividers.{stage}", side="output", steps=(1,)),
+            coordinates=_made("group_dividers.{stage}", 1),
             embedding="h_encoder.encoder_pos_embeds.{stage}",
-            points=Tap(module="group_dividers.{stage}", side="input"),
+            points=_given("group_dividers.{stage}"),
             patch_tokens=("h_encoder.token_embed.{stage}",),
             masks=((1,),),
         ),
@@ -166,6 +152,23 @@ _POINT_M2AE = Preset(
     final_norms=("norm", "h_encoder.encoder_norms.2"),
     heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
 )
+_POINT_VIT = Preset(
+    name="openpoints PointViT",
+    requires=("encoder.blocks.0", "encoder.patch_embed", "encoder.proj", "encoder.pos_embed", "encoder.norm"),
+    stages=(
+        StagePreset(
+            blocks=r"encoder\.blocks\.\d+",
+            coordinates=_made("encoder.patch_embed", 0, 1),
+            embedding="encoder.pos_embed",
+            patch_tokens=("encoder.proj",),
+        ),
+    ),
+    stem=("encoder.patch_embed", "encoder.proj"),
+    tokens=("encoder.cls_token",),
+    positions=("encoder.cls_pos",),
+    final_norms=("encoder.norm",),
+    heads=("prediction",),
+)
 # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
 _PTV1 = Preset(
     name="PTv1",
@@ -173,8 +176,8 @@ _PTV1 = Preset(
     stages=(
         StagePreset(
             blocks=r"(?:enc|dec)\d+\.\d+",
-            coordinates=Tap(module="{first}", side="input", steps=(0, 0)),
-            samples=(Tap(module="{first}", side="input", steps=(0, 2)),),
+            coordinates=_given("{first}", 0, 0),
+            samples=(_given("{first}", 0, 2),),
             layout="packed",
             tokens=(0, 1),
             outputs=((1,),),
@@ -187,19 +190,17 @@ PRESETS: tuple[Preset, ...] = (
     _POINT_GPT,
     _POINT_M2AE,
     # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
-    Preset(
+    variant(
+        _POINT_MAE,
         name="Uni3D",
         requires=("visual.blocks.0", "group_divider", "encoder", "pos_embed", "visual.fc_norm"),
-        stages=(
-            StagePreset(
-                blocks=r"visual\.blocks\.\d+",
-                coordinates=_GROUPED,
-                points=_CLOUD,
-                embedding="pos_embed",
-                patch_tokens=("encoder", "encoder2trans"),
-                position="once",
-            ),
-        ),
+        absent=(),
+        stage={
+            "blocks": r"visual\.blocks\.\d+",
+            "patch_tokens": ("encoder", "encoder2trans"),
+            "neighbourhoods": False,
+            "position": "once",
+        },
         stem=("group_divider", "encoder", "encoder2trans"),
         tokens=("cls_token",),
         positions=("cls_pos",),
@@ -208,50 +209,27 @@ PRESETS: tuple[Preset, ...] = (
         patches_read=False,
         reads=r"visual\.blocks\.\d+\.attn\.qkv",
     ),
-    # openpoints' PointViT.
-    Preset(
-        name="openpoints PointViT",
-        requires=("encoder.blocks.0", "encoder.patch_embed", "encoder.proj", "encoder.pos_embed", "encoder.norm"),
-        stages=(
-            StagePreset(
-                blocks=r"encoder\.blocks\.\d+",
-                coordinates=Tap(module="encoder.patch_embed", side="output", steps=(0, 1)),
-                embedding="encoder.pos_embed",
-                patch_tokens=("encoder.proj",),
-            ),
-        ),
-        stem=("encoder.patch_embed", "encoder.proj"),
-        tokens=("encoder.cls_token",),
-        positions=("encoder.cls_pos",),
-        final_norms=("encoder.norm",),
-        heads=("prediction",),
-    ),
+    _POINT_VIT,
     # torch-pointcloud's: grouping is a function, what it gives is first seen as the input of the positional embedding.
     variant(
         _POINT_MAE,
         name="torch-pointcloud Point-MAE",
         requires=("blocks.blocks.0", "encoder", "pos_embed", "norm_f", "head"),
         absent=("group_divider",),
-        stage={"coordinates": _EMBEDDED},
+        stage={"coordinates": _given("pos_embed")},
         final_norms=("norm_f",),
         heads=("label_conv", "propagation_0", "head"),
     ),
-    Preset(
+    variant(
+        _POINT_VIT,
         name="torch-pointcloud Point-BERT",
         requires=("encoder.blocks.0", "encoder.encoder", "encoder.reduce_dim", "encoder.pos_embed", "head"),
-        stages=(
-            StagePreset(
-                blocks=r"encoder\.blocks\.\d+",
-                coordinates=Tap(module="encoder.pos_embed", side="input"),
-                embedding="encoder.pos_embed",
-                patch_tokens=("encoder.encoder", "encoder.reduce_dim"),
-                neighbourhoods=True,
-            ),
-        ),
+        stage={
+            "coordinates": _given("encoder.pos_embed"),
+            "patch_tokens": ("encoder.encoder", "encoder.reduce_dim"),
+            "neighbourhoods": True,
+        },
         stem=("encoder.encoder", "encoder.reduce_dim"),
-        tokens=("encoder.cls_token",),
-        positions=("encoder.cls_pos",),
-        final_norms=("encoder.norm",),
         heads=("head",),
     ),
     variant(
@@ -259,7 +237,7 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud PointGPT",
         requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
         absent=("group_divider",),
-        stage={"coordinates": _EMBEDDED},
+        stage={"coordinates": _given("pos_embed")},
         heads=("cls_norm", "head"),
     ),
     variant(
@@ -267,7 +245,7 @@ PRESETS: tuple[Preset, ...] = (
         name="torch-pointcloud Point-M2AE",
         requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
         absent=("group_dividers",),
-        stage={"coordinates": Tap(module="h_encoder.encoder_pos_embeds.{stage}", side="input"), "embedding": None},
+        stage={"coordinates": _given("h_encoder.encoder_pos_embeds.{stage}"), "embedding": None},
         heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
     ),
     # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.
@@ -277,8 +255,8 @@ PRESETS: tuple[Preset, ...] = (
         stages=(
             StagePreset(
                 blocks=r"(?:enc\.enc|dec\.dec)\d+\.block\d+",
-                coordinates=Tap(module="{first}", side="input", steps=(0, "coord")),
-                samples=(Tap(module="{first}", side="input", steps=(0, "batch"), else_steps=(0, "offset")),),
+                coordinates=_given("{first}", 0, "coord"),
+                samples=(_given("{first}", 0, "batch", else_steps=(0, "offset")),),
                 layout="packed",
                 tokens=(0, "feat"),
                 outputs=(("feat",), ("sparse_conv_feat", "features")),
@@ -301,8 +279,8 @@ PRESETS: tuple[Preset, ...] = (
         stages=(
             StagePreset(
                 blocks=r"(?:encoder|decoder)\.blocks\.\d+\.blocks\.\d+",
-                coordinates=Tap(module="{first}", side="input", steps=(2,)),
-                samples=(Tap(module="{first}", side="input", steps=(3,)),),
+                coordinates=_given("{first}", 2),
+                samples=(_given("{first}", 3),),
                 layout="packed",
                 outputs=((0,), (1, "features")),
                 mlp_norm="norm2",
@@ -313,14 +291,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         name="torch-pointcloud PTv2",
         requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
-        stages=(
-            _GRAPH_ENCODER,
-            replace(
-                _GRAPH_ENCODER,
-                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
-                samples=(Tap(module="{above}", side="input", steps=(3,)),),
-            ),
-        ),
+        stages=(_GRAPH_ENCODER, _graph_stage(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 3))),
         heads=("head",),
     ),
     Preset(
@@ -328,16 +299,8 @@ PRESETS: tuple[Preset, ...] = (
         requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
         stages=(
             _GRAPH_ENCODER,
-            replace(
-                _GRAPH_ENCODER,
-                blocks=r"decoder\.global_block",
-                samples=(Tap(module="decoder.global_transition", side="input", steps=(1,)),),
-            ),
-            replace(
-                _GRAPH_ENCODER,
-                blocks=r"decoder\.blocks\.\d+\.blocks\.\d+",
-                samples=(Tap(module="{above}.upsample", side="input", steps=(5,)),),
-            ),
+            _graph_stage(r"decoder\.global_block", _given("decoder.global_transition", 1)),
+            _graph_stage(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}.upsample", 5)),
         ),
         heads=("head",),
     ),
