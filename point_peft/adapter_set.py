@@ -32,8 +32,7 @@ from point_peft.hub.card import card_of, for_repository
 from point_peft.hub.pulling import Place, Token, check_names, folder_of
 from point_peft.hub.pushing import Upload, files_below, push
 from point_peft.running.activation import Key, active_adapters
-from point_peft.running.forward import Forward
-from point_peft.running.losses import auxiliary_losses
+from point_peft.running.forward import Forward, auxiliary_losses
 from point_peft.running.nested import call_arguments
 from point_peft.status import LayerStatus, ModelStatus
 from point_peft.version import __version__

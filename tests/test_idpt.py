@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from point_peft import AnatomyError, IDPTConfig, PeftConfig, PointPeftError, VPTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.idpt.generator import EdgeConv, PromptGenerator
+from point_peft.tuners.idpt import EdgeConv, PromptGenerator
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from point_peft import AnatomyError, PointGSTConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from point_peft.running.seen import Seen
+from point_peft.running.forward import Seen
 from point_peft.tuners.point_gst import SpectralPart, graph
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping

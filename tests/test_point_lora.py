@@ -12,8 +12,7 @@ from point_peft import AdapterError, AnatomyError, PointLoRAConfig, PointPeftErr
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.point_lora import LowRankPart
-from point_peft.tuners.point_lora.selection import SelectedTokens, negative_entropy, straight_through
+from point_peft.tuners.point_lora import LowRankPart, SelectedTokens, negative_entropy, straight_through
 from tests import golden
 from tests.adapting import gradients
 from tests.recording import Sequences

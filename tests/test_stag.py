@@ -10,7 +10,7 @@ from point_peft import AdapterError, AnatomyError, PointPeftError, PointPeftMode
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.geometry.dense import squared_distance
-from point_peft.tuners.stag.side_network import SideNetwork
+from point_peft.tuners.stag import SideNetwork
 from tests import golden
 from tests.adapting import adapt, distance
 from tests.test_golden_base import Recorder, compare, grouping

@@ -37,8 +37,7 @@ from point_peft.adapting.site import backbone_modules
 from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
 from point_peft.files.peft_format import to_peft
 from point_peft.running.activation import _active
-from point_peft.running.forward import _forward
-from point_peft.running.losses import _losses
+from point_peft.running.forward import _forward, _losses
 from point_peft.schema import to_json
 from tests.adapting import (
     adapt,

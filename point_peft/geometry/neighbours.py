@@ -5,10 +5,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
-from point_peft.geometry.checks import check_points, check_same_batch, wide
-from point_peft.geometry.compiled import CAN_SCAN, farthest_by_scan, farthest_op, nearest_op
-from point_peft.geometry.dense import gather, rows_of_all
+from point_peft.geometry.dense import check_points, check_same_batch, gather, rows_of_all, wide
 from point_peft.geometry.eager import farthest_in_loop, nearest_in_chunks
+from point_peft.torch_private import scan
 
 
 def farthest_point_sample(points: Tensor, count: int) -> Tensor:
@@ -24,7 +23,7 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
         # One call in the graph: unrolled, the loop takes long to compile, and inductor of torch 2.13 gets it wrong.
         sampled: Tensor = farthest_op(points, count)
         return sampled
-    if torch.compiler.is_compiling() and CAN_SCAN:
+    if torch.compiler.is_compiling() and scan is not None:
         return farthest_by_scan(points, count)
     return farthest_in_loop(points, count)
 
@@ -85,3 +84,46 @@ def nearest_interpolate(features: Tensor, sources: Tensor, queries: Tensor, k: i
         per_sample_weights=rearrange(weights, "b m k -> (b m) k").to(features.dtype),
     )
     return rearrange(summed, "(b m) c -> b m c", m=queries.shape[1])
+
+
+def farthest_by_scan(points: Tensor, count: int) -> Tensor:
+    """For torch.export and ONNX: a loop in the graph, where the plain one would be `count` copies of its body."""
+
+    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        nearest, last = state
+        dx, dy, dz = (axis - axis.gather(1, last[:, None]) for axis in (x, y, z))
+        nearest = torch.minimum(nearest, dx * dx + dy * dy + dz * dz)
+        return (nearest, nearest.argmax(dim=1)), last.clone()
+
+    with torch.no_grad():
+        x, y, z = (axis.clone(memory_format=torch.contiguous_format) for axis in points.unbind(2))
+        nearest = points.new_full(points.shape[:2], torch.inf)
+        first = torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)
+        index: Tensor
+        _, index = scan(step, (nearest, first), torch.zeros(count, device=points.device))
+        return rearrange(index, "count b -> b count")
+
+
+farthest_op = torch.library.custom_op(
+    "point_peft::farthest_point_sample",
+    farthest_in_loop,
+    mutates_args=(),
+    schema="(Tensor points, SymInt count) -> Tensor",
+)
+
+
+@farthest_op.register_fake
+def _(points: Tensor, count: int) -> Tensor:
+    return points.new_empty(points.shape[0], count, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "point_peft::nearest", mutates_args=(), schema="(Tensor queries, Tensor points, SymInt k) -> Tensor"
+)
+def nearest_op(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    return nearest_in_chunks(queries, points, k)
+
+
+@nearest_op.register_fake
+def _(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    return points.new_empty(*queries.shape[:2], k, dtype=torch.int64)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Block, Tap
-from point_peft.anatomy.roles import projects
-from point_peft.anatomy.structure import is_norm, weight_to_adapt
+from point_peft.anatomy.structure import is_norm, projects, weight_to_adapt
 from point_peft.parts.base import Call, Part
 from point_peft.parts.tuned import per_channel
 from point_peft.running.nested import Args, Kwargs, fetch, put

@@ -10,24 +10,52 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy
-from point_peft.running import losses
 from point_peft.running.activation import Key, PerModel, active_adapters
 from point_peft.running.handover import Handover
 from point_peft.running.nested import Args, Kwargs
 from point_peft.running.replay import resumed
 from point_peft.running.second import Second, Start
-from point_peft.running.seen import Seen
 from point_peft.running.stem import Stem
 from point_peft.torch_private import graph_task
 
 T = TypeVar("T")
+
+
+@dataclass
+class Seen:
+    """Filled by the taps of a forward, read by parts at blocks; it lives as long as the forward's record.
+
+    That is beyond the forward where checkpointing may run a block again, which then reads it again.
+    """
+
+    coordinates: dict[int, Tensor] = field(default_factory=dict)
+    """Stage -> coordinates (b, g, 3) of its patch tokens, in token order; of packed tokens (n, 3)."""
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    """Stage -> for packed tokens, which sample each belongs to: numbers (n,) or ends of samples (b,)."""
+    patches: dict[int, Tensor] = field(default_factory=dict)
+    """Stage -> patch embedding (b, g, c), before positions are added."""
+    points: dict[int, Tensor] = field(default_factory=dict)
+    """Stage -> the clouds (b, n, 3) that its tokens were grouped from."""
+    misplaced: dict[int, str] = field(default_factory=dict)
+    """Stage -> the error of its coordinates, for those that need them."""
+    begun: set[int] = field(default_factory=set)
+    """Stages of which a block has run."""
+    first: tuple[str, int] | None = None
+    """The kind of what was seen first, and its stage."""
+
+    def again(self) -> Seen:
+        """The same for a pass that goes on from here; no block has run in it."""
+        copied = Seen()
+        for name in ("coordinates", "samples", "patches", "points", "misplaced"):
+            setattr(copied, name, dict(getattr(self, name)))
+        return copied
 
 
 class Root(Protocol):
@@ -126,6 +154,7 @@ class Shared:
 _forward: PerModel[Forward] = PerModel("point_peft_forward")
 _direct: PerModel[Forward] = PerModel("point_peft_direct")
 _replica: PerModel[Root] = PerModel("point_peft_replica")
+_losses: PerModel[tuple[Tensor, ...]] = PerModel("point_peft_losses")
 
 
 # ---- forwards of the model -------------------------------------------------------------------------------------------
@@ -162,11 +191,23 @@ def close_forward(forward: Forward) -> None:
     forward.second.forget()
     forward.handover.end()
     if forward.parent is None:
-        losses.keep_losses(forward.root, forward.losses)
+        _keep_losses(forward.root, forward.losses)
     reopen(forward.root, forward.parent)
     forward.parent = None
     if not torch.compiler.is_compiling():
         _direct.set(forward.root.key, None)
+
+
+def _keep_losses(root: Root, losses: list[Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        root.losses = tuple(losses)
+    elif losses or _losses.get(root.key):
+        _losses.set(root.key, tuple(losses))
+
+
+def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:
+    """The terms that parts added to the training loss in the last forward of this thread or task."""
+    return _losses.get(root.key) or root.losses
 
 
 def opened(root: Root) -> Forward | None:
@@ -232,7 +273,8 @@ def restart_direct(root: Root, what: str, stage: int) -> None:
 
 def forget(root: Root) -> None:
     """Let go of what this thread or task keeps of its last forward: an adapter that it used may be gone."""
-    losses.forget_losses(root)
+    root.losses = ()
+    _losses.set(root.key, None)
     _direct.set(root.key, None)
 
 

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
-from point_peft.anatomy.roles import projects
-from point_peft.anatomy.structure import linear_shape, mlp_linears
+from point_peft.anatomy.structure import linear_shape, mlp_linears, projects
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone

@@ -35,8 +35,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
-from point_peft.anatomy.roles import projects
-from point_peft.anatomy.structure import weight_to_adapt
+from point_peft.anatomy.structure import projects, weight_to_adapt
 from point_peft.config import Combination, TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone

@@ -33,21 +33,23 @@ Deviations from the published code, each with its reason:
 - Packed tokens (PTv3 and the like) find their neighbours within their sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from point_peft import geometry
 from point_peft.anatomy.description import Block, Stage
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.parts.backbone import Backbone
-from point_peft.parts.base import Blueprint, Call
+from point_peft.parts.base import Blueprint, Call, SharedState
 from point_peft.parts.sequence import SequencePart, check_located
+from point_peft.running.forward import Forward
 from point_peft.running.nested import Args, Kwargs
 from point_peft.schema import Count, Limit
-from point_peft.tuners.stag.side_network import GraphModule, SideNetwork, neighbours
 
 # Blocks that share a down-projection and blocks that share a graph module, where not all of them do.
 DOWN_GROUP = 3
@@ -186,3 +188,50 @@ class SidePart(SequencePart):
             tokens = call.forward.handover.take(self.key(call, f"tokens of stage {self.number}"), call.path)
         # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
         return received if tokens is None or tokens.shape != received.shape else tokens
+
+
+class SideNetwork(SharedState):
+    """The down-projections and graph modules that the blocks of one stage share, by the number of their first block."""
+
+    def __init__(
+        self, prefix: str, channels: int, width: int, down: Iterable[str], graph: Iterable[str], *, gated: bool
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.down = nn.ModuleDict({name: nn.Linear(channels, width) for name in down})
+        self.graph = nn.ModuleDict({name: GraphModule(channels, width, gated=gated) for name in graph})
+
+
+class GraphModule(nn.Module):
+    """One step of the side tokens among their neighbours, and what they displace the backbone's tokens by."""
+
+    def __init__(self, channels: int, width: int, *, gated: bool) -> None:
+        super().__init__()
+        self.own = nn.Linear(width, width)
+        self.neighbour = nn.Linear(width, width)
+        self.mix = nn.Linear(width, width)
+        self.up = nn.Linear(width, channels)
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(self, side: Tensor, neighbour: Tensor) -> tuple[Tensor, Tensor]:
+        """Side tokens (b, g, w) after the step, and displacements (b, g, c); `neighbour` (b, g, k) are indices."""
+        # Unlike amax, max keeps only the indices for the backward pass.
+        near = geometry.gather(self.neighbour(side), neighbour).max(dim=2).values
+        side = self.mix(self.own(side) + near)
+        displaced = nn.functional.relu(self.up(side))
+        return side, displaced if self.gate is None else self.gate * displaced
+
+
+def neighbours(forward: Forward, stage: int, k: int) -> Tensor:
+    """Indices (b, g, k) of the patch tokens nearest to each, or packed (1, n, k); once per forward."""
+    points = forward.seen.coordinates[stage]
+    if stage in forward.seen.samples:
+        return forward.once(("stag", stage, k), lambda: _packed(points, forward.seen.samples[stage], k))
+    return forward.once(("stag", stage, k), lambda: geometry.knn(points, points, min(k, points.shape[1])))
+
+
+def _packed(points: Tensor, samples: Tensor, k: int) -> Tensor:
+    order, ends = geometry.gathered(samples, len(points))
+    points = points.detach()[order]
+    nearest = order[geometry.ragged_knn(points, ends, points, ends, k)]
+    return nearest[order.argsort()][None]
