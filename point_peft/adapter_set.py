@@ -33,7 +33,7 @@ from point_peft.hub.pulling import Place, Token, check_names, folder_of
 from point_peft.hub.pushing import Upload, files_below, push
 from point_peft.running.activation import Key, active_adapters
 from point_peft.running.forward import Forward, auxiliary_losses
-from point_peft.running.nested import call_arguments
+from point_peft.running.nested import Args, call_arguments
 from point_peft.status import LayerStatus, ModelStatus
 from point_peft.version import __version__
 
@@ -224,9 +224,7 @@ class AdapterSet(nn.Module):
         check_unmerged(self.merged, "adapters cannot take turns")
         return mixed.forward_tasks(self, *call_arguments(inputs), adding.task_names(self.adapters, tasks))
 
-    def forward_mixed(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]
-    ) -> Any:
+    def forward_mixed(self, args: Args, kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]) -> Any:
         """The output for a batch, each sample with its own adapter; None is the plain backbone.
 
         Each output equals that of its adapter alone. Adapters run one after another, each on its samples; the stem runs
@@ -237,9 +235,7 @@ class AdapterSet(nn.Module):
         check_unmerged(self.merged, "adapters cannot take turns")
         names = adding.task_names(self.adapters, adapter_names)
         if any(module.training for module in (self, self.base_model)):
-            raise AdapterError(
-                "adapter_names is for inference: call model.eval() first, or train one adapter at a time"
-            )
+            raise AdapterError("adapter_names is for inference: call model.eval() first, or train one at a time")
         return mixed.forward_mixed(self, args, dict(kwargs), names)
 
     # ---- what is trained, and how things stand ----

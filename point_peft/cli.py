@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("describe", help="say what point_peft understands of a backbone")
     command.add_argument("model", metavar="MODEL", help=_MODEL)
-    command.add_argument(
-        "--input", metavar="SHAPE", type=_shape, help="run it on random clouds of this shape, such as 2,1024,3"
-    )
+    command.add_argument("--input", metavar="SHAPE", type=_shape, help="run it on random clouds, such as 2,1024,3")
     command.set_defaults(run=_describe)
 
     command = commands.add_parser("merge", help="fold an adapter into the weights of its backbone")
@@ -181,6 +179,7 @@ def _report(folder: Path) -> dict[str, Any]:
     if left := leftovers(folder):
         problems.append(f"an interrupted save has left {', '.join(left)}; the next save removes it")
     heads, saved = about.get("heads"), about.get("modules_to_save")
+    named = saved if isinstance(saved, list) else ()  # all that PEFT's files say of them
     return {
         "folder": str(folder),
         "format": "point_peft" if files.config["peft_type"] == PEFT_TYPE else "PEFT",
@@ -192,10 +191,7 @@ def _report(folder: Path) -> dict[str, Any]:
             "fingerprint": about.get("base_fingerprint"),
         },
         "adapted_modules": about.get("adapted_modules"),
-        # PEFT's files name them only.
-        "heads": heads
-        if isinstance(heads, dict)
-        else dict.fromkeys(map(str, saved if isinstance(saved, list) else ())),
+        "heads": heads if isinstance(heads, dict) else dict.fromkeys(map(str, named)),
         "parameters": sum(tensor.numel() for tensor in files.tensors.values()),
         "bytes": (folder / TENSOR_FILE).stat().st_size,
         "tensors": {

@@ -44,9 +44,7 @@ class Host(Root, Protocol):
 def check_new_name(adapters: nn.ModuleDict, name: str) -> None:
     """Refuse what cannot be the name of a further adapter."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise AdapterError(
-            f"adapter name {name!r} is not valid: at most 100 letters, digits, '_' and '-', the first not '-'"
-        )
+        raise AdapterError(f"adapter name {name!r} is not valid: up to 100 letters, digits, '_', '-', the first no '-'")
     if name in adapters._modules:
         raise AdapterError(f"there is an adapter '{name}' already: delete it first or choose another name")
 
@@ -137,10 +135,8 @@ def own_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
 
 def backbone_for(root: Host, config: PeftConfig | None = None) -> Backbone:
     """The backbone as a further adapter of this configuration sees it; without one, as those of the model do."""
-    anatomy = root.anatomy if config is None else _anatomy_for(root, config)
-    return Backbone(
-        model=root.base_model, modules=backbone_modules(root), anatomy=anatomy, why_unknown=root.why_unknown
-    )
+    known = root.anatomy if config is None else _anatomy_for(root, config)
+    return Backbone(model=root.base_model, modules=backbone_modules(root), anatomy=known, why_unknown=root.why_unknown)
 
 
 def _anatomy_for(root: Host, config: PeftConfig) -> Anatomy | None:

@@ -38,12 +38,10 @@ def combine(
     return combined
 
 
-def _check(
-    adapters: Mapping[str, Adapter], weights: Sequence[float], combination_type: str, svd_rank: int | None
-) -> None:
+def _check(adapters: Mapping[str, Adapter], weights: Sequence[float], kind: str, svd_rank: int | None) -> None:
     kinds = get_args(Combination)
-    if combination_type not in kinds:
-        raise PointPeftError(f"combination_type is {quoted(combination_type)}; allowed: {', '.join(map(repr, kinds))}")
+    if kind not in kinds:
+        raise PointPeftError(f"combination_type is {quoted(kind)}; allowed: {', '.join(map(repr, kinds))}")
     if not adapters:
         raise AdapterError("an empty list of adapters cannot be combined: name at least one")
     numbers = [weight for weight in weights if type(weight) in (int, float) and math.isfinite(weight)]
@@ -51,9 +49,9 @@ def _check(
         raise PointPeftError(
             f"weights is {quoted(list(weights))}; allowed: a finite number for each of the {len(adapters)} adapters"
         )
-    if svd_rank is not None and (combination_type != "svd" or type(svd_rank) is not int or svd_rank < 1):
+    if svd_rank is not None and (kind != "svd" or type(svd_rank) is not int or svd_rank < 1):
         raise PointPeftError(f"svd_rank is {svd_rank!r}; allowed: 1 or more with combination_type='svd', else None")
-    able = sorted(name for name, kind in METHODS.items() if kind.combines)
+    able = sorted(name for name, method in METHODS.items() if method.combines)
     for name, adapter in adapters.items():
         methods = [tuner.method for tuner in adapter.config.tuners]
         if len(methods) > 1 or methods[0] not in able:

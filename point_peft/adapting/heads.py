@@ -21,6 +21,8 @@ from point_peft.running.tokens import as_layout, batch_first, output_tokens
 
 HeadSource = nn.Module | Callable[[], nn.Module] | str
 """A head, a function without arguments that makes one, or the name of a pooled head: see `PooledHead`."""
+Heads = Mapping[str, HeadSource] | None
+"""Heads of an adapter's own by the names of the modules that they stand in for."""
 POOLS = ("cls", "max", "mean", "prompt", "all_max", "all_mean", "raw_mean", "feature")
 """Names for what a head can pool, after the final norm: the first prefix token; the maximum or mean over the patch
 tokens; the mean over the prompts that a method leaves in the sequence to its end; the maximum over patches and such
@@ -155,7 +157,7 @@ class PooledTokens(Part):
 
 
 def make_own_modules(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None
+    backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str] | None
 ) -> dict[str, nn.Module]:
     """The modules that an adapter has to itself, by path: what `heads` gives, else copies of the base's.
 
@@ -170,7 +172,7 @@ def make_own_modules(
     return {path: module.requires_grad_(True) for path, module in own.items()}
 
 
-def _saved_paths(backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None) -> tuple[str, ...]:
+def _saved_paths(backbone: Backbone, config: PeftConfig, heads: Heads) -> tuple[str, ...]:
     """Paths of the modules that a configuration gives an adapter to itself, outer ones only."""
     names, stated = list(backbone.modules), config.saved_modules
     if stated is None:
@@ -181,7 +183,7 @@ def _saved_paths(backbone: Backbone, config: PeftConfig, heads: Mapping[str, Hea
     return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
 
 
-def match_heads(heads: Mapping[str, HeadSource] | None, saved: Sequence[str]) -> dict[str, HeadSource]:
+def match_heads(heads: Heads, saved: Sequence[str]) -> dict[str, HeadSource]:
     """The `heads` argument by full module path."""
     own: dict[str, HeadSource] = {}
     for name, source in (heads or {}).items():

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.heads import HeadSource, make_own_modules, place_head, pools_of
+from point_peft.adapting.heads import Heads, make_own_modules, place_head, pools_of
 from point_peft.adapting.site import clean_copy, first_names, floating_parameter
 from point_peft.anatomy.description import Anatomy
+from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError
 from point_peft.parts.backbone import Backbone
@@ -19,9 +20,7 @@ from point_peft.parts.base import Part
 from point_peft.parts.tuned import TunedModule
 
 
-def build_adapter(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None = None
-) -> Adapter:
+def build_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str] | None = None) -> Adapter:
     """An adapter for a backbone, complete but not attached, with the backbone's device and type.
 
     `saved` says by full path which modules the adapter has to itself, and `heads` then names them so too.
@@ -31,9 +30,7 @@ def build_adapter(
     return adapter if like is None else _typed(adapter.to(like.device), like.dtype)
 
 
-def plan_adapter(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str]
-) -> Adapter:
+def plan_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str]) -> Adapter:
     """The same without memory for what is new in it: to see names, shapes and types of its tensors beforehand."""
     with torch.device("meta"), _NoNumbers():
         adapter = _assemble(backbone, config, heads, saved)
@@ -53,9 +50,7 @@ class _NoNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _assemble(
-    backbone: Backbone, config: PeftConfig, heads: Mapping[str, HeadSource] | None, saved: Sequence[str] | None
-) -> Adapter:
+def _assemble(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str] | None) -> Adapter:
     """An adapter as its configuration says, where and as what torch makes tensors by default."""
     adapter = Adapter(config)
     own = make_own_modules(backbone, config, heads, saved)
@@ -149,7 +144,7 @@ def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | N
     return reader
 
 
-def reader_of(modules: Mapping[str, nn.Module], anatomy: Anatomy | None, path: str) -> str | None:
+def reader_of(modules: Modules, anatomy: Anatomy | None, path: str) -> str | None:
     """The module that reads the weights of another, which is not called; None if that is called as usual."""
     for read in () if anatomy is None else anatomy.reads:
         if read.module == path:

@@ -1,13 +1,14 @@
 """Sites: what an adapted module knows of itself, and how the modules of a backbone are reached."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Stage
+from point_peft.anatomy.structure import Modules
 from point_peft.running.forward import Root
 
 SITE = "_point_peft_site"
@@ -33,7 +34,7 @@ class Site:
     root: Root
 
 
-def floating_parameter(modules: Mapping[str, nn.Module]) -> Tensor | None:
+def floating_parameter(modules: Modules) -> Tensor | None:
     """A parameter of a backbone whose type and device its adapters take; None if it has none."""
     return next((p for p in modules[""].parameters() if p.is_floating_point()), None)
 
@@ -47,7 +48,7 @@ def backbone_modules(root: Root) -> dict[str, nn.Module]:
     return modules
 
 
-def first_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+def first_names(modules: Modules) -> dict[int, str]:
     """The first path of each module, by the module's id; some have several."""
     paths: dict[int, str] = {}
     for path, module in modules.items():

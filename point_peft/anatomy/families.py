@@ -74,7 +74,7 @@ def _made(module: str, *steps: int | str) -> Tap:
     return Tap(module=module, side="output", steps=steps)
 
 
-def _graph_stage(blocks: str, *samples: Tap) -> StagePreset:
+def _on_graphs(blocks: str, *samples: Tap) -> StagePreset:
     """A stage of torch-pointcloud's blocks on graphs of packed points."""
     return StagePreset(blocks=blocks, coordinates=_given("{first}", 1), samples=samples, layout="packed")
 
@@ -84,9 +84,7 @@ _HIERARCHICAL_PARTS = (
     *("label_conv", "propagations.0", "propagations.1", "propagations.2"),
     *("convs1", "bns1", "convs2", "bns2", "convs3", "bns3", "convs4"),
 )
-_GRAPH_ENCODER = _graph_stage(
-    r"encoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 2), _made("{above}.downsample", 2)
-)
+_GRAPH_ENCODER = _on_graphs(r"encoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 2), _made("{above}.downsample", 2))
 _SCENE_HEADS = ("seg_head", "cls_head")
 # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
 _POINT_MAE = Preset(
@@ -291,7 +289,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         name="torch-pointcloud PTv2",
         requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
-        stages=(_GRAPH_ENCODER, _graph_stage(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 3))),
+        stages=(_GRAPH_ENCODER, _on_graphs(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 3))),
         heads=("head",),
     ),
     Preset(
@@ -299,8 +297,8 @@ PRESETS: tuple[Preset, ...] = (
         requires=("encoder.blocks.0.blocks.0.transformer", "embeddings", "head"),
         stages=(
             _GRAPH_ENCODER,
-            _graph_stage(r"decoder\.global_block", _given("decoder.global_transition", 1)),
-            _graph_stage(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}.upsample", 5)),
+            _on_graphs(r"decoder\.global_block", _given("decoder.global_transition", 1)),
+            _on_graphs(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}.upsample", 5)),
         ),
         heads=("head",),
     ),

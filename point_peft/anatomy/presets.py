@@ -1,7 +1,7 @@
 """The anatomy of a model of a known family."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -9,10 +9,10 @@ from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Block, PrefixParameter, Read, Stage, Tap
 from point_peft.anatomy.families import PRESETS, Preset, StagePreset
-from point_peft.anatomy.structure import block_width, find_blocks, linear_shape, prefix_rows, stage_groups
+from point_peft.anatomy.structure import Modules, block_width, find_blocks, linear_shape, prefix_rows, stage_groups
 
 
-def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
+def prefixes(modules: Modules, preset: Preset) -> list[str]:
     """The prefixes of paths under which a model's modules hold a backbone of this family; "" for the model itself."""
     first = preset.requires[0]
     return [
@@ -24,7 +24,7 @@ def prefixes(modules: Mapping[str, nn.Module], preset: Preset) -> list[str]:
     ]
 
 
-def from_preset(model: nn.Module, modules: Mapping[str, nn.Module], preset: Preset, prefix: str) -> Anatomy | None:
+def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str) -> Anatomy | None:
     """The anatomy of a model, with all its modules, that has a backbone of this family under a prefix."""
     every_block = find_blocks(modules)
     stages: list[Stage] = []
@@ -63,7 +63,7 @@ def from_preset(model: nn.Module, modules: Mapping[str, nn.Module], preset: Pres
     )
 
 
-def _beside(modules: Mapping[str, nn.Module], prefix: str) -> list[str]:
+def _beside(modules: Modules, prefix: str) -> list[str]:
     """The modules with parameters that a model has beside the backbone that it wraps: heads of its own."""
     beside: list[str] = []
     inner = prefix.rstrip(".")
@@ -78,7 +78,7 @@ def _beside(modules: Mapping[str, nn.Module], prefix: str) -> list[str]:
     return beside
 
 
-def _unclaimed(modules: Mapping[str, nn.Module], preset: Preset, prefix: str, blocks: Iterable[str]) -> list[str]:
+def _unclaimed(modules: Modules, preset: Preset, prefix: str, blocks: Iterable[str]) -> list[str]:
     """For a head by another name: what a backbone has with parameters that is neither blocks nor what feeds them."""
     embeddings = [entry.embedding for entry in preset.stages if entry.embedding is not None]
     claimed = {name.split(".")[0] for name in (*preset.requires, *preset.stem, *preset.final_norms, *embeddings)}
@@ -97,12 +97,7 @@ def _normalises(module: nn.Module | None) -> bool:
 
 
 def _stage(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    entry: StagePreset,
-    prefix: str,
-    number: int,
-    blocks: tuple[Block, ...],
+    model: nn.Module, modules: Modules, entry: StagePreset, prefix: str, number: int, blocks: tuple[Block, ...]
 ) -> Stage:
     def path(template: str) -> str:
         first = blocks[0].path

@@ -18,6 +18,8 @@ _WORDS = {
     "qk": "qk",
     "kv": "kv",
 }
+Modules = Mapping[str, nn.Module]
+"""Modules of a model by path."""
 VALUES_BESIDE_EDGES = "lin"
 """The name of the layer for the values in torch_geometric's convolutions, beside `lin_src` and `lin_dst`."""
 
@@ -64,7 +66,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
-def _attentions(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _attentions(modules: Modules) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Paths of the attention modules, each with the paths of its query, key and value projections."""
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
@@ -88,7 +90,7 @@ def _linears(module: nn.Module, path: str = "") -> list[str]:
     return [name for name, child in module.named_modules(prefix=path) if linear_shape(child)]
 
 
-def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
+def find_blocks(modules: Modules) -> dict[str, Block]:
     """The transformer blocks among modules by path: the smallest ancestor of an attention with a norm and a linear."""
     every_norm = [path for path, module in modules.items() if is_norm(module)]
     every_linear = [path for path, module in modules.items() if linear_shape(module)]
@@ -132,7 +134,7 @@ def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
 
 
-def _flat_block(modules: Mapping[str, nn.Module], path: str, qkv: Sequence[str]) -> Block | None:
+def _flat_block(modules: Modules, path: str, qkv: Sequence[str]) -> Block | None:
     """A block, one of a list, that has its query, key and value layers itself, beside norms and other layers."""
     if not qkv or not isinstance(modules[path.rpartition(".")[0]], (nn.ModuleList, nn.ModuleDict)):
         return None
@@ -155,9 +157,7 @@ def _flat_block(modules: Mapping[str, nn.Module], path: str, qkv: Sequence[str])
     )
 
 
-def _mlp(
-    modules: Mapping[str, nn.Module], block: str, linears: Sequence[str], attentions: Mapping[str, Any]
-) -> str | None:
+def _mlp(modules: Modules, block: str, linears: Sequence[str], attentions: Mapping[str, Any]) -> str | None:
     """The first child of a block whose linear layers widen and narrow again; or the layer that ends such a pair."""
     for name, _ in modules[block].named_children():
         child = f"{block}.{name}"
@@ -193,14 +193,14 @@ def mlp_entrance(block: Block) -> str | None:
     return ends[0] if ends is not None and ends[1] == block.mlp else block.mlp
 
 
-def _mlp_norm(modules: Mapping[str, nn.Module], block: str, norms: Sequence[str], mlp: str | None) -> str | None:
+def _mlp_norm(modules: Modules, block: str, norms: Sequence[str], mlp: str | None) -> str | None:
     """The second of a block's own norms, as pre-norm blocks have it; a traced forward verifies it."""
     # What stands beside layers in a child of the block, as in a positional encoding, is not the block's own.
     own = [path for path in norms if not _linears(modules[f"{block}.{path[len(block) + 1 :].split('.')[0]}"])]
     return own[1] if mlp is not None and len(own) > 1 else None
 
 
-def _innermost(modules: Mapping[str, nn.Module], path: str) -> str:
+def _innermost(modules: Modules, path: str) -> str:
     """Down from containers of one module: those of some models do not return tokens as a tensor."""
     inner = [name for name, child in modules[path].named_children() if _linears(child)]
     if len(inner) != 1 or isinstance(modules[f"{path}.{inner[0]}"], (nn.ModuleList, nn.ModuleDict)):

@@ -96,9 +96,8 @@ def read_folder(folder: Path) -> AdapterFiles:
     except (SafetensorError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{where} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
     metadata = metadata_of(header)
-    if SEAL in metadata and metadata[SEAL] != seal_of(
-        header, memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
-    ):
+    values = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+    if SEAL in metadata and metadata[SEAL] != seal_of(header, values):
         raise AdapterFileError(
             f"{where} is damaged, or another program has changed it: its digest is not the {SEAL} that its metadata "
             "states; get it again from where it came"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.heads import HeadSource, make_head, match_heads
+from point_peft.adapting.heads import Heads, HeadSource, make_head, match_heads
 from point_peft.adapting.planning import build_adapter, plan_adapter
 from point_peft.adapting.site import clean_copy, floating_parameter
+from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig, difference
 from point_peft.errors import AdapterError, AdapterFileError, MatchError, PointPeftError, quoted
 from point_peft.files.fingerprint import check_fingerprint
@@ -41,9 +42,7 @@ class Stated:
     backbone: Backbone
 
 
-def read_stated(
-    folder: Path, modules: Mapping[str, nn.Module], backbone_for: Callable[[PeftConfig], Backbone]
-) -> Stated:
+def read_stated(folder: Path, modules: Modules, backbone_for: Callable[[PeftConfig], Backbone]) -> Stated:
     """Read the files of an adapter and check what can be checked without making it."""
     files = read_folder(folder)
     try:
@@ -71,7 +70,7 @@ def read_stated(
     return Stated(folder, files, config, heads, adapted, fingerprint, backbone)
 
 
-def restore_adapter(stated: Stated, heads: Mapping[str, HeadSource] | None) -> Adapter:
+def restore_adapter(stated: Stated, heads: Heads) -> Adapter:
     """The adapter that files hold, not attached; `heads` as in `load_adapter`."""
     backbone = stated.backbone
     given = {path: make_head(source, path, backbone) for path, source in match_heads(heads, list(stated.heads)).items()}

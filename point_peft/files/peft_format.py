@@ -7,15 +7,14 @@ like stand in the record in the header of the tensors. What it says of a method,
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.site import clean_copy
+from point_peft.anatomy.structure import Modules
 from point_peft.files.format import PEFT_TYPE, AdapterFiles, methods_of_peft
 from point_peft.files.head_description import describe_head
 
 
-def why_not(adapter: Adapter, modules: Mapping[str, nn.Module]) -> str | None:
+def why_not(adapter: Adapter, modules: Modules) -> str | None:
     """A reason why an adapter cannot be said in PEFT's format; None if it can."""
     tuner, *others = adapter.config.tuners
     if others or tuner.peft_type is None:
@@ -37,7 +36,7 @@ def why_not(adapter: Adapter, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def to_peft(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def to_peft(adapter: Adapter, modules: Modules) -> dict[str, Any]:
     """PEFT's `adapter_config.json` of an adapter that can be said so."""
     tuner = adapter.config.tuners[0]
     return {
@@ -51,7 +50,7 @@ def to_peft(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Any
     }
 
 
-def described(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def described(files: AdapterFiles, modules: Modules) -> dict[str, Any]:
     """The configuration of an adapter as our own format has it, whoever wrote its files.
 
     A configuration that was edited by hand counts; what the record says beside it stays.
@@ -67,7 +66,7 @@ def described(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> dict[str
     return {**files.record, **stated, "heads": heads}
 
 
-def from_peft(fields: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def from_peft(fields: Mapping[str, Any], modules: Modules) -> dict[str, Any]:
     """PEFT's configuration of a method, for this backbone, as our own format says it."""
     kind = methods_of_peft()[fields["peft_type"]]
     tuner, saved = kind.from_peft(fields, [name for name in modules if name])

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.anatomy.presets import known_anatomy
+from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.files.fingerprint import fingerprint
@@ -62,7 +63,7 @@ def _with_anatomy(config: PeftConfig, backbone: Backbone) -> PeftConfig:
     return config if alone else replace(config, anatomy=anatomy)
 
 
-def base_fingerprint(adapter: Adapter, own: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def base_fingerprint(adapter: Adapter, own: Iterable[str], modules: Modules) -> dict[str, Any]:
     """The fingerprint of what the adapter takes from the base: all but the tensors `own` that it has itself."""
     own, inside = set(own), tuple(path + "." for path in adapter.saved)
     tensors: dict[str, Tensor] = {}

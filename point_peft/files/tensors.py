@@ -11,12 +11,11 @@ from point_peft.errors import AdapterFileError, quoted
 from point_peft.nearest import nearest_names
 from point_peft.torch_private import overwrite
 
+Tensors = Mapping[str, Tensor]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], free_rows: frozenset[str], where: str
-) -> None:
+def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str], where: str) -> None:
     """Every name, shape, type and value must fit; the first that does not is named."""
     if missing := [name for name in expected if name not in tensors]:
         raise AdapterFileError(f"{where} lacks the tensor {_first(missing)}")
@@ -47,7 +46,7 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+def check_finite(tensors: Tensors, where: str) -> None:
     """Refuse NaN and infinity."""
     for name, tensor in tensors.items():
         # The largest is not finite if any is not, and found in fewer steps.
@@ -55,21 +54,12 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             raise AdapterFileError(f"{where}: '{name}' holds values that are not finite")
 
 
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Tensors) -> dict[str, Tensor]:
     """Clones on the CPU: safetensors writes no tensors that share memory."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
-def copy_tensors(
-    source: Mapping[str, Tensor],
-    target: nn.Module,
-    names: Mapping[str, Tensor],
-    device: torch.device,
-    *,
-    keep_types: bool = True,
-) -> None:
+def copy_tensors(source: Tensors, target: nn.Module, names: Tensors, device: torch.device, *, keep_types: bool) -> None:
     """Put checked tensors in the place of the tensors `names` of a module that is not attached yet, on a device.
 
     They keep the types that they have in the file, or take those of the tensors that they replace, which may be without
@@ -88,9 +78,7 @@ def copy_tensors(
             setattr(module, key, placed)
 
 
-def why_not_in_place(
-    source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, keep_types: bool = True
-) -> str | None:
+def why_not_in_place(source: Tensors, target: Tensors, *, keep_types: bool) -> str | None:
     """Why checked tensors cannot be put into the memory of others of their names; None if they can.
 
     As `copy_tensors` says, they may have to keep their types.
@@ -104,7 +92,7 @@ def why_not_in_place(
     return None
 
 
-def overwrite_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+def overwrite_tensors(source: Tensors, target: Tensors) -> None:
     """Put values into tensors of the same names and shapes, which stay where they are. All or none."""
     # What can fail or be interrupted comes first.
     placed = [tensor.to(target[name].device, target[name].dtype) for name, tensor in source.items()]

@@ -74,9 +74,7 @@ def check_names(repo_id: str, revision: str | None, subfolder: str | None, token
         raise HubError(f"{quoted(repo_id)} is not a repository of the Hub: write 'owner/name'")
     for what, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None and not is_path(value):
-            raise HubError(
-                f"{what} is {quoted(value)}; allowed: letters, digits, '.', '_', '-' and, in between, '/', but no '..'"
-            )
+            raise HubError(f"{what} is {quoted(value)}; allowed: letters, digits, '.', '_', '-', '/' within, no '..'")
     if isinstance(token, str) and not _TOKEN.fullmatch(token):
         raise HubError("the token has characters that no token has: copy it again, without spaces or line ends")
 
@@ -245,10 +243,8 @@ def _remember(snapshot: Path, revision: str | None) -> None:
 def _cached(repo_id: str, place: Place, why: str) -> Path:
     """The folder of the cache that holds both files of one commit; they must be what their names in it say."""
     revision, prefix = place.revision, place.prefix
-    held = [
-        huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, place.cache_dir, revision) for name in LIMITS
-    ]
-    paths = [Path(path) for path in held if isinstance(path, str)]
+    got = [huggingface_hub.try_to_load_from_cache(repo_id, prefix + name, place.cache_dir, revision) for name in LIMITS]
+    paths = [Path(path) for path in got if isinstance(path, str)]
     if len(paths) < len(LIMITS) or len({path.parent for path in paths}) > 1:
         at = f" at revision {quoted(revision)}" if revision else ""
         raise HubError(

@@ -9,6 +9,9 @@ from point_peft.anatomy.description import Anatomy, Block
 from point_peft.errors import AnatomyError
 from point_peft.matching import match_names
 
+Names = str | Sequence[str] | None
+"""A regular expression or a list of names, as `match_names` reads them; None: nothing is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
@@ -35,11 +38,7 @@ class Backbone:
         return self.anatomy
 
     def select_blocks(
-        self,
-        method: str,
-        targets: str | Sequence[str] | None,
-        excluded: str | Sequence[str] | None,
-        layers: Sequence[int] | None,
+        self, method: str, targets: Names, excluded: Names, layers: Sequence[int] | None
     ) -> tuple[tuple[int, Block], ...]:
         """(number, block) of the blocks that are meant: all, or those that the three fields of a config leave."""
         blocks = self.known_anatomy(method).blocks
@@ -49,18 +48,14 @@ class Backbone:
             chosen -= set(match_names(excluded, names, what="block", field="exclude_modules"))
         for layer in layers or ():
             if layer >= len(blocks):
-                raise AnatomyError(
-                    f"layers_to_transform: there is no block {layer}, the blocks are 0 to {len(blocks) - 1}"
-                )
+                raise AnatomyError(f"layers_to_transform: there is no block {layer}, they are 0 to {len(blocks) - 1}")
         kept = tuple((i, b) for i, b in enumerate(blocks) if b.path in chosen and (layers is None or i in layers))
         if not kept:
             raise AnatomyError(f"{method}: target_modules, exclude_modules and layers_to_transform leave no block")
         return kept
 
 
-def narrowed(
-    paths: Sequence[str], method: str, excluded: str | Sequence[str] | None, blocks: Sequence[Block] | None
-) -> list[str]:
+def narrowed(paths: Sequence[str], method: str, excluded: Names, blocks: Sequence[Block] | None) -> list[str]:
     """The modules that `exclude_modules` and, where blocks are given, `layers_to_transform` leave; at least one."""
     kept = [p for p in paths if blocks is None or any(p.startswith(block.path + ".") for block in blocks)]
     if excluded is not None:

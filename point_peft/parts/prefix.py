@@ -1,6 +1,6 @@
 """Training the prefix tokens of a backbone (CLS and the like) and their positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,20 +8,14 @@ from torch import Tensor, nn
 from point_peft.anatomy.description import PrefixParameter, Stage
 from point_peft.errors import AdapterError
 from point_peft.matching import match_names
-from point_peft.parts.backbone import Backbone
+from point_peft.parts.backbone import Backbone, Names
 from point_peft.parts.base import Blueprint, Call, Part, SharedState
 from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import block_tokens, shift_rows
 
 
 def tune_prefix(
-    plan: Blueprint,
-    backbone: Backbone,
-    method: str,
-    names: str | Sequence[str] | None = None,
-    *,
-    field: str = "tuned_tokens",
-    keep_base: bool = False,
+    plan: Blueprint, backbone: Backbone, method: str, names: Names = None, *, keep_base: bool = False
 ) -> None:
     """Add to a method's plan that the backbone's prefix tokens and positions are trained: all, or those of `names`.
 
@@ -31,7 +25,7 @@ def tune_prefix(
     parameters = anatomy.prefix_parameters
     if names is not None:
         known = [parameter.name for parameter in parameters]
-        chosen = match_names(names, known, what="prefix parameter", field=field)
+        chosen = match_names(names, known, what="prefix parameter", field="tuned_tokens")
         parameters = tuple(parameter for parameter in parameters if parameter.name in chosen)
     values = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in parameters}
     tuned = {name: value for name, value in values.items() if name not in backbone.tuned_tokens}

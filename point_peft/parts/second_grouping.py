@@ -9,7 +9,7 @@ from point_peft import geometry
 from point_peft.anatomy.description import Stage
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.matching import match_names
-from point_peft.parts.backbone import Backbone
+from point_peft.parts.backbone import Backbone, Names
 from point_peft.parts.base import Call, Part, SharedState
 from point_peft.parts.sequence import BlockTokens, SequencePart
 from point_peft.running.forward import Forward
@@ -55,7 +55,7 @@ def stage_to_group(backbone: Backbone, method: str) -> Stage:
     return stage
 
 
-def modules_to_tune(backbone: Backbone, stage: Stage, names: str | Sequence[str] | None) -> list[str]:
+def modules_to_tune(backbone: Backbone, stage: Stage, names: Names) -> list[str]:
     """The modules of those names; None: the positional embedding and the first layers of the tokenizer."""
     if names is not None:
         return list(match_names(names, list(backbone.modules), field="tuned_modules"))

@@ -142,9 +142,7 @@ def is_padding(value: Tensor, batch: int, length: int) -> bool:
     return value.ndim >= 2 and (value.shape[0], value.shape[-1]) == (batch, length) and value.numel() == batch * length
 
 
-def grow_masks(
-    value: Tensor, length: int, count: int, at: int, *, padding: bool = False, visible: bool = False
-) -> Tensor:
+def grow_masks(value: Tensor, length: int, count: int, at: int, *, padding: bool, visible: bool) -> Tensor:
     """A tensor that a block gets beside its tokens; if it is a mask, with `count` entries put in at `at`.
 
     Attention masks (..., l, l) grow by rows and columns, `padding` masks (b, l) by columns. In the new entries the

@@ -137,10 +137,8 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
         for module, other in [*seen.before(call.when), (path, call)]:
             if not module or (side == "output" and (module == path or path.startswith(module + "."))):
                 continue
-            values, live = (
-                (other.outputs, other.live_outputs) if side == "output" else (other.inputs, other.live_inputs)
-            )
-            for steps, value in values.items():
+            own, live = (other.outputs, other.live_outputs) if side == "output" else (other.inputs, other.live_inputs)
+            for steps, value in own.items():
                 if value.ndim == 3 and value.shape[2] == 3 and _as_many(value, tokens):
                     tap = Tap(module=module, side="output" if side == "output" else "input", steps=steps)
                     candidates.append((tap, value, live[steps]))
@@ -207,10 +205,8 @@ def _embeddings(seen: Trace, block: str, patches: Tensor) -> tuple[Tap | None, l
                 if value.ndim == 3 and value.shape[-1] == 3
             ]
             return Tap(module=path, side="output", steps=steps), coordinates
-    equal = [
-        Tap(module=path, side="output", steps=steps) for path, steps, value in outputs if torch.equal(value, patches)
-    ]
-    return (equal[0] if equal else None), []
+    same = [Tap(module=path, side="output", steps=steps) for path, steps, made in outputs if torch.equal(made, patches)]
+    return (same[0] if same else None), []
 
 
 def _rank(seen: Trace, path: str) -> tuple[int, int]:

@@ -82,9 +82,7 @@ class _Reads(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, running: list[str]) -> None:
         super().__init__()
-        self.owners = {
-            id(tensor): path for path, module in model.named_modules() for tensor in module._parameters.values()
-        }
+        self.owners = {id(own): path for path, module in model.named_modules() for own in module._parameters.values()}
         self.running = running
         self.readers: dict[str, str] = {}
         """Module -> the first other module that used its parameters."""

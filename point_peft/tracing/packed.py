@@ -60,11 +60,9 @@ def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
 def _latest(seen: Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | None:
     """Where a tensor that fits is seen: by the block itself, else where it was last seen before the block."""
     call = seen.first(block)
-    fitting = sorted(
-        (not value.is_floating_point(), number) for number, value in enumerate(call.inputs.values()) if fits(value)
-    )
+    fitting = [steps for steps, value in call.inputs.items() if fits(value)]
     if fitting:
-        steps = list(call.inputs)[fitting[0][1]]
+        steps = min(fitting, key=lambda steps: not call.inputs[steps].is_floating_point())
         return Tap(module=block, side="input", steps=steps)
     last: Tap | None = None
     latest = -1

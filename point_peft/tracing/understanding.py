@@ -68,9 +68,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         seen = observe(model, args, kwargs, {block_width(model, block) for block in blocks.values()})
         called = [path for path in seen.calls if path in blocks]
         if not called:
-            raise AnatomyError(
-                f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are called one by one"
-            )
+            raise AnatomyError(f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are")
         live = reaching(seen, called)
         if not live:
             raise AnatomyError(f"no block of {name} ('{called[0]}' …) has an influence on what the model returns")
@@ -130,9 +128,7 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
         if value.is_floating_point() and value.ndim in (2, 3) and value.shape[-1] == width
     ]
     if not candidates:
-        raise AnatomyError(
-            f"block '{path}' gets no tokens of its width {width}, neither (b, g, {width}) nor packed (n, {width})"
-        )
+        raise AnatomyError(f"block '{path}' gets no tokens of its width, (b, g, {width}) or packed (n, {width})")
     steps, tokens = candidates[0]
     outputs = tuple(
         place for place, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
@@ -141,9 +137,7 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
         raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
     # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
     outputs = (outputs[0], *(place for place in outputs[1:] if place[-1:] == ("features",)))
-    stage = Stage(
-        blocks=tuple(_with_mlp_norm(block, seen) for block in blocks), width=width, tokens=steps, outputs=outputs
-    )
+    stage = Stage(blocks=tuple(_with_mlp_norm(b, seen) for b in blocks), width=width, tokens=steps, outputs=outputs)
     return packed_stage(stage, seen, tokens) if tokens.ndim == 2 else dense_stage(stage, seen, tokens)
 
 

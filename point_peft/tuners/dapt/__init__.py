@@ -259,7 +259,6 @@ class PositionOnce(SequencePart):
         return put_argument(args, kwargs, self.stage.tokens, kept)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.handover.leave(
-            self.key(call, f"tokens of stage {self.number}"), output_tokens(self.stage, call.path, output)
-        )
+        tokens = output_tokens(self.stage, call.path, output)
+        call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), tokens)
         return output

@@ -167,9 +167,7 @@ class GAPromptConfig(TunerConfig):
                 "are packed, which have no place for either: use POINT_PEFT with num_prompts=0 or POINT_GST"
             )
         if prompted:
-            check_takes_prompts(
-                stage, self.method, "Set num_prompts=0 to keep its propagation, or use LORA, SSF or BOTTLENECK"
-            )
+            check_takes_prompts(stage, self.method, "Set num_prompts=0, or use LORA, SSF or BOTTLENECK")
         if blocks:
             check_located(stage, self.method, blocks[0].path)
         # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
@@ -272,12 +270,10 @@ class ShapedPart(SequencePart):
         self.geometry: GeometryAwareAdapter | None = None
         if propagates:
             c, identity = stage.width, config.init == "identity"
-            scale, centre_scale = config.propagation_scale, config.centre_scale
+            scale, centre = config.propagation_scale, config.centre_scale
             self.norm = nn.LayerNorm(c)
             self.adapter = quick_bottleneck(c, config.adapter_width, config.adapter_dropout, identity=identity)
-            self.geometry = GeometryAwareAdapter(
-                c, batch_norm=True, scale=scale, centre_scale=centre_scale, gated=identity
-            )
+            self.geometry = GeometryAwareAdapter(c, batch_norm=True, scale=scale, centre_scale=centre, gated=identity)
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.embeddings is None:

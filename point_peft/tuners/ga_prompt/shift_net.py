@@ -1,5 +1,7 @@
 """The ShiftNet of GAPrompt: a small PointNet++ that moves the points of a cloud and describes its shape."""
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -32,9 +34,7 @@ class PointMlp(nn.Module):
 
     def __init__(self, inputs: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(
-            nn.Linear(one, two) for one, two in zip((inputs, *widths[:-1]), widths, strict=True)
-        )
+        self.linears = nn.ModuleList(nn.Linear(*pair) for pair in pairwise((inputs, *widths)))
         self.norms = nn.ModuleList(BatchNorm(width) for width in widths)
 
     def forward(self, features: Tensor, *, recomputing: bool) -> Tensor:

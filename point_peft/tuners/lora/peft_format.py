@@ -56,13 +56,11 @@ def why_no_layer(path: str, part: Part, module: nn.Module) -> str | None:
         return f"LoraConfig.qkv: PEFT adapts all rows of '{path}' or none"
     if part.by_weight:
         return f"'{path}' is not called, its weight is read by another module: PEFT adapts layers that are called"
-    if type(module) is nn.Conv1d:
-        if module.dilation != (1,) or module.padding_mode != "zeros":
-            return f"'{path}' is an nn.Conv1d with dilation or a padding_mode, which PEFT would leave out"
-        return None
-    return (
-        None if isinstance(module, nn.Linear) else f"'{path}' is a {type(module).__name__}, which PEFT does not adapt"
-    )
+    if not isinstance(module, nn.Linear) and type(module) is not nn.Conv1d:
+        return f"'{path}' is a {type(module).__name__}, which PEFT does not adapt"
+    if isinstance(module, nn.Conv1d) and (module.dilation != (1,) or module.padding_mode != "zeros"):
+        return f"'{path}' is an nn.Conv1d with dilation or a padding_mode, which PEFT would leave out"
+    return None
 
 
 def exactly(paths: Sequence[str], names: Sequence[str]) -> list[str] | str:
