@@ -17,7 +17,7 @@ from point_peft.adapting import adding, mixed, second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import all_adapters, backbone_for, check_unmerged, meant_adapters, single_adapter
 from point_peft.adapting.combining import combine
-from point_peft.adapting.heads import HeadSource
+from point_peft.adapting.heads import Heads, HeadSource
 from point_peft.adapting.mixed import choosing
 from point_peft.adapting.planning import build_adapter
 from point_peft.adapting.site import backbone_modules
@@ -446,10 +446,13 @@ class AdapterSet(nn.Module):
         >>> model.load_adapter("task", "copy")
         >>> model.set_adapter("copy")
         """
-        self._check_new(adapter_name)
-        stated = self._read(source, Place(subfolder, revision, token, cache_dir, local_files_only, force_download))
-        adapter = restore_adapter(stated, heads).requires_grad_(is_trainable)
-        adding.attach_adapter(self, adapter_name, adapter)
+        place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
+        self._load(source, adapter_name, is_trainable, heads, place)
+
+    def _load(self, source: str | Path, name: str, is_trainable: bool, heads: Heads, place: Place) -> None:
+        self._check_new(name)
+        adapter = restore_adapter(self._read(source, place), heads).requires_grad_(is_trainable)
+        adding.attach_adapter(self, name, adapter)
 
     def swap_adapter_(
         self,

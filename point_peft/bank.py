@@ -30,12 +30,7 @@ def bank_of(adapter: Adapter, name: str) -> Bank:
 
 
 def build_bank(
-    root: Root,
-    bank: Bank,
-    adapter_name: str,
-    batches: Iterable[Any],
-    to_inputs: Callable[[Any], Any] | None,
-    size: int | None,
+    root: Root, bank: Bank, name: str, batches: Iterable[Any], to_inputs: Callable[[Any], Any] | None, size: int | None
 ) -> None:
     """Fill a bank with the frozen backbone's features of batches, as `AdapterSet.build_memory_bank` says."""
     if size is not None and (type(size) is not int or size < 1):
@@ -48,7 +43,7 @@ def build_bank(
     progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
     with eval_mode(root.base_model.modules()):
         for batch in progress:
-            tokens = _frozen_tokens(root, *_model_inputs(batch, to_inputs), bank.source, adapter_name)
+            tokens = _frozen_tokens(root, *_model_inputs(batch, to_inputs), bank.source, name)
             features.append(bank.query(tokens).float().cpu())
             label = _labels(batch, len(features[-1]))
             if label is not None:

@@ -30,11 +30,11 @@ from point_peft.files.format import (
     PENDING_CONFIG_FILE,
     TENSOR_FILE,
     AdapterFiles,
+    copy_folder,
     leftovers,
     read_folder,
 )
 from point_peft.files.tensors import check_finite, dtype_name, unshared
-from point_peft.files.writing import copy_folder
 from point_peft.hub.card import for_repository
 from point_peft.hub.pulling import Place, download, is_repo_id
 from point_peft.hub.pushing import Upload, push

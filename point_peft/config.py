@@ -24,6 +24,8 @@ from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, li
 
 Combination = Literal["linear", "cat", "svd"]
 """A way to combine adapters, see `PointPeftModel.add_weighted_adapter`."""
+Changes = Mapping[str, Mapping[str, Part]]
+"""Adapter -> site -> the part that is a change of the backbone's weights there."""
 METHODS: dict[str, type[TunerConfig]] = {}
 """Every method by name; a class enters by being defined."""
 
@@ -110,15 +112,11 @@ class TunerConfig(ABC):
         return True
 
     def combined(
-        self,
-        adapters: Mapping[str, Mapping[str, Part]],
-        weights: Sequence[float],
-        combination_type: Combination,
-        svd_rank: int | None,
+        self, adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
     ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
         """The configuration and, by site, the tensors of the weighted combination of adapters of this method alone.
 
-        `adapters` has the changes of the backbone's weights of each, by site. For methods of which `combines` is true.
+        For methods of which `combines` is true.
         """
         raise NotImplementedError
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from point_peft.errors import MatchError
-from point_peft.nearest import no_match, shortened
+from point_peft.errors import MatchError, quoted
+from point_peft.nearest import no_match
 
 MAX_PATTERN_LENGTH = 1000
 MAX_PATTERN_GROUPS = 100
@@ -64,11 +64,11 @@ def match_expression(
         matcher = _sequence(parsed)
     except re.error as error:
         where = "" if error.pos is None else f" at position {error.pos}"
-        raise MatchError(f"{field}: {shortened(pattern)} is not a regular expression: {error.msg}{where}") from error
+        raise MatchError(f"{field}: {quoted(pattern, 120)} is not a regular expression: {error.msg}{where}") from error
     except OverflowError as error:
-        raise MatchError(f"{field}: {shortened(pattern)} is not a regular expression: {error}") from error
+        raise MatchError(f"{field}: {quoted(pattern, 120)} is not a regular expression: {error}") from error
     except _Unsupported as error:
-        raise MatchError(f"{field}: {shortened(pattern)} uses {error}, which is not supported here") from error
+        raise MatchError(f"{field}: {quoted(pattern, 120)} uses {error}, which is not supported here") from error
     matched, steps = [], MAX_STEPS - MAX_STEPS // share
     for name in names:
         scan = _Scan(name)
@@ -76,7 +76,7 @@ def match_expression(
         try:
             ends = matcher(scan, 1)
         except _TooMuchWork as error:
-            raise MatchError(f"{field}: {shortened(pattern)} takes too long to match") from error
+            raise MatchError(f"{field}: {quoted(pattern, 120)} takes too long to match") from error
         if ends >> len(name) & 1:
             matched.append(name)
         steps = scan.steps

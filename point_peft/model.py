@@ -16,7 +16,7 @@ from point_peft.adapting.site import CHILD, SITE
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError, PointPeftError
-from point_peft.hub.pulling import Token
+from point_peft.hub.pulling import Place, Token
 from point_peft.running.forward import close_forward, open_forward, opened, reopen, replica
 from point_peft.running.reading import depth, unwind
 from point_peft.running.replay import mark
@@ -85,18 +85,8 @@ class PointPeftModel(AdapterSet):
         """
         _check_plain(model)
         peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
-        peft_model.load_adapter(
-            source,
-            adapter_name,
-            is_trainable=is_trainable,
-            heads=heads,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+        place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
+        peft_model._load(source, adapter_name, is_trainable, heads, place)
         return peft_model
 
 

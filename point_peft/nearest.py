@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-from point_peft.errors import MatchError
+from point_peft.errors import MatchError, quoted
 
 MAX_COMPARED = 100
 
@@ -50,10 +50,6 @@ def _ratio(a: str, b: str) -> float:
     return max(alike, 0.7) if len(a) > 2 and a in b else alike
 
 
-def shortened(text: str) -> str:
-    return repr(text if len(text) <= 120 else text[:117] + "...")
-
-
 def no_match(wanted: str, names: Sequence[str], what: str, field: str, hint: str) -> MatchError:
     nearest = nearest_names(wanted, names, what=what)
-    return MatchError(f"no {what} matches {shortened(wanted)} ({field}); nearest: {nearest}{hint}")
+    return MatchError(f"no {what} matches {quoted(wanted, 120)} ({field}); nearest: {nearest}{hint}")

@@ -17,8 +17,15 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from torch import nn
 
 from point_peft import BitFitConfig, LoraConfig, PeftConfig, PointPeftModel, __version__, cli, get_peft_model
-from point_peft.files.format import CONFIG_FILE, KEY_PREFIX, PENDING_CONFIG_FILE, TENSOR_FILE, read_folder, sha256
-from point_peft.files.writing import copy_folder
+from point_peft.files.format import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    PENDING_CONFIG_FILE,
+    TENSOR_FILE,
+    copy_folder,
+    read_folder,
+    sha256,
+)
 from point_peft.hub.pulling import Place
 from point_peft.hub.pushing import Upload
 from tests.hub_server import HubServer

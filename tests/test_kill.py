@@ -19,9 +19,8 @@ import torch
 
 from point_peft import LoraConfig, PointPeftModel, VPTConfig
 from point_peft.adapting.adapter import get_adapter
-from point_peft.files import writing as writing_module
-from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE, leftovers, read_folder
-from point_peft.files.writing import write_folder
+from point_peft.files import format as writing_module
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE, leftovers, read_folder, write_folder
 from tests.adapting import adapt, assert_same_values
 from tests.forks import Server
 from tests.zoo import BACKBONES

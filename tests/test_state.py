@@ -23,7 +23,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
 from point_peft.files import format as file_format
-from point_peft.files import writing
+from point_peft.files import format as writing
 from point_peft.files.fingerprint import fingerprint
 from point_peft.files.format import (
     CARD_FILE,
@@ -31,10 +31,10 @@ from point_peft.files.format import (
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     TENSOR_FILE,
+    _sealed,
     parse_config,
     read_folder,
 )
-from point_peft.files.writing import _sealed
 from point_peft.tuners.linear_probe import LinearProbeConfig
 from tests.adapting import every_method
 from tests.forks import Server

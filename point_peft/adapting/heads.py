@@ -55,18 +55,12 @@ def mlp_head(
     activation: type[nn.Module] = nn.ReLU,
 ) -> PooledHead:
     """The head of most point-cloud methods: three linear layers with BatchNorm and dropout on pooled tokens."""
-    return PooledHead(
-        pool,
-        nn.Linear(channels * len(split_pool(pool)), hidden),
-        nn.BatchNorm1d(hidden),
-        activation(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, hidden),
-        nn.BatchNorm1d(hidden),
-        activation(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, num_classes),
-    )
+
+    def layer(inputs: int) -> tuple[nn.Module, ...]:
+        return nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), activation(), nn.Dropout(dropout)
+
+    first, second = layer(channels * len(split_pool(pool))), layer(hidden)
+    return PooledHead(pool, *first, *second, nn.Linear(hidden, num_classes))
 
 
 def pools_of(head: nn.Module) -> tuple[str, ...]:
@@ -229,13 +223,11 @@ def place_head(head: nn.Module, path: str, backbone: Backbone) -> list[tuple[str
     anatomy = backbone.known_anatomy("a pooled head")
     stage, norms = anatomy.stages[-1], anatomy.final_norms
     if stage.layout == "packed" or stage.coordinates is None or len(norms) > 1:
-        why = (
-            "its tokens are packed"
-            if stage.layout == "packed"
-            else "it has several final norms"
-            if len(norms) > 1
-            else "the coordinates of its tokens, by which they are counted, are not known"
-        )
+        why = "the coordinates of its tokens, by which they are counted, are not known"
+        if stage.layout == "packed":
+            why = "its tokens are packed"
+        elif len(norms) > 1:
+            why = "it has several final norms"
         raise AnatomyError(
             f"the head {head.pool!r} at '{path}' pools the tokens of {type(backbone.model).__name__} itself, and "
             f"cannot: {why}. Pass a module that takes what the base has pooled"

@@ -93,7 +93,8 @@ def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> T
     with _second(root, forward, source, owner, start), answering(root), torch.no_grad():
         try:
             if start.path:
-                _enter(root, forward)
+                # It begins amid the model: all ahead of it has been seen already.
+                open_forward(root, *forward.inputs).seen = forward.seen.again()
                 root.base_model.get_submodule(start.path)(*start.args, **start.kwargs)
             elif forward.method is None:
                 root.base_model(*start.args, **start.kwargs)
@@ -104,13 +105,6 @@ def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> T
             forward.second.reached = stop.args[0]
     reached, forward.second.reached = forward.second.reached, None
     return reached
-
-
-def _enter(root: Root, forward: Forward) -> None:
-    """Be in a second pass that begins amid the model, where all ahead of it has been seen already."""
-    assert forward.inputs is not None
-    args, kwargs = forward.inputs
-    open_forward(root, args, kwargs).seen = forward.seen.again()
 
 
 @contextmanager
@@ -257,7 +251,7 @@ def answering(root: Root) -> Iterator[None]:
     modules = [] if root.anatomy is None else [root.base_model.get_submodule(path) for path in root.anatomy.stem]
     # Not where compiled code cannot follow, nor where another thread has done it already.
     own = {} if torch.compiler.is_compiling() else {module: module.__dict__.get("forward") for module in modules}
-    own = {module: set_by_user for module, set_by_user in own.items() if not _answers(set_by_user)}
+    own = {m: was for m, was in own.items() if not (isinstance(was, partial) and was.func is _answer)}
     for module, set_by_user in own.items():
         module.__dict__["forward"] = partial(_answer, module, set_by_user)
     try:
@@ -268,10 +262,6 @@ def answering(root: Root) -> Iterator[None]:
                 module.__dict__["forward"] = set_by_user
             else:
                 module.__dict__.pop("forward", None)
-
-
-def _answers(forward: Any) -> bool:
-    return isinstance(forward, partial) and forward.func is _answer
 
 
 def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:

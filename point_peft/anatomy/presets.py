@@ -47,12 +47,15 @@ def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str)
     rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
     heads = [prefix + name for name in preset.heads if prefix + name in modules] + _beside(modules, prefix)
     heads = heads or _unclaimed(modules, preset, prefix, every_block)
+    # Some models have an identity in the place of a final norm.
+    norms = [path for path in (prefix + norm for norm in preset.final_norms) if path in modules]
+    norms = [path for path in norms if not isinstance(modules[path], nn.Identity)]
     return Anatomy(
         source=f"preset {preset.name}",
         stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
         stem=tuple(prefix + path for path in preset.stem if prefix + path in modules),
         prefix_parameters=tuple(parameters),
-        final_norms=tuple(prefix + path for path in preset.final_norms if _normalises(modules.get(prefix + path))),
+        final_norms=tuple(norms),
         heads=tuple(heads),
         patches_read=preset.patches_read,
         reads=tuple(
@@ -89,11 +92,6 @@ def _unclaimed(modules: Modules, preset: Preset, prefix: str, blocks: Iterable[s
         and next(module.parameters(), None) is not None
         and not any(block.startswith(f"{prefix}{name}.") for block in blocks)
     ]
-
-
-def _normalises(module: nn.Module | None) -> bool:
-    """Tell whether a final norm is there, and not an identity in its place."""
-    return module is not None and not isinstance(module, nn.Identity)
 
 
 def _stage(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -119,17 +120,9 @@ def find_blocks(modules: Modules) -> dict[str, Block]:
         inside = [name for name in _linears(modules[attention], attention) if name not in qkv]
         direct = [name for name in inside if name.rpartition(".")[0] == attention]
         projection = direct if len(direct) == 1 else inside
-        mlp = _mlp(modules, path, linears, attentions)
-        blocks[path] = Block(
-            path=path,
-            attention=attention,
-            qkv=qkv,
-            projection=projection[0] if len(projection) == 1 else None,
-            norms=norms,
-            mlp=mlp,
-            linears=linears,
-            mlp_norm=_mlp_norm(modules, path, norms, mlp),
-        )
+        one = projection[0] if len(projection) == 1 else None
+        block = Block(path=path, attention=attention, qkv=qkv, projection=one, norms=norms, mlp=None, linears=linears)
+        blocks[path] = _with_mlp(modules, block, attentions)
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
 
@@ -144,17 +137,13 @@ def _flat_block(modules: Modules, path: str, qkv: Sequence[str]) -> Block | None
     linears = tuple(name for name in _linears(modules[path], path) if name not in qkv)
     if not linears or not any(weight is not None and weight.shape[0] == width for weight in weights):
         return None
-    mlp = _mlp(modules, path, linears, {})
-    return Block(
-        path=path,
-        attention=path,
-        qkv=tuple(qkv),
-        projection=None,
-        norms=norms,
-        mlp=mlp,
-        linears=linears,
-        mlp_norm=_mlp_norm(modules, path, norms, mlp),
-    )
+    block = Block(path=path, attention=path, qkv=tuple(qkv), projection=None, norms=norms, mlp=None, linears=linears)
+    return _with_mlp(modules, block, {})
+
+
+def _with_mlp(modules: Modules, block: Block, attentions: Mapping[str, Any]) -> Block:
+    mlp = _mlp(modules, block.path, block.linears, attentions)
+    return replace(block, mlp=mlp, mlp_norm=_mlp_norm(modules, block.path, block.norms, mlp))
 
 
 def _mlp(modules: Modules, block: str, linears: Sequence[str], attentions: Mapping[str, Any]) -> str | None:

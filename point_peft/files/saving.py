@@ -13,10 +13,9 @@ from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.files.fingerprint import fingerprint
-from point_peft.files.format import FORMAT_VERSION, PEFT_TYPE, Card
+from point_peft.files.format import FORMAT_VERSION, PEFT_TYPE, Card, write_folder
 from point_peft.files.head_description import describe_head
 from point_peft.files.peft_format import to_peft, why_not
-from point_peft.files.writing import write_folder
 from point_peft.parts.backbone import Backbone
 from point_peft.version import __version__
 

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
+from point_peft.geometry import search
 from point_peft.geometry.neighbours import farthest_point_sample
 from point_peft.geometry.offsets import checked_offset, counts_of, runs_of, samples_of
-from point_peft.geometry.search import (
-    PAIRS,
-    QUERIES,
-    along_curve,
-    build_tree,
-    leaf_tables,
-    near_leaves,
-    nearest_in_leaves,
-    needed_leaves,
-    packed_points,
-)
+from point_peft.geometry.search import packed_points
 
 
 def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Tensor, k: int) -> Tensor:
@@ -50,18 +41,18 @@ def ragged_knn(queries: Tensor, query_offset: Tensor, points: Tensor, offset: Te
     with torch.no_grad():
         # A leaf holds at least half its size, unless it is all of its sample: at least k points.
         size = 2 * max(8, 1 << (k - 1).bit_length())
-        tree = build_tree(points, offset, size)
-        together = min(size, QUERIES)
+        tree = search.build_tree(points, offset, size)
+        together = min(size, search.QUERIES)
         same = queries is points and together == size and torch.equal(query_offset, offset)
-        blocks = tree if same else build_tree(queries, query_offset, together)
+        blocks = tree if same else search.build_tree(queries, query_offset, together)
         index = torch.empty(len(queries), k, dtype=torch.int64, device=points.device)
-        step = max(1, PAIRS // int(torch.bincount(tree.sample).max()))
+        step = max(1, search.PAIRS // int(torch.bincount(tree.sample).max()))
         for begin in range(0, len(blocks.count), step):
             part = torch.arange(begin, min(begin + step, len(blocks.count)), device=points.device)
-            owner, leaf = near_leaves(blocks, part, tree)
-            owner, leaf = needed_leaves(blocks, owner, leaf, tree, k)
-            for block, table in leaf_tables(owner, leaf, together * size, 0, len(tree.count)):
-                nearest = nearest_in_leaves(blocks.inside[:, block], table, tree, k)
+            owner, leaf = search.near_leaves(blocks, part, tree)
+            owner, leaf = search.needed_leaves(blocks, owner, leaf, tree, k)
+            for block, table in search.leaf_tables(owner, leaf, together * size, 0, len(tree.count)):
+                nearest = search.nearest_in_leaves(blocks.inside[:, block], table, tree, k)
                 real = torch.arange(together, device=points.device) < blocks.count[block, None]
                 index[blocks.index[block][real]] = nearest[real]
         own = counts_of(offset)[samples_of(query_offset, len(queries))]
@@ -92,7 +83,7 @@ def ragged_farthest_point_sample(
         end = count.cumsum(0)
         # The members of a block in the order of their numbers, as its first point and ties depend on it.
         owner = bounds.new_empty(len(points))
-        owner[along_curve(points, offset)] = torch.repeat_interleave(size, output_size=len(points))
+        owner[search.along_curve(points, offset)] = torch.repeat_interleave(size, output_size=len(points))
         member = owner.argsort(stable=True)
         index = member.new_empty(int(count.sum()))
         # Blocks of like size together: no row is padded to twice its length.

@@ -6,18 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from huggingface_hub import constants
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the client's HTTP library
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub import constants, errors
 
 from point_peft.errors import HubError, quoted
 
@@ -40,26 +29,26 @@ def ask(repo_id: str, revision: str | None, ask: Callable[[], T], pauses: Sequen
     for pause in (*pauses, None):
         try:
             return ask()
-        except GatedRepoError as error:
+        except errors.GatedRepoError as error:
             raise HubError(
                 f"'{repo_id}' is gated: accept its conditions at {constants.ENDPOINT}/{repo_id} and pass a token of "
                 "that account"
             ) from error
-        except RepositoryNotFoundError as error:
+        except errors.RepositoryNotFoundError as error:
             raise HubError(
                 f"there is no repository '{repo_id}' that can be seen: check the name; if it is private, pass a token "
                 "that may read it, or run `hf auth login`"
             ) from error
-        except RevisionNotFoundError as error:
+        except errors.RevisionNotFoundError as error:
             raise HubError(f"'{repo_id}' has no revision {quoted(revision)}: name a branch, tag or commit") from error
-        except LocalTokenNotFoundError as error:
+        except errors.LocalTokenNotFoundError as error:
             raise HubError("token=True asks for a login's token, and there is none: run `hf auth login`") from error
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             # The client tells in what it was raised from why it could not ask.
             failure = _failure(error.__cause__ or error)
-        except EntryNotFoundError as error:
+        except errors.EntryNotFoundError as error:
             raise HubError(f"'{repo_id}'{at} lacks a file: {first_line(error)}") from error
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
                 raise HubError(
@@ -74,7 +63,7 @@ def ask(repo_id: str, revision: str | None, ask: Callable[[], T], pauses: Sequen
         except RuntimeError as error:
             # So the client wraps whatever happens while it uploads.
             failure = _failure(error.__cause__ or error)
-        except (HTTPError, XetDownloadError, OSError) as error:
+        except (errors.HTTPError, errors.XetDownloadError, OSError) as error:  # type: ignore[attr-defined]
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NETWORK):
                 raise HubError(f"'{repo_id}': {error.strerror or error} ({error.filename or 'no file'})") from error
             failure = _failure(error)
@@ -88,7 +77,7 @@ def no_hub() -> str:
 
 
 def _failure(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return f"the Hub answers {error.response.status_code}"
     return f"the Hub cannot be reached ({type(error).__name__}: {first_line(error)})"
 

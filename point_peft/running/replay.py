@@ -24,13 +24,8 @@ it is in, -1 outside of any (`graph_task`). A forward notes the number under whi
 what runs is a replay (`Forward.recomputing`). Numbers and not a flag, because a model may run a whole forward of its
 own in somebody's backward pass: reentrant checkpointing of a larger model does.
 
-**What a replay must not do twice.** What was left for later modules has been taken, and is handed out again as it was
-taken (`Handover.take`); auxiliary losses are not added again; what depends on no gradient is cached in the record
-(`Forward.once`), and so is the prior, so that the second pass is not run again. What has a gradient is never cached:
-it belongs to the block that made it and is made again there, else the gradient would flow into a freed graph.
-
-**Random numbers.** Checkpointing sets the generators back to where the block began. A second pass, which ran within
-the block the first time and does not run again, therefore leaves the generators as it found them.
+**What a replay does not do twice** stands where it is done: `Handover.take`, `Forward.add_loss`, `Forward.once`, and
+the random numbers of a second pass.
 
 **Direct calls** of a submodule have no end of the model's forward; the outputs of adapted modules are marked instead
 (`after_parts`). A forward that runs under `torch.compile` is traced with its backward pass and needs none of this.

@@ -19,30 +19,23 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     path = stage.blocks[0].path
     located = _coordinates(stage, seen, tokens)
     if located is None:
-        return replace(
-            stage,
-            prompts=False,
-            unknown=(
-                f"the coordinates of the tokens of '{path}' {tuple(tokens.shape)} were not found, no tensor (b, g, 3) "
-                "seen before or by it consists of points of the input cloud in the order of the tokens; state them in "
-                "config.anatomy"
-            ),
+        why = (
+            f"the coordinates of the tokens of '{path}' {tuple(tokens.shape)} were not found, no tensor (b, g, 3) seen "
+            "before or by it consists of points of the input cloud in the order of the tokens; state them in "
+            "config.anatomy"
         )
+        return replace(stage, prompts=False, unknown=why)
     tap, coordinates, patches, embedding = located
     layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
     rows = batch_first(tokens, layout)
     g = coordinates.shape[1]
     prefix = rows.shape[1] - g
     if prefix and patches is None and bool((rows[:, :prefix] != rows[:1, :prefix]).any()):
-        return replace(
-            stage,
-            layout=layout,
-            prompts=False,
-            unknown=(
-                f"block '{path}' gets {prefix} tokens more than there are coordinates, and they are not at the front, "
-                "where they would be the same for every cloud"
-            ),
+        why = (
+            f"block '{path}' gets {prefix} tokens more than there are coordinates, and they are not at the front, "
+            "where they would be the same for every cloud"
         )
+        return replace(stage, layout=layout, prompts=False, unknown=why)
     call = seen.first(path)
     b, length = rows.shape[:2]
     return replace(

@@ -4,7 +4,7 @@ Tensors are kept as they were at the time, and as they are in the autograd graph
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,19 +138,25 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wid
     for value in _tensors((args, kwargs)):
         _note_cloud(seen, value.detach())
     reads = _Reads(model, running)
-    handles = []
-    try:
-        for module in paths:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        with reads:
-            seen.output = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(paths, before, after), reads:
+        seen.output = model(*args, **kwargs)
     seen.reads = {owner: reader for owner, reader in reads.readers.items() if owner not in seen.calls}
     seen.uses = reads.uses
     return seen
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """In here, each of the modules has these hooks ahead of its forward and after it."""
+    handles = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -23,14 +23,11 @@ def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
 
     coordinates = _latest(seen, path, may_be_coordinates)
     if coordinates is None:
-        return replace(
-            packed,
-            unknown=(
-                f"the coordinates ({n}, 3) of the packed tokens {tuple(tokens.shape)} of '{path}' were not found, no "
-                "such tensor within the bounds of the input cloud was seen before or by it; state them in "
-                "config.anatomy"
-            ),
+        why = (
+            f"the coordinates ({n}, 3) of the packed tokens {tuple(tokens.shape)} of '{path}' were not found, no such "
+            "tensor within the bounds of the input cloud was seen before or by it; state them in config.anatomy"
         )
+        return replace(packed, unknown=why)
     alike = {
         steps: value
         for steps, value in seen.first(path).inputs.items()
@@ -38,22 +35,15 @@ def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
     }
     if any(not torch.equal(one, two) for one, two in combinations(alike.values(), 2)):
         places = ", ".join(f"input{spell_steps(steps)}" for steps in alike)
-        return replace(
-            packed,
-            unknown=(
-                f"'{path}' gets more than one tensor ({n}, 3) that may be the coordinates of its tokens ({places}); "
-                "state which in config.anatomy"
-            ),
-        )
+        why = f"'{path}' gets more than one tensor ({n}, 3) that may be the coordinates of its tokens ({places})"
+        return replace(packed, unknown=f"{why}; state which in config.anatomy")
     samples = _latest(seen, path, lambda value: seen.samples > 1 and _tells_samples(value, n, seen.samples))
     if samples is None:
-        return replace(
-            packed,
-            unknown=(
-                f"which sample each of the packed tokens {tuple(tokens.shape)} of '{path}' belongs to was not found; "
-                "pass an example of two or more clouds, or state it in config.anatomy"
-            ),
+        why = (
+            f"which sample each of the packed tokens {tuple(tokens.shape)} of '{path}' belongs to was not found; "
+            "pass an example of two or more clouds, or state it in config.anatomy"
         )
+        return replace(packed, unknown=why)
     return replace(packed, coordinates=coordinates, samples=samples)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from point_peft.anatomy.description import Stage
 from point_peft.running.nested import put
 from point_peft.running.tokens import block_tokens, insert_prompts, output_tokens, remove, token_dim
-from point_peft.tracing.observing import attached
+from point_peft.tracing.observing import attached, hooked
 
 PROBES = 4
 """Prompts that are put in on trial."""
@@ -70,13 +70,6 @@ def run_probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], p
             probe.result = kept.clone()
         return put(output, stage.outputs[0], kept)
 
-    handles = []
-    try:
-        for module in paths:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
+    with hooked(paths, before, after):
         copied, named = attached(args, kwargs)
         model(*copied, **named)
-    finally:
-        for handle in handles:
-            handle.remove()

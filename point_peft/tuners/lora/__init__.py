@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
 from point_peft.anatomy.structure import projects, weight_to_adapt
-from point_peft.config import Combination, TunerConfig, require
+from point_peft.config import Changes, Combination, TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
@@ -105,11 +105,7 @@ class LoraConfig(TunerConfig):
         return plan
 
     def combined(
-        self,
-        adapters: Mapping[str, Mapping[str, Part]],
-        weights: Sequence[float],
-        combination_type: Combination,
-        svd_rank: int | None,
+        self, adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
     ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
         ranks, tensors = combined_tensors(adapters, weights, combination_type, svd_rank)
         rank = Counter(ranks.values()).most_common(1)[0][0]

@@ -1,23 +1,19 @@
 """The factors of several LoRA adapters, each with a weight, as those of one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from point_peft.config import Combination
+from point_peft.config import Changes, Combination
 from point_peft.errors import AdapterError
-from point_peft.parts.base import Part
 from point_peft.tuners.lora.parts import LoraPart
 
 
 def combined_tensors(
-    adapters: Mapping[str, Mapping[str, Part]],
-    weights: Sequence[float],
-    combination_type: Combination,
-    svd_rank: int | None,
+    adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
 ) -> tuple[dict[str, int], dict[str, dict[str, Tensor]]]:
     """The ranks and the tensors of the combination by layer, for a scale of one.
 
@@ -41,7 +37,7 @@ def combined_tensors(
     return ranks, tensors
 
 
-def _layers(adapters: Mapping[str, Mapping[str, Part]]) -> dict[str, list[LoraPart]]:
+def _layers(adapters: Changes) -> dict[str, list[LoraPart]]:
     """Path -> the parts of the adapters there, which must all adapt the same rows of the same layers."""
     (first, wanted), *_ = adapters.items()
     layers: dict[str, list[LoraPart]] = {path: [] for path in wanted}
