@@ -409,17 +409,9 @@ class AdapterSet(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag})
             files = files_below(Path(folder), subfolder)
-        upload = Upload(
-            files=for_repository(files, repo_id),
-            repo_id=repo_id,
-            message=commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}",
-            description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
-        return push(upload)
+        files = for_repository(files, repo_id)
+        message = commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}"
+        return push(Upload(files, repo_id, message, commit_description, private, token, revision, create_pr))
 
     def load_adapter(
         self,

@@ -365,16 +365,10 @@ def _module(origin: str) -> Any:
 
 
 def _push(options: argparse.Namespace) -> int:
-    upload = Upload(
-        files=for_repository(_files(options.folder, options.subfolder), options.repo_id),
-        repo_id=options.repo_id,
-        message=options.message or f"Upload with point_peft {__version__}",
-        private=options.private,
-        token=options.token,
-        revision=options.revision,
-        create_pr=options.create_pr,
-    )
-    _say(push(upload))
+    files = for_repository(_files(options.folder, options.subfolder), options.repo_id)
+    message = options.message or f"Upload with point_peft {__version__}"
+    private, token, revision = options.private, options.token, options.revision
+    _say(push(Upload(files, options.repo_id, message, None, private, token, revision, options.create_pr)))
     return 0
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from point_peft import AnatomyError, GEMConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.gem.context_adapter import ContextAdapter, _scene_rows
+from point_peft.tuners.gem import ContextAdapter, _scene_rows
 from tests.adapting import distance, rescramble
 from tests.methods import config
 from tests.test_packed import C, Dense, G, Packed, anatomy
@@ -216,7 +216,7 @@ def test_rows_of_mingled_samples() -> None:
 def test_packed_tokens_of_equal_samples_give_what_dense_ones_give(
     mingled: bool, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("point_peft.tuners.gem.context_adapter.ROW", row)
+    monkeypatch.setattr("point_peft.tuners.gem.ROW", row)
     torch.manual_seed(0)
     dense, packed, points = Dense(), Packed(), torch.rand(3, G, 3)
     packed.load_state_dict(dense.state_dict())

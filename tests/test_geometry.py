@@ -11,8 +11,8 @@ from torch import Tensor
 
 from point_peft import geometry
 from point_peft.errors import PointPeftError
-from point_peft.geometry import eager
-from point_peft.geometry.eager import _farthest_by_torch_fps, farthest_in_loop
+from point_peft.geometry import neighbours as eager
+from point_peft.geometry.neighbours import _farthest_by_torch_fps, farthest_in_loop
 
 
 def clouds(b: int, n: int, seed: int = 0) -> Tensor:

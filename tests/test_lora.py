@@ -24,7 +24,7 @@ from point_peft import (
     get_peft_model,
 )
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.lora.patterns import pattern_values
+from point_peft.tuners.lora.peft_format import pattern_values
 from tests.zoo import BACKBONES, clouds
 
 

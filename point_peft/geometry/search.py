@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
-from point_peft.geometry.eager import CHUNK_ELEMENTS
+from point_peft.geometry.neighbours import CHUNK_ELEMENTS
 from point_peft.geometry.offsets import counts_of, runs_of, samples_of
 
 # Children of a node above the leaves of the search tree, queries that search together at most, and pairs of such a

@@ -16,7 +16,7 @@ from point_peft.hub.card import merged
 from point_peft.hub.pulling import COMMIT, PULL_REQUEST, Place, Token, check_names, client, fetched, is_path, model_info
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Upload:
     """A commit that is to be made."""
 

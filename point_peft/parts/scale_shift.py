@@ -1,5 +1,6 @@
 """Scaling and shifting channels: of what a layer gives, or of patch tokens where a module makes them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Block, Tap
 from point_peft.anatomy.structure import is_norm, projects, weight_to_adapt
+from point_peft.errors import AnatomyError
+from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Call, Part
 from point_peft.parts.tuned import per_channel
 from point_peft.running.nested import Args, Kwargs, fetch, put
@@ -95,3 +98,29 @@ class PatchScaleShift(Part):
         tokens = fetch(output, self.tap.steps)
         changed = tokens * self.gamma.to(tokens.dtype) + self.beta.to(tokens.dtype)
         return put(output, self.tap.steps, changed)
+
+
+def scale_shift_parts(
+    backbone: Backbone,
+    method: str,
+    paths: Iterable[str],
+    layer: type[LayerScaleShift],
+    patch: type[PatchScaleShift],
+    only_mergeable: bool = False,
+) -> list[tuple[str, Part]]:
+    """A `layer` for each linear layer and norm among modules, a `patch` for what else makes patch tokens."""
+    anatomy = backbone.known_anatomy(method)
+    patches, keys = patch_taps(anatomy), key_layers(anatomy)
+    parts: list[tuple[str, Part]] = []
+    for path in paths:
+        module = backbone.modules[path]
+        if channels_of(module) is not None:
+            parts.append((path, layer(module, shift=path not in keys, only_mergeable=only_mergeable)))
+        elif path not in patches:
+            raise AnatomyError(
+                f"'{path}' is a {type(module).__name__}; {method} adapts linear layers, norms with a weight and the "
+                "modules that make patch tokens: leave it out with exclude_modules"
+            )
+        elif not only_mergeable:
+            parts.append((path, patch(*patches[path])))
+    return parts

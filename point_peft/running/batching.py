@@ -56,14 +56,13 @@ class Batch:
         points = self.points_of(rows)
 
         def taken(tensor: Tensor) -> Tensor:
-            if self.samples is None or points is None:
-                return tensor[rows] if tensor.ndim and len(tensor) == self.count else tensor
-            if tensor.ndim == 1 and _are_ends(tensor, self.count) and int(tensor[-1]) == len(self.samples):
-                return self.samples[points].bincount(minlength=self.count)[rows].cumsum(0).to(tensor.dtype)
-            if tensor.shape == self.samples.shape and torch.equal(tensor.to(torch.int64), self.samples):
-                return torch.searchsorted(rows, self.samples[points]).to(tensor.dtype)
-            if tensor.ndim and len(tensor) == len(self.samples):
-                return tensor[points]
+            if self.samples is not None and points is not None:
+                if tensor.ndim == 1 and _are_ends(tensor, self.count) and int(tensor[-1]) == len(self.samples):
+                    return self.samples[points].bincount(minlength=self.count)[rows].cumsum(0).to(tensor.dtype)
+                if tensor.shape == self.samples.shape and torch.equal(tensor.to(torch.int64), self.samples):
+                    return torch.searchsorted(rows, self.samples[points]).to(tensor.dtype)
+                if tensor.ndim and len(tensor) == len(self.samples):
+                    return tensor[points]
             return tensor[rows] if tensor.ndim and len(tensor) == self.count else tensor
 
         args, kwargs = _mapped(self.args, taken, "argument"), _mapped(self.kwargs, taken, "argument")

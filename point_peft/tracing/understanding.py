@@ -36,8 +36,7 @@ def understand(model: nn.Module, example_inputs: Any = None) -> Anatomy:
     if example_inputs is None:
         if known is None:
             raise AnatomyError(
-                f"no preset describes {type(model).__name__}: pass example_inputs=(...), two or more clouds, to let "
-                "one forward be traced"
+                f"no preset describes {type(model).__name__}: pass example_inputs=(...), two or more clouds to trace"
             )
         return known
     args, kwargs = call_arguments(example_inputs)

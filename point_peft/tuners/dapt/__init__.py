@@ -49,18 +49,12 @@ from torch import Tensor, nn
 from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterError
+from point_peft.parts import scale_shift
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, Part
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.prefix import tune_prefix
-from point_peft.parts.scale_shift import (
-    LayerScaleShift,
-    PatchScaleShift,
-    block_sites,
-    channels_of,
-    key_layers,
-    patch_taps,
-)
+from point_peft.parts.scale_shift import LayerScaleShift, PatchScaleShift, block_sites, channels_of, patch_taps
 from point_peft.parts.sequence import EntrancePart, LastingPrompts, SequencePart, at_mlp, check_takes_prompts, mlp_of
 from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import batch_first, block_tokens, output_tokens
@@ -143,16 +137,10 @@ class DAPTConfig(TunerConfig):
     @staticmethod
     def _scale_shift(backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> list[tuple[str, Part]]:
         """TFTS on the patch tokens, on all norms and linear layers of the blocks, and on the final norm."""
-        patches, keys = patch_taps(anatomy), key_layers(anatomy)
         inside = [path for block in blocks for path in block_sites(block)]
-        parts: list[tuple[str, Part]] = []
-        for path in dict.fromkeys([*patches, *inside, *anatomy.final_norms]):
-            module = backbone.modules[path]
-            if channels_of(module) is not None:
-                parts.append((path, LayerTFTS(module, shift=path not in keys)))
-            elif path in patches:
-                parts.append((path, PatchTFTS(*patches[path])))
-        return parts
+        scalable = [p for p in (*inside, *anatomy.final_norms) if channels_of(backbone.modules[p]) is not None]
+        paths = dict.fromkeys([*patch_taps(anatomy), *scalable])
+        return scale_shift.scale_shift_parts(backbone, DAPTConfig.method, paths, LayerTFTS, PatchTFTS)
 
 
 def _start_as_published(part: Part) -> None:

@@ -43,8 +43,7 @@ from point_peft.parts.base import Blueprint, Part
 from point_peft.schema import Count, Dropout, Factor, FrozenMapping
 from point_peft.tuners.lora.combining import combined_tensors
 from point_peft.tuners.lora.parts import LoraPart
-from point_peft.tuners.lora.patterns import anchored, pattern_values
-from point_peft.tuners.lora.peft_format import SHARED, exactly, read_fields, why_no_layer
+from point_peft.tuners.lora.peft_format import SHARED, anchored, exactly, pattern_values, read_fields, why_no_layer
 
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 

@@ -34,14 +34,7 @@ from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
-from point_peft.parts.scale_shift import (
-    LayerScaleShift,
-    PatchScaleShift,
-    block_sites,
-    channels_of,
-    key_layers,
-    patch_taps,
-)
+from point_peft.parts.scale_shift import LayerScaleShift, PatchScaleShift, block_sites, patch_taps, scale_shift_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +54,11 @@ class SSFConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        patches, keys = patch_taps(anatomy), key_layers(anatomy)
-        plan = Blueprint()
-        for path in self.chosen_modules(backbone, block_sites, ahead=patches, behind=anatomy.final_norms):
-            module = backbone.modules[path]
-            if channels_of(module) is not None:
-                part = ScaleShiftPart(module, shift=path not in keys, only_mergeable=self.only_mergeable)
-                plan.parts.append((path, part))
-            elif path not in patches:
-                raise AnatomyError(
-                    f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers, norms with a weight "
-                    "and the modules that make patch tokens: leave it out with exclude_modules"
-                )
-            elif not self.only_mergeable:
-                plan.parts.append((path, PatchPart(*patches[path])))
-        if not plan.parts:
+        paths = self.chosen_modules(backbone, block_sites, ahead=patch_taps(anatomy), behind=anatomy.final_norms)
+        parts = scale_shift_parts(backbone, self.method, paths, ScaleShiftPart, PatchPart, self.only_mergeable)
+        if not parts:
             raise AnatomyError(f"{self.method} with only_mergeable=True leaves nothing to scale")
-        return plan
+        return Blueprint(parts=parts)
 
 
 class ScaleShiftPart(LayerScaleShift):

@@ -100,31 +100,17 @@ class STAGConfig(TunerConfig):
         check_located(stage, self.method, stage.blocks[0].path)
         large = self.size == "sl"
         down = {number: str(number - number % DOWN_GROUP if large else 0) for number, _ in numbered}
-        graph = {
-            number: str(number - (number - first) % GRAPH_GROUP if large else first)
-            for number, _ in numbered
-            if number >= first
-        }
-        plan.shared[f"stage_{index}"] = SideNetwork(
-            "stag" if index == 0 else f"stag.stage_{index}",
-            stage.width,
-            self.width,
-            dict.fromkeys(down.values()),
-            dict.fromkeys(graph.values()),
-            gated=self.init == "identity",
-        )
+        late = [number for number, _ in numbered if number >= first]
+        graph = {number: str(number - (number - first) % GRAPH_GROUP if large else first) for number in late}
+        prefix, gated = "stag" if index == 0 else f"stag.stage_{index}", self.init == "identity"
+        downs, graphs = dict.fromkeys(down.values()), dict.fromkeys(graph.values())
+        plan.shared[f"stage_{index}"] = SideNetwork(prefix, stage.width, self.width, downs, graphs, gated=gated)
         paths = [block.path for block in stage.blocks]
         places = [paths.index(block.path) for _, block in numbered]
         for place, (number, block) in zip(places, numbered, strict=True):
-            part = SidePart(
-                stage,
-                index,
-                down=down[number],
-                graph=graph.get(number),
-                neighbours=self.neighbours,
-                begins=place == places[0],
-                follows=place == 0 or place - 1 in places,
-            )
+            begins, follows = place == places[0], place == 0 or place - 1 in places
+            layers = down[number], graph.get(number)
+            part = SidePart(stage, index, *layers, self.neighbours, begins=begins, follows=follows)
             plan.parts.append((block.path, part))
 
 
@@ -132,7 +118,7 @@ class SidePart(SequencePart):
     """s <- s + D t ahead of a block; after it a step of the side tokens s, and their displacement, where it has one."""
 
     def __init__(
-        self, stage: Stage, number: int, *, down: str, graph: str | None, neighbours: int, begins: bool, follows: bool
+        self, stage: Stage, number: int, down: str, graph: str | None, neighbours: int, *, begins: bool, follows: bool
     ) -> None:
         super().__init__(stage, number)
         self.down = down
