@@ -23,17 +23,7 @@ from torch import Tensor, nn
 
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
-from point_peft.files.format import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PEFT_TYPE,
-    PENDING_CONFIG_FILE,
-    TENSOR_FILE,
-    AdapterFiles,
-    copy_folder,
-    leftovers,
-    read_folder,
-)
+from point_peft.files import format
 from point_peft.files.tensors import check_finite, dtype_name, unshared
 from point_peft.hub.card import for_repository
 from point_peft.hub.pulling import Place, download, is_repo_id
@@ -166,7 +156,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _report(folder: Path) -> dict[str, Any]:
     """The content of an adapter, as JSON."""
-    files = read_folder(folder)
+    files = format.read_folder(folder)
     about = files.about
     methods, problems = _methods(files, about)
     for name, tensor in files.tensors.items():
@@ -175,14 +165,14 @@ def _report(folder: Path) -> dict[str, Any]:
     if not any(map(torch.count_nonzero, files.tensors.values())):
         problems.append("all tensors are zero" if files.tensors else "there are no tensors")
     if files.edited and not files.foreign:
-        problems.append(f"{CONFIG_FILE} is another than the one that the tensors were saved with")
-    if left := leftovers(folder):
+        problems.append(f"{format.CONFIG_FILE} is another than the one that the tensors were saved with")
+    if left := format.leftovers(folder):
         problems.append(f"an interrupted save has left {', '.join(left)}; the next save removes it")
     heads, saved = about.get("heads"), about.get("modules_to_save")
     named = saved if isinstance(saved, list) else ()  # all that PEFT's files say of them
     return {
         "folder": str(folder),
-        "format": "point_peft" if files.config["peft_type"] == PEFT_TYPE else "PEFT",
+        "format": "point_peft" if files.config["peft_type"] == format.PEFT_TYPE else "PEFT",
         "point_peft_version": about.get("point_peft_version"),
         "methods": methods,
         "base": {
@@ -193,7 +183,7 @@ def _report(folder: Path) -> dict[str, Any]:
         "adapted_modules": about.get("adapted_modules"),
         "heads": heads if isinstance(heads, dict) else dict.fromkeys(map(str, named)),
         "parameters": sum(tensor.numel() for tensor in files.tensors.values()),
-        "bytes": (folder / TENSOR_FILE).stat().st_size,
+        "bytes": (folder / format.TENSOR_FILE).stat().st_size,
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "zero": not bool(tensor.count_nonzero())}
             for name, tensor in files.tensors.items()
@@ -202,14 +192,14 @@ def _report(folder: Path) -> dict[str, Any]:
     }
 
 
-def _methods(files: AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def _methods(files: format.AdapterFiles, about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """The methods with the fields that are not their defaults, and what is wrong with them."""
-    if about["peft_type"] != PEFT_TYPE:
+    if about["peft_type"] != format.PEFT_TYPE:
         own = {name: value for name, value in about.items() if name != "peft_type" and value not in (None, [], {})}
         return [{"method": about["peft_type"], "fields": own}], []
     tuners = about.get("tuners")
     if not isinstance(tuners, list) or not tuners or not all(isinstance(tuner, dict) for tuner in tuners):
-        return [], [f"{CONFIG_FILE} names no methods"]
+        return [], [f"{format.CONFIG_FILE} names no methods"]
     methods, problems = [], []
     for tuner in tuners:
         own = {name: value for name, value in tuner.items() if name != "method"}
@@ -259,14 +249,14 @@ def _readable(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    files = [read_folder(_folder(source, options)) for source in (options.first, options.second)]
+    files = [format.read_folder(_folder(source, options)) for source in (options.first, options.second)]
     lines = list(_differences(*files))
     if lines:
         _say("\n".join([f"--- {options.first}", f"+++ {options.second}", *lines]))
     return DIFFERENT if lines else 0
 
 
-def _differences(first: AdapterFiles, second: AdapterFiles) -> Iterator[str]:
+def _differences(first: format.AdapterFiles, second: format.AdapterFiles) -> Iterator[str]:
     ours, theirs = dict(_leaves(first.about)), dict(_leaves(second.about))
     for name in sorted({*ours, *theirs} - {"point_peft_version"}):
         if name not in ours or name not in theirs or ours[name] != theirs[name]:
@@ -377,24 +367,24 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
         raise AdapterFileError(f"there is no folder '{folder}'")
     files: dict[str, bytes] = {}
     for own in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
-        if not (own / CONFIG_FILE).exists() and not (own / TENSOR_FILE).exists():
+        if not (own / format.CONFIG_FILE).exists() and not (own / format.TENSOR_FILE).exists():
             continue
-        paths = [own / name for name in (CONFIG_FILE, TENSOR_FILE, CARD_FILE)]
+        paths = [own / name for name in (format.CONFIG_FILE, format.TENSOR_FILE, format.CARD_FILE)]
         linked = [path for path in (own, *paths) if path.is_symlink() and path != folder]
         if linked:
             raise AdapterFileError(f"'{linked[0]}' is a link: only files are pushed, not what they link to")
-        check_finite(read_folder(own).tensors, f"'{own / TENSOR_FILE}'")
-        if PENDING_CONFIG_FILE in leftovers(own):
+        check_finite(format.read_folder(own).tensors, f"'{own / format.TENSOR_FILE}'")
+        if format.PENDING_CONFIG_FILE in format.leftovers(own):
             raise AdapterFileError(f"a save into '{own}' was interrupted: load the adapter and save it again")
         for path in paths:
             if path.is_file():
                 files["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
     if not files:
-        raise AdapterFileError(f"there is no adapter in '{folder}': '{CONFIG_FILE}' is missing")
+        raise AdapterFileError(f"there is no adapter in '{folder}': '{format.CONFIG_FILE}' is missing")
     return files
 
 
 def _pull(options: argparse.Namespace) -> int:
-    copy_folder(download(options.repo_id, _place(options)), options.folder)
+    format.copy_folder(download(options.repo_id, _place(options)), options.folder)
     _say(str(options.folder))
     return 0

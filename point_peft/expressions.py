@@ -106,7 +106,8 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Matcher:
 
 def _node(op: str, value: Any) -> _Matcher:
     if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-        return _character(_test(op, value))
+        test = _test(op, value)
+        return lambda scan, starts: (starts & scan.where(test)) << 1
     if op == "BRANCH":
         return _branch([_sequence(option) for option in value[1]])
     if op == "SUBPATTERN":
@@ -126,10 +127,6 @@ def _node(op: str, value: Any) -> _Matcher:
         return _place(str(value))
     construct = {"GROUPREF": "a back-reference", "GROUPREF_EXISTS": "a conditional group"}
     raise _Unsupported(construct.get(op, op.lower().replace("_", " ")))
-
-
-def _character(test: Callable[[str], bool]) -> _Matcher:
-    return lambda scan, starts: (starts & scan.where(test)) << 1
 
 
 def _branch(options: list[_Matcher]) -> _Matcher:

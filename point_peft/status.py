@@ -52,15 +52,13 @@ def layer_status(
         LayerStatus(
             name=path,
             module_type=type(base.get_submodule(path)).__name__,
-            parts={name: tuple(type(part).__name__ for part in parts) for name, parts in by_name.items()},
-            active_adapters=tuple(name for name in active if name in by_name),
-            merged_adapters=tuple(name for name in merged if name in by_name),
-            requires_grad={name: _is_trained(parts) for name, parts in by_name.items()},
-            devices={
-                name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in by_name.items()
-            },
+            parts={name: tuple(type(part).__name__ for part in parts) for name, parts in here.items()},
+            active_adapters=tuple(name for name in active if name in here),
+            merged_adapters=tuple(name for name in merged if name in here),
+            requires_grad={name: _is_trained(parts) for name, parts in here.items()},
+            devices={name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in here.items()},
         )
-        for path, by_name in sites.items()
+        for path, here in sites.items()
     ]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from point_peft import geometry
 from point_peft.errors import PointPeftError
-from point_peft.geometry import packed as packed_module
 from point_peft.geometry import search
 
 SIZES = [1, 300, 0, 17, 33, 2, 0, 1100, 64, 32]
@@ -192,7 +191,7 @@ def test_knn_equals_brute_force_on_hard_clouds(kind: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("kind", ["sphere", "grid", "outliers"])
 def test_knn_equals_brute_force_through_several_levels_and_chunks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "FAN", 3)
-    monkeypatch.setattr(packed_module, "PAIRS", 700)
+    monkeypatch.setattr(search, "PAIRS", 700)
     monkeypatch.setattr(search, "CHUNK_ELEMENTS", 5000)
     points, offset = shaped(kind, 1500), ends([1200, 10, 290])
     assert_nearest(geometry.ragged_knn(points, offset, points, offset, 6), points, offset, points, offset)

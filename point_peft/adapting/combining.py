@@ -75,11 +75,8 @@ def _check_own_modules(adapters: Mapping[str, Adapter]) -> None:
 
 
 def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}": tensor
-        for path, module in adapter.own_modules()
-        for name, tensor in module.state_dict(keep_vars=True).items()
-    }
+    own = [(path, module.state_dict(keep_vars=True)) for path, module in adapter.own_modules()]
+    return {f"{path}.{name}": tensor for path, tensors in own for name, tensor in tensors.items()}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -19,8 +19,7 @@ a model draws other random numbers than torch's, it asks the stem something else
 is of other groups, but all in it is of one grouping.
 
 **It leaves nothing behind.** It is a forward of its own, with no active adapters and a record of its own, a child of
-the one that asked. An exception (`Stop`) ends it. The generators of random numbers are put back, since checkpointing
-may run the block again that asked, and not the second pass.
+the one that asked. An exception (`Stop`) ends it. The generators of random numbers are put back.
 
 A batch that several forwards run (`mixed`) shares one second pass among those whose groups are the same.
 """

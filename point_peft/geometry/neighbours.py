@@ -162,7 +162,10 @@ def nearest_in_chunks(queries: Tensor, points: Tensor, k: int) -> Tensor:
 
 
 farthest_op = torch.library.custom_op(
-    "point_peft::farthest_points", farthest_in_loop, mutates_args=(), schema="(Tensor points, SymInt count) -> Tensor"
+    "point_peft::farthest_point_sample",
+    farthest_in_loop,
+    mutates_args=(),
+    schema="(Tensor points, SymInt count) -> Tensor",
 )
 
 

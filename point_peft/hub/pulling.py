@@ -193,20 +193,16 @@ def fetched(repo_id: str, sha: str, file: RepoSibling, place: Place) -> Path:
 
 
 def _is_what_is_stated(path: Path, file: RepoSibling) -> bool:
-    if path.stat().st_size != file.size:
-        return False
-    if file.lfs is not None:
-        return _sha256(path) == file.lfs.sha256
-    return file.blob_id is None or _git_digest(path) == file.blob_id
+    stated = file.blob_id if file.lfs is None else file.lfs.sha256
+    return path.stat().st_size == file.size and (stated is None or _digest(path, stated) == stated)
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path, like: str) -> str:
+    """The digest of a file of the kind that `like` is of: SHA-256 or git's."""
+    if len(like) == 40:
+        return git_hash(path.read_bytes())
     with path.open("rb") as opened:
         return sha_fileobj(opened).hex()
-
-
-def _git_digest(path: Path) -> str:
-    return git_hash(path.read_bytes())
 
 
 def _forget(path: Path, cache: Path) -> None:
@@ -256,8 +252,7 @@ def _cached(repo_id: str, place: Place, why: str) -> Path:
         if not path.is_symlink():
             continue
         name = Path(os.readlink(path)).name
-        actual = {64: _sha256, 40: _git_digest}.get(len(name))
-        if actual is None or actual(path) != name:
+        if _digest(path, name) != name:
             raise HubError(
                 f"'{prefix}{path.name}' of '{repo_id}' is damaged in the cache ('{path}'), and the Hub was not asked: "
                 f"{why}. Load it with force_download=True once the Hub can be reached"

@@ -14,9 +14,7 @@ from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import block_tokens, shift_rows
 
 
-def tune_prefix(
-    plan: Blueprint, backbone: Backbone, method: str, names: Names = None, *, keep_base: bool = False
-) -> None:
+def tune_prefix(plan: Blueprint, backbone: Backbone, method: str, names: Names, *, keep_base: bool = False) -> None:
     """Add to a method's plan that the backbone's prefix tokens and positions are trained: all, or those of `names`.
 
     What an earlier method of the adapter trains is trained by that one. `keep_base` keeps the values of the base too.

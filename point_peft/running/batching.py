@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,13 +80,8 @@ class Batch:
         Where they do not fit together, as of heads of different widths, a list: for each sample what the model gives
         for it alone.
         """
-        try:
+        with suppress(_DoNotFitError):
             return self._join(parts)
-        except _DoNotFitError:
-            return self.singly(parts)
-
-    def singly(self, parts: Sequence[tuple[Tensor, Any]]) -> list[Any]:
-        """For each sample, its own part of the outputs."""
         outputs: list[Any] = [None] * self.count
         for rows, output in parts:
             samples = rows if self.samples is None else self.samples[self.points_of(rows)]

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from point_peft.anatomy.description import Block, Layout, Stage, Tap
+from point_peft.anatomy.description import Layout, Stage, Tap
 from point_peft.running.tokens import batch_first, is_padding
 from point_peft.tracing.observing import Trace, channel_weights, gradients_of
 
@@ -57,14 +57,11 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
 
 def _position_once(stage: Stage, seen: Trace) -> bool:
     """Tell whether every block gets what the one before returned, and nothing is added in between."""
-    return len(stage.blocks) > 1 and not any(_added(one, two, stage, seen) for one, two in pairwise(stage.blocks))
-
-
-def _added(one: Block, two: Block, stage: Stage, seen: Trace) -> bool:
-    """Tell whether the second of two blocks gets something else than what the first returned."""
-    made = seen.first(one.path).outputs[stage.outputs[0]]
-    given = seen.first(two.path).inputs.get(stage.tokens)
-    return given is None or not torch.equal(made, given)
+    for one, two in pairwise(stage.blocks):
+        made, given = seen.first(one.path).outputs[stage.outputs[0]], seen.first(two.path).inputs.get(stage.tokens)
+        if given is None or not torch.equal(made, given):
+            return False
+    return len(stage.blocks) > 1
 
 
 def _points(seen: Trace, coordinates: Tensor, when: int) -> Tap | None:
@@ -98,9 +95,8 @@ def _tokenizer(seen: Trace, block: str, patches: Tap, coordinates: Tensor) -> tu
     }
 
     def makes(wanted: Tensor) -> list[str]:
-        return [
-            p for p, c in alone.items() if c.outputs[()].shape == wanted.shape and torch.equal(c.outputs[()], wanted)
-        ]
+        outputs = {path: call.outputs[()] for path, call in alone.items()}
+        return [p for p, made in outputs.items() if made.shape == wanted.shape and torch.equal(made, wanted)]
 
     for path in makes(last.outputs[patches.steps]):
         (given,) = alone[path].inputs.values()

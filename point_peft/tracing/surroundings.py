@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Layout, PrefixParameter, Read, Stage
-from point_peft.anatomy.structure import is_norm, prefix_rows
+from point_peft.anatomy.structure import prefix_rows
 from point_peft.running.tokens import batch_first
 from point_peft.tracing.observing import Trace, channel_weights, connected, gradients_of, returned
 
@@ -22,7 +22,8 @@ def whole_anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list
     before = [path for path, _ in seen.before(begin) if path and not path.startswith(inside)]
     after = _after(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)], begin)
     tops = _outermost([path for path in after if _has_parameters(modules[path])], blocks)
-    final_norms = [path for path in tops if _is_final_norm(modules[path], stages[-1].width)][:1]
+    norms = [path for path in tops if isinstance(modules[path], nn.LayerNorm)]
+    final_norms = [path for path in norms if modules[path].normalized_shape == (stages[-1].width,)][:1]
     own = [path for path, module in modules.items() if path and _has_parameters(module, recurse=False)]
     anatomy = Anatomy(
         source="traced",
@@ -82,10 +83,6 @@ def _outermost(paths: Sequence[str], blocks: Sequence[str]) -> tuple[str, ...]:
     """Those of the modules that hold no block and lie in no other of them."""
     free = [path for path in paths if not any(block.startswith(path + ".") for block in blocks)]
     return tuple(path for path in free if not any(path.startswith(other + ".") for other in free))
-
-
-def _is_final_norm(module: nn.Module, width: int) -> bool:
-    return is_norm(module) and isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,)
 
 
 def _prefix_parameters(model: nn.Module, stage: Stage, seen: Trace) -> list[PrefixParameter]:

@@ -92,18 +92,13 @@ def _verified(known: Anatomy, traced: Anatomy) -> Anatomy:
         # Of packed tokens an example of one cloud does not tell enough.
         return known if packed and any(stage.unknown for stage in traced.stages) else traced
     names = {parameter.name for parameter in traced.prefix_parameters}
+    stages = []
+    for stage, shown in zip(known.stages, traced.stages, strict=True):
+        pairs = zip(stage.blocks, shown.blocks, strict=True)
+        stages.append(replace(stage, blocks=tuple(replace(block, mlp_norm=seen.mlp_norm) for block, seen in pairs)))
     return replace(
         known,
-        stages=tuple(
-            replace(
-                stage,
-                blocks=tuple(
-                    replace(block, mlp_norm=seen.mlp_norm)
-                    for block, seen in zip(stage.blocks, shown.blocks, strict=True)
-                ),
-            )
-            for stage, shown in zip(known.stages, traced.stages, strict=True)
-        ),
+        stages=tuple(stages),
         prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
         heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
         patches_read=traced.patches_read,

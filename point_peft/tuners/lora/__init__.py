@@ -166,7 +166,7 @@ class LoraConfig(TunerConfig):
             )
         weight, shape = known
         if self.qkv == QKV or not fused:
-            return LoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora)
+            return LoraPart(module, weight, r, scale, self.lora_dropout, self.use_dora, ())
         if shape[0] != 3 * shape[1] or isinstance(module, nn.Conv1d):
             raise AnatomyError(
                 f"qkv={self.qkv} chooses rows of a fused projection, and '{path}' {shape} is none: leave it out, or "

@@ -24,14 +24,7 @@ class LoraPart(Part):
     """(out,), of a convolution (1, out, 1)"""
 
     def __init__(
-        self,
-        module: nn.Module,
-        weight: str,
-        r: int,
-        scale: float,
-        dropout: float,
-        use_dora: bool,
-        chosen: tuple[int, ...] = (),
+        self, module: nn.Module, weight: str, r: int, scale: float, dropout: float, dora: bool, chosen: tuple[int, ...]
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -45,7 +38,7 @@ class LoraPart(Part):
         rows = self.rows(whole, 0)
         self.lora_A, self.lora_B = _factors(module, rows.shape[0], whole.shape[1], r, self.slices)
         nn.init.zeros_(self.lora_B.weight)
-        magnitude = _lengths(rows.detach()) if use_dora else None
+        magnitude = _lengths(rows.detach()) if dora else None
         if magnitude is not None and rows.ndim == 3:
             magnitude = rearrange(magnitude, "out -> 1 out 1")
         self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))

@@ -36,19 +36,11 @@ from torch import Tensor
 
 from point_peft.anatomy.description import Stage
 from point_peft.config import TunerConfig
+from point_peft.parts import second_grouping
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call
 from point_peft.parts.prefix import tune_prefix
-from point_peft.parts.second_grouping import (
-    CarryingPart,
-    GroupingPart,
-    Init,
-    TokenMlps,
-    farthest_points,
-    modules_to_tune,
-    stage_to_group,
-    token_mlp,
-)
+from point_peft.parts.second_grouping import CarryingPart, GroupingPart, Init, TokenMlps, token_mlp
 from point_peft.parts.sequence import BlockTokens, note_stream, noted_stream
 from point_peft.schema import Count
 
@@ -75,9 +67,9 @@ class PPTConfig(TunerConfig):
     identity_at_init = False  # the prompts themselves change what the blocks make of the other tokens
 
     def build(self, backbone: Backbone) -> Blueprint:
-        stage = stage_to_group(backbone, self.method)
+        stage = second_grouping.stage_to_group(backbone, self.method)
         chosen = self.chosen_blocks(backbone)
-        plan = Blueprint(modules=modules_to_tune(backbone, stage, self.tuned_modules))
+        plan = Blueprint(modules=second_grouping.modules_to_tune(backbone, stage, self.tuned_modules))
         plan.shared["token_mlps"] = PositionMlps(stage.width, self.mlp_width, self.init)
         plan.parts.append((stage.tokenizer[-1], PromptGrouping(stage, 0, self.num_groups, self.group_size)))
         for _, block in chosen:
@@ -95,7 +87,7 @@ class PromptGrouping(GroupingPart):
         self.group_size = group_size
 
     def make(self, call: Call, points: Tensor) -> tuple[Tensor, Tensor]:
-        centres = farthest_points(points, self.num_groups)
+        centres = second_grouping.farthest_points(points, self.num_groups)
         return self.tokens(call.forward, points, centres, self.group_size), centres
 
 
