@@ -86,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "push",
         help="push a saved adapter to the Hub",
-        description="Push the adapter in FOLDER, and those in its subfolders, in one commit. What stands on the Hub "
-        "around the sections of the model card stays.",
+        description="Push the adapter in FOLDER and those in its subfolders in one commit; the card keeps your text.",
     )
     command.add_argument("folder", metavar="FOLDER", type=Path)
     command.add_argument("repo_id", metavar="REPO_ID")

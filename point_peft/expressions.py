@@ -24,9 +24,9 @@ _parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) el
 class _Scan:
     """One name under an expression. A set of positions is an int: bit i stands for the place before character i."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, steps: int) -> None:
         self.text = text
-        self.steps = 0
+        self.steps = steps
         self._masks: dict[Callable[[str], bool], int] = {}
 
     def where(self, test: Callable[[str], bool]) -> int:
@@ -71,8 +71,7 @@ def match_expression(
         raise MatchError(f"{field}: {quoted(pattern, 120)} uses {error}, which is not supported here") from error
     matched, steps = [], MAX_STEPS - MAX_STEPS // share
     for name in names:
-        scan = _Scan(name)
-        scan.steps = steps
+        scan = _Scan(name, steps)
         try:
             ends = matcher(scan, 1)
         except _TooMuchWork as error:
@@ -194,7 +193,7 @@ def _test(op: str, value: Any) -> Callable[[str], bool]:
         return lambda character: low <= ord(character) <= high
     if op == "CATEGORY":
         kind = str(value)
-        test = _CATEGORIES[kind.replace("NOT_", "")]
+        test = _CLASSES[kind.rpartition("_")[2]]
         return (lambda character: not test(character)) if "NOT_" in kind else test
     assert op == "IN", op
     negated = str(value[0][0]) == "NEGATE"
@@ -216,8 +215,4 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-_CATEGORIES: dict[str, Callable[[str], bool]] = {
-    "CATEGORY_DIGIT": str.isdecimal,
-    "CATEGORY_SPACE": str.isspace,
-    "CATEGORY_WORD": _is_word,
-}
+_CLASSES: dict[str, Callable[[str], bool]] = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": _is_word}

@@ -105,7 +105,7 @@ class _Method:
         finally:
             close_forward(forward)
         if torch.is_grad_enabled():
-            mark(forward, output)
+            mark(self.root.key, forward, output)
         return output
 
 

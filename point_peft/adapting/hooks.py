@@ -7,11 +7,11 @@ from torch import nn
 
 from point_peft.adapting.adapter import adapters_by_name, calls_at, get_adapter
 from point_peft.adapting.site import CHILD, SITE, Site, hook
-from point_peft.adapting.weights import adapted_tensors, read_adapted
+from point_peft.adapting.weights import adapted_tensors
 from point_peft.errors import AdapterError
 from point_peft.running.forward import Forward, close_forward, current_forward, open_forward
 from point_peft.running.nested import Args, Kwargs
-from point_peft.running.reading import leave
+from point_peft.running.reading import enter, leave
 from point_peft.running.replay import mark
 
 PLAIN = (nn.Linear, nn.LayerNorm)
@@ -43,7 +43,7 @@ def leave_model(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> N
     if forward.ran is not None:
         _prove(forward)
     if torch.is_grad_enabled():
-        mark(forward, output)
+        mark(forward.root.key, forward, output)
 
 
 def _prove(forward: Forward) -> None:
@@ -83,7 +83,8 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
     if calls and _is_plain(module) and all(part.tuned and not part.by_weight for part, _ in calls):
         # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
         adapted = adapted_tensors(module, calls)
-        read_adapted(module, forward, site.root, {id(base): (site.path, value) for base, value in adapted.values()})
+        own = {id(base): (site.path, value) for base, value in adapted.values()}
+        enter(module, own, lambda: current_forward(site.root) is forward)
         return None
     for part, call in calls:
         if not part.by_weight:
@@ -116,5 +117,5 @@ def after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> A
     if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and forward.handover.is_empty:
         # A direct call, which no end of a model's forward will mark. Not where blocks hand on tensors: the forward
         # holds those, and the mark would hold the forward in a circle that no garbage collector sees.
-        mark(forward, output)
+        mark(forward.root.key, forward, output)
     return output

@@ -42,10 +42,8 @@ def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
     if len(set(names)) == 1:
         return _run(root, names[0], args, kwargs)
     device = next(root.base_model.parameters()).device
-    groups = {
-        name: torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
-        for name in dict.fromkeys(names)
-    }
+    places = {name: [i for i, other in enumerate(names) if other == name] for name in names}
+    groups = {name: torch.tensor(rows, device=device) for name, rows in places.items()}
     asking = [name for name in groups if name is not None and get_adapter(root, name).asks_backbone]
     with sharing(root, args, kwargs, batch.count) as (whole, parts):
         if root.anatomy is not None and root.anatomy.stem:

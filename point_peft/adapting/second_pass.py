@@ -60,18 +60,13 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
             f"direct call of a part of it: call the model{hint}"
         )
 
-    def run() -> Tensor:
-        return _second_pass(root, forward, source, owner)
-
     def take() -> Tensor:
-        batch = forward.whole
-        if batch is None:
-            return run()
-        if forward.rows is not None:
-            tokens: Tensor = batch.once(key, lambda: _second_pass(root, batch, source, owner))
-            return tokens[forward.rows]
+        batch, rows = forward.whole, forward.rows
         # Where groups are random, those of the forwards before this one are others.
-        return run() if forward.stem.computed and key in batch.cache else batch.once(key, run)
+        if batch is None or (rows is None and forward.stem.computed and key in batch.cache):
+            return _second_pass(root, forward, source, owner)
+        tokens = batch.once(key, lambda: _second_pass(root, forward if rows is None else batch, source, owner))
+        return tokens if rows is None else tokens[rows]
 
     return forward.once(key, take)
 

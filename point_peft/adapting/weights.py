@@ -10,7 +10,7 @@ from point_peft.adapting.adapter import Adapter, calls_at, get_adapter
 from point_peft.adapting.site import SITE, Site, hook
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
-from point_peft.running.forward import Forward, Root, current_forward
+from point_peft.running.forward import Forward, current_forward
 from point_peft.running.nested import Args
 from point_peft.running.reading import enter, leave
 
@@ -23,12 +23,8 @@ def begin_reading(module: nn.Module, args: Args) -> None:
     adapted = _read_weights(forward, site)
     if adapted:
         forward.second.acted = True
-        read_adapted(module, forward, site.root, adapted)
-
-
-def read_adapted(module: nn.Module, forward: Forward, root: Root, adapted: Mapping[int, tuple[str, Tensor]]) -> None:
-    """While the module runs, it reads the adapted tensors. What Ctrl-C leaves behind dies with its forward."""
-    enter(module, adapted, lambda: current_forward(root) is forward)
+        # What Ctrl-C leaves behind dies with its forward.
+        enter(module, adapted, lambda: current_forward(site.root) is forward)
 
 
 @hook

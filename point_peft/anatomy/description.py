@@ -1,9 +1,4 @@
-"""A backbone as the library understands it: blocks, stages, token layout, coordinates, heads.
-
-The blocks are found by their structure: an attention, a norm and a linear layer outside the attention. What structure
-does not tell, such as where the token coordinates come from, is data for known `families`, or is found in one
-traced forward (`tracing`).
-"""
+"""A backbone as the library understands it: blocks, stages, token layout, coordinates, heads."""
 
 from __future__ import annotations
 

@@ -9,7 +9,15 @@ from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Block, PrefixParameter, Read, Stage, Tap
 from point_peft.anatomy.families import PRESETS, Preset, StagePreset
-from point_peft.anatomy.structure import Modules, block_width, find_blocks, linear_shape, prefix_rows, stage_groups
+from point_peft.anatomy.structure import (
+    Modules,
+    block_width,
+    find_blocks,
+    has_parameters,
+    linear_shape,
+    prefix_rows,
+    stage_groups,
+)
 
 
 def prefixes(modules: Modules, preset: Preset) -> list[str]:
@@ -72,11 +80,8 @@ def _beside(modules: Modules, prefix: str) -> list[str]:
     inner = prefix.rstrip(".")
     while inner:
         outer, _, name = inner.rpartition(".")
-        beside += [
-            f"{outer}.{child}" if outer else child
-            for child, module in modules[outer].named_children()
-            if child != name and next(module.parameters(), None) is not None
-        ]
+        named = [child for child, m in modules[outer].named_children() if child != name and has_parameters(m)]
+        beside += [f"{outer}.{child}" if outer else child for child in named]
         inner = outer
     return beside
 
@@ -89,7 +94,7 @@ def _unclaimed(modules: Modules, preset: Preset, prefix: str, blocks: Iterable[s
         prefix + name
         for name, module in modules[prefix.rstrip(".")].named_children()
         if name not in claimed
-        and next(module.parameters(), None) is not None
+        and has_parameters(module)
         and not any(block.startswith(f"{prefix}{name}.") for block in blocks)
     ]
 

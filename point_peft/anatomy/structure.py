@@ -67,6 +67,11 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
+def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    """Tell whether a module has parameters; without `recurse`, of its own."""
+    return next(module.parameters(recurse), None) is not None
+
+
 def _attentions(modules: Modules) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Paths of the attention modules, each with the paths of its query, key and value projections."""
     for path, module in modules.items():

@@ -130,9 +130,7 @@ def read_folder(folder: Path) -> AdapterFiles:
 
 
 def read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
-    """The configuration in a folder, the tensors' file and what its header says.
-
-    They are those that belong together, whatever a save does meanwhile.
+    """The configuration in a folder, the tensors' file and what its header says, as they belong together.
 
     A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
     """

@@ -13,13 +13,11 @@ from point_peft.errors import AdapterError, AdapterFileError, quoted
 from point_peft.schema import fits
 
 # Layers that a file may ask for.
-_LAYERS: dict[str, type[nn.Module]] = {
-    name: getattr(nn, name)
-    for name in (
-        *("Linear", "Conv1d", "BatchNorm1d", "LayerNorm", "GroupNorm", "Dropout", "ReLU", "LeakyReLU", "GELU", "SiLU"),
-        *("Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Flatten", "Identity"),
-    )
-}
+_NAMES = (
+    *("Linear", "Conv1d", "BatchNorm1d", "LayerNorm", "GroupNorm", "Dropout", "ReLU", "LeakyReLU", "GELU", "SiLU"),
+    *("Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Flatten", "Identity"),
+)
+_LAYERS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in _NAMES}
 _MAX_LAYERS = 256
 _MAX_SIZE = 2**20
 

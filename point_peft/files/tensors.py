@@ -62,8 +62,7 @@ def unshared(tensors: Tensors) -> dict[str, Tensor]:
 def copy_tensors(source: Tensors, target: nn.Module, names: Tensors, device: torch.device, *, keep_types: bool) -> None:
     """Put checked tensors in the place of the tensors `names` of a module that is not attached yet, on a device.
 
-    They keep the types that they have in the file, or take those of the tensors that they replace, which may be without
-    memory.
+    They keep the types of the file, or take those of the tensors that they replace, which may be without memory.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in target.modules():
@@ -79,10 +78,7 @@ def copy_tensors(source: Tensors, target: nn.Module, names: Tensors, device: tor
 
 
 def why_not_in_place(source: Tensors, target: Tensors, *, keep_types: bool) -> str | None:
-    """Why checked tensors cannot be put into the memory of others of their names; None if they can.
-
-    As `copy_tensors` says, they may have to keep their types.
-    """
+    """Why checked tensors, in their types or others, cannot be put into the memory of others; None if they can."""
     for name, tensor in source.items():
         there = target[name]
         if tensor.shape != there.shape:

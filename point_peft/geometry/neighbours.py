@@ -83,12 +83,10 @@ def nearest_interpolate(features: Tensor, sources: Tensor, queries: Tensor, k: i
     weights = (offset.square().sum(dim=3) / eps + 1.0).reciprocal()
     weights = weights / weights.sum(dim=2, keepdim=True)
     # The weighted sum over rows in one fused step: no copy of c channels per neighbour.
-    summed = nn.functional.embedding_bag(
-        rearrange(rows_of_all(index, sources.shape[1]), "b m k -> (b m) k"),
-        rearrange(features, "b s c -> (b s) c"),
-        mode="sum",
-        per_sample_weights=rearrange(weights, "b m k -> (b m) k").to(features.dtype),
-    )
+    rows = rearrange(rows_of_all(index, sources.shape[1]), "b m k -> (b m) k")
+    shares = rearrange(weights, "b m k -> (b m) k").to(features.dtype)
+    flat = rearrange(features, "b s c -> (b s) c")
+    summed = nn.functional.embedding_bag(rows, flat, mode="sum", per_sample_weights=shares)
     return rearrange(summed, "(b m) c -> b m c", m=queries.shape[1])
 
 

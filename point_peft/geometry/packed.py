@@ -3,7 +3,6 @@
 Scenes differ in size by orders of magnitude, so nothing here is padded to the largest sample: memory grows with the
 number of points. `offset` (b,) holds where each sample ends: cumulative counts, the last is n; an empty sample repeats
 the end before it. A sample's result depends on its own points alone, bit for bit, relative to where it starts.
-Distances are taken from coordinate differences, and half precision is widened to float32, as in `geometry`.
 """
 
 import torch

@@ -358,11 +358,7 @@ def _united(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, alone: bool) 
                 fields[name] = theirs[name]
     if "model-index" in theirs and "model-index" in ours:
         names = [entry["name"] for entry in ours["model-index"]]
-        others = [
-            entry
-            for entry in _listed(theirs["model-index"])
-            if not isinstance(entry, dict) or entry.get("name") not in names
-        ]
+        others = [e for e in _listed(theirs["model-index"]) if not isinstance(e, dict) or e.get("name") not in names]
         fields["model-index"] = [*others, *ours["model-index"]]
     return fields
 

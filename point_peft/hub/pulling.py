@@ -164,16 +164,10 @@ def fetched(repo_id: str, sha: str, file: RepoSibling, place: Place) -> Path:
     """A file in the cache, of the commit `sha`; what is there and is not what the Hub states is fetched again, once."""
 
     def fetch(again: bool) -> Path | None:
-        path = Path(
-            client(place.token).hf_hub_download(
-                repo_id,
-                file.rfilename,
-                revision=sha,
-                cache_dir=place.cache_dir,
-                force_download=again,
-                etag_timeout=TIMEOUT,
-            )
+        held = client(place.token).hf_hub_download(
+            repo_id, file.rfilename, revision=sha, cache_dir=place.cache_dir, force_download=again, etag_timeout=TIMEOUT
         )
+        path = Path(held)
         if _is_what_is_stated(path, file):
             return path
         _forget(path, cache=Path(place.cache_dir or constants.HF_HUB_CACHE))

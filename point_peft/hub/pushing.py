@@ -95,10 +95,7 @@ def _prepare(upload: Upload) -> tuple[str, list[huggingface_hub.CommitOperationA
             continue
         path = fetched(upload.repo_id, str(info.sha), entry, Place(token=upload.token))
         contents[name] = _over(path.read_bytes(), contents[name])
-    added = [
-        huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name])
-        for name in sorted(contents)
-    ]
+    added = [huggingface_hub.CommitOperationAdd(name, contents[name]) for name in sorted(contents)]
     return str(info.sha), added
 
 
@@ -122,11 +119,8 @@ def _send(upload: Upload, parent: str, added: list[huggingface_hub.CommitOperati
 
 def files_below(folder: Path, subfolder: str | None) -> dict[str, bytes]:
     """Every file in a folder and below it, by its path in a repository, there within `subfolder`."""
-    return {
-        "/".join(filter(None, [subfolder, *path.relative_to(folder).parts])): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {"/".join(filter(None, [subfolder, *path.relative_to(folder).parts])): path.read_bytes() for path in paths}
 
 
 def _make_branch(api: huggingface_hub.HfApi, repo_id: str, revision: str) -> None:

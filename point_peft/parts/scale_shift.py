@@ -31,11 +31,8 @@ def block_sites(block: Block) -> list[str]:
 
 def patch_taps(anatomy: Anatomy) -> dict[str, tuple[Tap, int]]:
     """The modules that make patch tokens: where in their output these are, and how many channels they have."""
-    return {
-        stage.patch_tokens.module: (stage.patch_tokens, stage.width)
-        for stage in anatomy.stages
-        if stage.patch_tokens is not None and stage.patch_tokens.side == "output"
-    }
+    taps = [(stage.patch_tokens, stage.width) for stage in anatomy.stages if stage.patch_tokens is not None]
+    return {tap.module: (tap, width) for tap, width in taps if tap.side == "output"}
 
 
 def key_layers(anatomy: Anatomy) -> set[str]:

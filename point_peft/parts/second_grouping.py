@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from point_peft import geometry
 from point_peft.anatomy.description import Stage
+from point_peft.anatomy.structure import has_parameters
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, Names
@@ -65,11 +66,7 @@ def modules_to_tune(backbone: Backbone, stage: Stage, names: Names) -> list[str]
 
 def _first_layers(backbone: Backbone, path: str) -> str:
     """The first child with parameters of a module, or of what it holds where that is all it holds."""
-    children = [
-        f"{path}.{name}"
-        for name, child in backbone.modules[path].named_children()
-        if next(child.parameters(), None) is not None
-    ]
+    children = [f"{path}.{name}" for name, child in backbone.modules[path].named_children() if has_parameters(child)]
     if not children:
         return path
     return children[0] if len(children) > 1 else _first_layers(backbone, children[0])
@@ -86,7 +83,6 @@ class GroupingPart(Part):
         super().__init__()
         self.stage = stage
         self.number = number
-        """The stage's number among those of the backbone."""
         assert stage.position_embedding is not None  # `stage_to_group` has seen to it
         self.position_embedding = stage.position_embedding
 

@@ -93,6 +93,19 @@ class SequencePart(Part):
         tokens = as_layout(torch.cat([prefix, patches], dim=1), self.stage.layout)
         return put_output_tokens(self.stage, output, tokens, inserted=prompts, at=prefix.shape[1])
 
+    def handed(self, call: Call, what: str, *, begins: bool) -> Tensor | None:
+        """The tokens that the block before has left for this one; None where they begin."""
+        # In a direct call of blocks it cannot be told when the next begins, but for the block where they begin.
+        fresh = begins and call.forward.inputs is None and not call.forward.recomputing
+        key = self.key(call, f"{what} of stage {self.number}")
+        tokens = None if fresh else call.forward.handover.take(key, call.path)
+        if tokens is None and not begins:
+            raise AdapterError(
+                f"block '{call.path}' runs before the one whose {what} it should be handed: call the model, or all of "
+                "its blocks in order"
+            )
+        return tokens
+
     def _parted(self, call: Call, tokens: Tensor, prompts: int) -> BlockTokens:
         rows = batch_first(tokens, self.stage.layout)
         g = rows.shape[1] if self.stage.layout == "packed" else self.coordinates(call).shape[1]
@@ -195,19 +208,9 @@ class LastingPrompts(SequencePart):
         return prompts
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        # In a direct call of blocks it cannot be told when the next begins, but for the block where prompts come in.
-        fresh = self.begins and call.forward.inputs is None and not call.forward.recomputing
-        key = self.key(call, f"prompts of stage {self.number}")
-        prompts = None if fresh else call.forward.handover.take(key, call.path)
-        if prompts is None and self.begins:
-            prompts = self.made(call, args, kwargs)
-        if prompts is None:
-            raise AdapterError(
-                f"block '{call.path}' runs before the one whose prompts it should be handed: call the model, or all of "
-                "its blocks in order"
-            )
-        prompts = self.entering(call, prompts)
-        call.forward.handover.notes[(*key, call.path)] = prompts
+        handed = self.handed(call, "prompts", begins=self.begins)
+        prompts = self.entering(call, self.made(call, args, kwargs) if handed is None else handed)
+        call.forward.handover.notes[(*self.key(call, f"prompts of stage {self.number}"), call.path)] = prompts
         return self.with_prompts(call, args, kwargs, prompts)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:

@@ -116,12 +116,8 @@ def tuned_biases(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Pa
 
 def block_biases(backbone: Backbone, blocks: Sequence[Block]) -> list[str]:
     """The norms, attention projections and MLP layers of blocks that have a bias."""
-    return [
-        path
-        for block in blocks
-        for path in (*block.norms, *filter(None, [block.projection]), *block.linears)
-        if backbone.modules[path]._parameters.get("bias") is not None
-    ]
+    paths = [path for b in blocks for path in (*b.norms, *filter(None, [b.projection]), *b.linears)]
+    return [path for path in paths if backbone.modules[path]._parameters.get("bias") is not None]
 
 
 def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Part]]:

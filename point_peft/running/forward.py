@@ -107,11 +107,6 @@ class Forward:
         self._task = graph_task()
 
     @property
-    def key(self) -> Key:
-        """The identity of the model."""
-        return self.root.key
-
-    @property
     def recomputing(self) -> bool:
         """True while gradient checkpointing runs a part of this forward again."""
         return graph_task() != self._task

@@ -33,20 +33,12 @@ the random numbers of a second pass.
 
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from point_peft.running.activation import Key
 from point_peft.running.nested import leaves
-
-
-class Marked(Protocol):
-    """A record of a forward, as a mark holds it."""
-
-    @property
-    def key(self) -> Key: ...
-
 
 _backward = threading.local()
 
@@ -54,22 +46,23 @@ _backward = threading.local()
 class _Resume:
     """A mark in the autograd graph: whoever runs the backward pass through here is in this forward."""
 
-    def __init__(self, forward: Marked) -> None:
+    def __init__(self, key: Key, forward: object) -> None:
+        self.key = key
         self.forward = forward
 
     def __call__(self, gradients: Any) -> None:
         if not isinstance(getattr(_backward, "forwards", None), weakref.WeakKeyDictionary):
             _backward.forwards = weakref.WeakKeyDictionary()
-        _backward.forwards[self.forward.key] = weakref.ref(self.forward)
+        _backward.forwards[self.key] = weakref.ref(self.forward)
 
 
-def mark(forward: Marked, outputs: Any) -> None:
-    """Mark the tensors of an output, nested as they may be, as results of this forward."""
+def mark(key: Key, forward: object, outputs: Any) -> None:
+    """Mark the tensors of an output, nested as they may be, as results of this forward of a model."""
     if torch.compiler.is_compiling():
         return
     for _, tensor in leaves(outputs):
         if tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(_Resume(forward))
+            tensor.grad_fn.register_prehook(_Resume(key, forward))
 
 
 def resumed(key: Key) -> Any:

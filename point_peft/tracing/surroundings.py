@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Layout, PrefixParameter, Read, Stage
-from point_peft.anatomy.structure import prefix_rows
+from point_peft.anatomy.structure import has_parameters, prefix_rows
 from point_peft.running.tokens import batch_first
 from point_peft.tracing.observing import Trace, channel_weights, connected, gradients_of, returned
 
@@ -21,10 +21,10 @@ def whole_anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list
     begin = min(seen.first(path).when for path in blocks)
     before = [path for path, _ in seen.before(begin) if path and not path.startswith(inside)]
     after = _after(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)], begin)
-    tops = _outermost([path for path in after if _has_parameters(modules[path])], blocks)
+    tops = _outermost([path for path in after if has_parameters(modules[path])], blocks)
     norms = [path for path in tops if isinstance(modules[path], nn.LayerNorm)]
     final_norms = [path for path in norms if modules[path].normalized_shape == (stages[-1].width,)][:1]
-    own = [path for path, module in modules.items() if path and _has_parameters(module, recurse=False)]
+    own = [path for path, module in modules.items() if path and has_parameters(module, recurse=False)]
     anatomy = Anatomy(
         source="traced",
         stages=tuple(stages),
@@ -62,10 +62,6 @@ def _after(seen: Trace, blocks: list[str], dead: list[str], paths: list[str], be
         for path in dict.fromkeys(path for path, _ in made)
         if path in reaching - feeding and not connected([value for own, value in made if own == path], spare)
     ]
-
-
-def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
-    return next(module.parameters(recurse), None) is not None
 
 
 def _patches_read(stage: Stage, seen: Trace) -> bool:

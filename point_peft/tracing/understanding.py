@@ -7,23 +7,85 @@ of each token to the coordinates lies on its own. What is added to prefix tokens
 prompts are tried.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Block, Stage
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.anatomy.structure import block_width, find_blocks, mlp_entrance, stage_groups
 from point_peft.errors import AnatomyError
-from point_peft.running.nested import call_arguments
+from point_peft.running.nested import call_arguments, put
 from point_peft.running.second import eval_mode
-from point_peft.tracing.dense import dense_stage
-from point_peft.tracing.observing import Trace, observe, reaching, with_gradients
-from point_peft.tracing.packed import packed_stage
+from point_peft.running.tokens import block_tokens, insert_prompts, output_tokens, remove, token_dim
+from point_peft.tracing.observing import Trace, attached, hooked, observe, reaching, with_gradients
+from point_peft.tracing.stages import dense_stage, packed_stage
 from point_peft.tracing.surroundings import whole_anatomy
-from point_peft.tracing.trial import Probe, run_probe, with_prompts
+
+PROBES = 4
+"""Prompts that are put in on trial."""
+
+
+@dataclass
+class Probe:
+    """Prompts that are put in before every block of a stage and taken out after it, and what came of it."""
+
+    stage: Stage
+    prompts: Tensor
+    result: Tensor | None = None
+    """The other tokens as the first block returns them."""
+
+
+def with_prompts(stage: Stage, again: Callable[[Probe], None]) -> Stage:
+    """The stage with what a trial of prompts tells: whether they are attended, and which mask entries let them be."""
+    if stage.layout == "packed" or stage.unknown:
+        return stage
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(1, PROBES, stage.width, generator=generator) for _ in range(2)]
+    # Of a batch of l clouds, any of the masks (l, l) may as well say what is padding.
+    readings = [chosen for count in range(len(stage.masks) + 1) for chosen in combinations(stage.masks, count)]
+    for others, visible in product(readings, (False, True)):
+        padding = (*stage.padding_masks, *others)
+        trial = replace(stage, mask_visible=visible, padding_masks=padding)
+        results = []
+        for values in prompts:
+            probe = Probe(trial, values)
+            try:
+                again(probe)
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                break  # what a block of somebody else's says to more tokens than it was made for
+            if probe.result is not None:
+                results.append(probe.result)
+        if len(results) == 2 and not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
+            return replace(trial, masks=tuple(mask for mask in stage.masks if mask not in padding))
+    return replace(stage, prompts=False)
+
+
+def run_probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], probe: Probe) -> None:
+    """Run the model with the probe's prompts in its blocks, and note in the probe what came of it."""
+    stage = probe.stage
+    dim, at = token_dim(stage.layout), stage.prefix_tokens or 0
+    paths = {model.get_submodule(block.path): block.path for block in stage.blocks}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        tokens = block_tokens(stage, paths[module], inputs, named)
+        prompts = probe.prompts.to(tokens).expand(tokens.shape[1 - dim], -1, -1)
+        return insert_prompts(stage, paths[module], inputs, named, prompts, at)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        tokens = output_tokens(stage, paths[module], output)
+        kept = remove(tokens, PROBES, at, stage.layout)
+        if probe.result is None:
+            probe.result = kept.clone()
+        return put(output, stage.outputs[0], kept)
+
+    with hooked(paths, before, after):
+        copied, named = attached(args, kwargs)
+        model(*copied, **named)
 
 
 def understand(model: nn.Module, example_inputs: Any = None) -> Anatomy:
@@ -116,11 +178,8 @@ def _skeleton(stage: Stage) -> tuple[Any, ...]:
 def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
     path, width = blocks[0].path, block_width(model, blocks[0])
     call = seen.first(path)
-    candidates = [
-        (steps, value)
-        for steps, value in call.inputs.items()
-        if value.is_floating_point() and value.ndim in (2, 3) and value.shape[-1] == width
-    ]
+    floats = [(steps, value) for steps, value in call.inputs.items() if value.is_floating_point()]
+    candidates = [(steps, value) for steps, value in floats if value.ndim in (2, 3) and value.shape[-1] == width]
     if not candidates:
         raise AnatomyError(f"block '{path}' gets no tokens of its width, (b, g, {width}) or packed (n, {width})")
     steps, tokens = candidates[0]

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from point_peft import geometry
 from point_peft.anatomy.description import Block, Stage
 from point_peft.config import TunerConfig
-from point_peft.errors import AdapterError, AnatomyError
+from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, SharedState
 from point_peft.parts.sequence import SequencePart, check_located
@@ -132,19 +132,12 @@ class SidePart(SequencePart):
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         forward = call.forward
-        # In a direct call of blocks it cannot be told when the next begins, but for the block where the side starts.
-        fresh = self.begins and forward.inputs is None and not forward.recomputing
-        side = None if fresh else forward.handover.take(self.key(call, f"side of stage {self.number}"), call.path)
-        if side is None and not self.begins:
-            raise AdapterError(
-                f"block '{call.path}' runs before the one whose side tokens it should be handed: call the model, or "
-                "all of its blocks in order"
-            )
+        side = self.handed(call, "side tokens", begins=self.begins)
         network = call.state(f"stage_{self.number}", SideNetwork)
         added = network.down[self.down](self._tokens(call, self.received(call, args, kwargs).patches, side is None))
         side = added if side is None else side + added
         if self.graph is None:
-            forward.handover.leave(self.key(call, f"side of stage {self.number}"), side)
+            forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side)
         else:
             forward.handover.notes[call.adapter, "stag", call.path] = side
         return args, kwargs
@@ -157,7 +150,7 @@ class SidePart(SequencePart):
             assert isinstance(module, GraphModule)
             near = neighbours(call.forward, self.number, self.neighbours)
             side, displaced = module(call.forward.handover.notes.pop((call.adapter, "stag", call.path)), near)
-            call.forward.handover.leave(self.key(call, f"side of stage {self.number}"), side)
+            call.forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side)
             displaced = displaced.to(patches.dtype)
             prefix, patches = prefix + displaced.mean(dim=1, keepdim=True), patches + displaced
             output = self.without_prompts(output, prefix, patches)
