@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import calls_at
-from point_peft.adapting.site import SITE, Site, anatomy_of, hook, stage_at
+from point_peft.adapting.site import SITE, Site, anatomy_of, here, hook, stage_at
 from point_peft.anatomy.description import Stage, Steps, Tap
 from point_peft.errors import AnatomyError
 from point_peft.running import nested
@@ -20,8 +20,7 @@ from point_peft.running.tokens import block_tokens, token_dim
 @hook
 def check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Every block must see the token layout that its parts were built for."""
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     if forward.parent is not None and forward.parent.second.wanted == "stem":
         end_second_pass(forward.parent.second, forward.seen.patches.get(0))
     parts = [part for part, _ in calls_at(forward, forward.active, site.path, module)]

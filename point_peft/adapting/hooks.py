@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from point_peft.adapting.adapter import adapters_by_name, calls_at, get_adapter
-from point_peft.adapting.site import CHILD, SITE, Site, hook
+from point_peft.adapting.site import CHILD, SITE, Site, here, hook
 from point_peft.adapting.weights import adapted_tensors
 from point_peft.errors import AdapterError
 from point_peft.running.forward import Forward, close_forward, current_forward, open_forward
@@ -35,8 +35,7 @@ def enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
 
 @hook
 def leave_model(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    _, forward = here(module)
     close_forward(forward)
     if output is None:  # an exception is on its way
         return
@@ -69,8 +68,7 @@ def _prove(forward: Forward) -> None:
 
 @hook
 def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     if forward.second.owner is not None:
         for part, call in calls_at(forward, (forward.second.owner,), site.path, module):
             if part.in_second_pass:

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import get_adapter
-from point_peft.adapting.site import SITE, Site, anatomy_of, backbone_modules, hook
+from point_peft.adapting.site import anatomy_of, backbone_modules, here, hook
 from point_peft.errors import AdapterError, AnatomyError
-from point_peft.running.forward import Forward, Root, current_forward, open_forward, opened, reopen
+from point_peft.running.forward import Forward, Root, open_forward, opened, reopen
 from point_peft.running.nested import Args, Kwargs
 from point_peft.running.second import RandomNumbers, Start, Stop, end_second_pass, eval_mode
 from point_peft.running.tokens import batch_first, output_tokens
@@ -165,16 +165,14 @@ def trunk_of(root: Root) -> str:
 @hook
 def see_trunk(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Remember what the module that runs all blocks is called with, unless an adapter has changed it."""
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     if forward.second.start is not None and not forward.second.acted and not forward.apart:
         forward.second.trunk = Start.of(site.path, args, kwargs)
 
 
 @hook
 def end_at_last_block(module: nn.Module, args: Args, output: Any) -> None:
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     if forward.parent is None or forward.parent.second.wanted != "backbone":
         return
     anatomy = anatomy_of(site.root)
@@ -198,8 +196,7 @@ def end_at_last_block(module: nn.Module, args: Args, output: Any) -> None:
 @hook
 def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Remember what a module of the stem computed, for forwards that ask it the same; give what was remembered."""
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     answer = forward.stem.answering.pop(site.path, None)
     if answer is not None:
         return answer.output
@@ -226,8 +223,7 @@ def reuse_stem(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwa
     """
     if not torch.compiler.is_compiling():
         return None
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     call = None if kwargs or not args else forward.stem.answer(site.path, args)
     if call is None or any(value.shape[0] != args[0].shape[0] for value in args):
         return None
@@ -260,8 +256,7 @@ def answering(root: Root) -> Iterator[None]:
 
 def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Give the known output of a module of the stem, else compute it."""
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     call = None if kwargs or _changes_stem(forward, site.path) else forward.stem.answer(site.path, args)
     if call is not None:
         return call.output

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.description import Anatomy, Stage
 from point_peft.anatomy.structure import Modules
-from point_peft.running.forward import Root
+from point_peft.running.forward import Forward, Root, current_forward
 
 SITE = "_point_peft_site"
 """The attribute of an adapted module, not registered, that holds its `Site`."""
@@ -32,6 +32,12 @@ class Site:
 
     path: str
     root: Root
+
+
+def here(module: nn.Module) -> tuple[Site, Forward]:
+    """The site of an adapted module, and the forward that it runs in."""
+    site: Site = module.__dict__[SITE]
+    return site, current_forward(site.root)
 
 
 def floating_parameter(modules: Modules) -> Tensor | None:

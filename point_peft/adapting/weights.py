@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import Adapter, calls_at, get_adapter
-from point_peft.adapting.site import SITE, Site, hook
+from point_peft.adapting.site import SITE, Site, here, hook
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
 from point_peft.running.forward import Forward, current_forward
@@ -18,8 +18,7 @@ from point_peft.running.reading import enter, leave
 @hook
 def begin_reading(module: nn.Module, args: Args) -> None:
     """While this module runs, it reads the adapted weights of others."""
-    site: Site = module.__dict__[SITE]
-    forward = current_forward(site.root)
+    site, forward = here(module)
     adapted = _read_weights(forward, site)
     if adapted:
         forward.second.acted = True

@@ -68,10 +68,9 @@ class About:
     """The subfolder of the repository that it lies in, which also names its section of the card."""
 
     def __post_init__(self) -> None:
-        for metrics in self.results.values():
-            for value in metrics.values():
-                number = type(value) in (int, float) and math.isfinite(value)
-                require(number, self, "results", "dataset -> metric -> a finite number (int or float)")
+        values = [value for metrics in self.results.values() for value in metrics.values()]
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        require(numbers, self, "results", "dataset -> metric -> a finite number (int or float)")
         named = self.adapter is None or re.fullmatch(_NAME, self.adapter) is not None
         require(named, self, "adapter", "letters, digits, '_', '.', '/' and '-', the first a letter or digit")
 

@@ -81,12 +81,9 @@ def check_names(repo_id: str, revision: str | None, subfolder: str | None, token
 
 def is_path(value: object) -> bool:
     """True if a string names something within a repository, and nothing outside."""
-    return (
-        isinstance(value, str)
-        and _PATH.fullmatch(value) is not None
-        and ".." not in value
-        and all(part.strip(".") for part in value.split("/"))
-    )
+    if not isinstance(value, str) or not _PATH.fullmatch(value) or ".." in value:
+        return False
+    return all(part.strip(".") for part in value.split("/"))
 
 
 def folder_of(source: str | Path, place: Place) -> Path:

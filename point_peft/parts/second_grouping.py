@@ -83,8 +83,6 @@ class GroupingPart(Part):
         super().__init__()
         self.stage = stage
         self.number = number
-        assert stage.position_embedding is not None  # `stage_to_group` has seen to it
-        self.position_embedding = stage.position_embedding
 
     def make(self, call: Call, points: Tensor) -> tuple[Tensor, Tensor]:
         """The further tokens (b, p, c) of clouds (b, n, 3), and their coordinates (b, p, 3)."""
@@ -103,7 +101,8 @@ class GroupingPart(Part):
         if forward.apart or self.number not in forward.seen.points:
             return output
         tokens, coordinates = self.make(call, forward.seen.points[self.number])
-        positions = run_apart(forward, [self.position_embedding], coordinates)
+        assert self.stage.position_embedding is not None  # `stage_to_group` has seen to it
+        positions = run_apart(forward, [self.stage.position_embedding], coordinates)
         if self.stage.position == "once":
             tokens = tokens + positions
         else:

@@ -128,10 +128,8 @@ def insert_prompts(
         return grow_masks(value, length, count, at, padding=padding, visible=stage.mask_visible)
 
     if len(stage.tokens) == 1:
-        return (
-            tuple(grown(value, (number,)) for number, value in enumerate(args)),
-            {name: grown(value, (name,)) for name, value in kwargs.items()},
-        )
+        args = tuple(grown(value, (number,)) for number, value in enumerate(args))
+        return args, {name: grown(value, (name,)) for name, value in kwargs.items()}
     for steps, value in list(all_arguments(args, kwargs)):
         args, kwargs = put_argument(args, kwargs, steps, grown(value, steps))
     return args, kwargs

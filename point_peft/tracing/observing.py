@@ -135,7 +135,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wid
         call.outputs = {steps: kept(value) for steps, value in call.live_outputs.items()}
 
     args, kwargs = attached(args, kwargs)
-    for value in _tensors((args, kwargs)):
+    for _, value in leaves((args, kwargs)):
         _note_cloud(seen, value.detach())
     reads = _Reads(model, running)
     with hooked(paths, before, after), reads:
@@ -180,11 +180,6 @@ def attached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for _, tensor in leaves(value):
-        yield tensor
-
-
 def _note_cloud(seen: Trace, value: Tensor) -> None:
     """Keep what may be coordinates: the first three of the channels, which come last or, in (b, c, n), second."""
     if value.ndim == 1 and not value.is_floating_point() and len(value):
@@ -218,7 +213,7 @@ def reaching(seen: Trace, blocks: Sequence[str]) -> list[str]:
 
 def returned(seen: Trace) -> list[Tensor]:
     """The tensors that the model returns, losses apart."""
-    return [value for value in _tensors(seen.output) if value.ndim and value.grad_fn is not None]
+    return [value for _, value in leaves(seen.output) if value.ndim and value.grad_fn is not None]
 
 
 def connected(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:

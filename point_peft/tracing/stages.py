@@ -285,10 +285,9 @@ def _latest(seen: Trace, block: str, fits: Callable[[Tensor], bool]) -> Tap | No
 def _inside(value: Tensor, seen: Trace) -> bool:
     """Tell whether points lie within the bounds of an input cloud, as means of its points do; or whole numbers do."""
     clouds = seen.clouds if value.is_floating_point() else seen.grid
-    return (
-        any(bool((value >= cloud.amin(0) - 1e-4).all() and (value <= cloud.amax(0) + 1e-4).all()) for cloud in clouds)
-        and len(torch.unique(value, dim=0)) > 1
-    )
+    bounds = [(cloud.amin(0) - 1e-4, cloud.amax(0) + 1e-4) for cloud in clouds]
+    inside = any(bool((value >= low).all() and (value <= high).all()) for low, high in bounds)
+    return inside and len(torch.unique(value, dim=0)) > 1
 
 
 def _tells_samples(value: Tensor, n: int, samples: int) -> bool:

@@ -57,11 +57,8 @@ def _after(seen: Trace, blocks: list[str], dead: list[str], paths: list[str], be
     spare = [value for path in dead for value in seen.calls[path][-1].live_outputs.values()]
     spare = [value for value in spare if value.grad_fn is not None]
     # What goes by a block that has no part in the prediction has none itself.
-    return [
-        path
-        for path in dict.fromkeys(path for path, _ in made)
-        if path in reaching - feeding and not connected([value for own, value in made if own == path], spare)
-    ]
+    own = {path: [value for name, value in made if name == path] for path, _ in made if path in reaching - feeding}
+    return [path for path, outputs in own.items() if not connected(outputs, spare)]
 
 
 def _patches_read(stage: Stage, seen: Trace) -> bool:

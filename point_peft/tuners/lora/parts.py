@@ -10,6 +10,8 @@ from point_peft.errors import AnatomyError
 from point_peft.parts.base import Call, Part
 from point_peft.running.nested import Args, Kwargs
 
+Layer = nn.Linear | nn.Conv1d
+
 
 class LoraPart(Part):
     """y <- y + s B A dropout(x); where the module is not called, W <- W + s B A for whoever reads W.
@@ -119,9 +121,7 @@ class LoraPart(Part):
         return magnitude.flatten() / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
 
 
-def _factors(
-    module: nn.Module, out: int, width: int, r: int, slices: int
-) -> tuple[nn.Linear | nn.Conv1d, nn.Linear | nn.Conv1d]:
+def _factors(module: nn.Module, out: int, width: int, r: int, slices: int) -> tuple[Layer, Layer]:
     """A and B for a layer, as torch makes such layers; of a convolution, A moves over the input as the layer does."""
     if not isinstance(module, nn.Conv1d):
         return nn.Linear(width, slices * r, bias=False), nn.Linear(r, out, bias=False)

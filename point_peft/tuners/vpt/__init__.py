@@ -79,8 +79,7 @@ class DeepPrompts(SequencePart):
         """True if a head of the adapter pools what becomes of the prompts in this block."""
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        prompts: Tensor = self.dropout(self.embeddings)
-        each = repeat(prompts, "p c -> b p c", b=self.coordinates(call).shape[0])
+        each = repeat(self.dropout(self.embeddings), "p c -> b p c", b=self.coordinates(call).shape[0])
         return self.with_prompts(call, args, kwargs, each)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
