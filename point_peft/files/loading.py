@@ -130,7 +130,8 @@ def swap_values(stated: Stated, adapter: Adapter, name: str) -> None:
         reason = why_not_in_place(source, tensors, keep_types=keep_types)
     if reason is not None:
         raise AdapterFileError(
-            f"the adapter in '{stated.folder}' cannot be swapped into '{name}': {reason}; load_adapter adds it too"
+            f"the adapter in '{stated.folder}' cannot be swapped into '{name}': {reason}; load_adapter adds it as "
+            "another adapter"
         )
     overwrite_tensors(source, tensors)
     adapter.config = stated.config
