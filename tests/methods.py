@@ -17,8 +17,11 @@ from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import block_tokens
 from tools.capabilities import labelled
 
-SIZES: Mapping[str, Mapping[str, int]] = {}
-"""Method -> fields that must be smaller than their defaults for the tiny backbones; sizes only."""
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "POINT_LORA": {"num_groups": (20, 10), "group_size": (8, 12), "num_selected": (8, 4)},
+    "PPT": {"num_groups": 20, "group_size": 8, "mlp_width": 32},
+}
+"""Method -> fields that are smaller than their defaults; sizes only, and only where the defaults take long."""
 
 
 def config(method: str, **changes: Any) -> TunerConfig:

@@ -170,7 +170,7 @@ def test_bfloat16_autocast_runs_and_stays_near(method: str, backbone: TinyBackbo
 # ---- the backbone stays as it is -------------------------------------------------------------------------------------
 
 
-@every_representative
+@a_few
 def test_the_backbone_s_checkpoint_loads_into_the_adapted_model(method: str, backbone: TinyBackbone) -> None:
     model, other = adapt(backbone, method), frozen(backbone)
     assert model.get_base_model() is model.base_model and type(model.base_model) is type(other)
@@ -323,7 +323,7 @@ def test_an_adapter_has_a_head_of_its_own_shape(method: str, backbone: TinyBackb
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
-@every_representative
+@a_few
 def test_a_deep_copy_is_adapted_and_independent(method: str, backbone: TinyBackbone) -> None:
     model = adapt(backbone, method)
     output = run(model, backbone)
@@ -497,37 +497,44 @@ def _backward_elsewhere(loss: Tensor) -> None:
 @every_method
 def test_checkpointing_remembers_the_adapter_of_each_forward(method: str, again: Any, reentrant: bool) -> None:
     """Two forwards with different adapters, then their backward passes: in turn, and as one."""
-    for order in ("in turn", "at once"):
-        with _refusing(reentrant):
-            found = _remembered(method, order, again=again, reentrant=reentrant)
-            for name, wanted in _remembered(method, order).items():
-                assert list(found[name]) == list(wanted)
-                for key, gradient in wanted.items():
-                    assert distance(found[name][key], gradient) < 1e-5, f"{name}: {key}"
+    with _refusing(reentrant):
+        _assert_same_gradients(_remembered(method, again=again, reentrant=reentrant), _remembered(method))
+
+
+def _assert_same_gradients(found: dict[tuple[str, str], dict[str, Tensor]], wanted: dict[tuple[str, str], Any]) -> None:
+    assert list(found) == list(wanted)
+    for where, gradients_there in wanted.items():
+        assert list(found[where]) == list(gradients_there)
+        for key, gradient in gradients_there.items():
+            assert distance(found[where][key], gradient) < 1e-5, f"{where}: {key}"
 
 
 @functools.cache
-def _remembered(method: str, order: str, **checkpointing: Any) -> dict[str, dict[str, Tensor]]:
-    """The gradients of two adapters."""
+def _remembered(method: str, **checkpointing: Any) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """(order, adapter) -> the gradients of two adapters, by both orders of their backward passes."""
     backbone = BACKBONES["compact"]
     torch.manual_seed(0)
     model = get_peft_model(compact_like(backbone.build(), **checkpointing), config(method), "a")
     complete(model, backbone, "a", 0, fresh=False)
     add(model, backbone, method, "b")
     model.eval()
-    losses = []
-    for name, seed in (("a", 5), ("b", 6)):
-        model.set_adapter(name)
-        losses.append(loss_of(backbone.select(model(*backbone.inputs(2, seed)))))
-    with model.disable_adapter():
-        for loss in losses if order == "in turn" else [losses[0] + losses[1]]:
-            _backward(loss)
-    return {name: gradients(get_adapter(model, name)) for name in ("a", "b")}
+    found = {}
+    for order in ("in turn", "at once"):
+        model.zero_grad()
+        losses = []
+        for name, seed in (("a", 5), ("b", 6)):
+            model.set_adapter(name)
+            losses.append(loss_of(backbone.select(model(*backbone.inputs(2, seed)))))
+        with model.disable_adapter():
+            for loss in losses if order == "in turn" else [losses[0] + losses[1]]:
+                _backward(loss)
+        found |= {(order, name): gradients(get_adapter(model, name)) for name in ("a", "b")}
+    return found
 
 
 # ---- threads, tasks, exceptions --------------------------------------------------------------------------------------
 
-SETS: tuple[tuple[str, ...], ...] = (("a",), ("b",), ("c",), (), ("a", "b"), ("b", "a"), ("c", "a"), ("a", "b", "c"))
+SETS: tuple[tuple[str, ...], ...] = (("a",), ("b",), (), ("a", "b"), ("b", "a"))
 
 
 def _crowd(
@@ -543,7 +550,7 @@ def _crowd(
 @a_few
 def test_eight_threads_with_adapters_of_their_own(method: str, backbone: TinyBackbone) -> None:
     args = backbone.inputs(1, 5)
-    model, expected = _crowd(backbone, method, args, [names for names in SETS if "c" not in names])
+    model, expected = _crowd(backbone, method, args, SETS)
     everyone = threading.Barrier(8, timeout=60)
 
     def with_use(names: tuple[str, ...]) -> None:
@@ -673,7 +680,7 @@ def test_methods_of_the_backbone_run_adapted(method: str, name: str) -> None:
 # ---- taking adapters off ---------------------------------------------------------------------------------------------
 
 
-@every_representative
+@a_few
 def test_unload_at_once_restores_every_flag(method: str, backbone: TinyBackbone) -> None:
     base = unusual(backbone.build())
     before = fingerprint(base)
@@ -683,7 +690,7 @@ def test_unload_at_once_restores_every_flag(method: str, backbone: TinyBackbone)
     assert fingerprint(base) == before
 
 
-@every_representative
+@a_few
 def test_a_head_is_not_merged(method: str, backbone: TinyBackbone) -> None:
     """It may have another shape or class, and is never part of the backbone."""
     model = adapt(backbone, config(method, modules_to_save=[backbone.heads[-1]]))

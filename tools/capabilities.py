@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def _train(config: TunerConfig, backbone: TinyBackbone) -> None:
     """Adapt and look; `PointPeftError` where the backbone is refused, `RuntimeError` where nothing happens."""
     torch.manual_seed(0)
     args = backbone.inputs(3, 1)
+    model = get_peft_model(backbone.build(), replace(config, anatomy=backbone.traced))
     with torch.no_grad():
         # Frozen: torch rounds an attention otherwise where its weights take gradients.
         plain = backbone.select(backbone.build().requires_grad_(False)(*args))
-    model = get_peft_model(backbone.build(), config, example_inputs=backbone.example)
     fill_bank(model, backbone)
     model.eval()(*args)  # which proves that every part runs
     parameters = dict(model.adapters.named_parameters())
