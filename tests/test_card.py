@@ -302,7 +302,7 @@ def test_broken_marks_are_refused(marks: str) -> None:
         merged(f"Mine.\n{marks}\n", render(ABOUT))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("-a:#\n\r <!>[]{}&*'\"") | st.characters(codec="utf-8"), max_size=60))
 def test_whatever_is_there_nothing_is_lost(text: str) -> None:
     for existing in (text, f"---\n{text}\n---\n", f"---\nx: 1\n---\n{text}\n"):

@@ -110,11 +110,15 @@ def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixt
     assert left.value.code == 2 and out == "" and said in err and err.startswith("usage: point-peft")
 
 
+def test_it_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run("--version")
+    assert left.value.code == 0 and capsys.readouterr() == (f"point-peft {__version__}\n", "")
+
+
 def test_it_is_a_module(folder: Path) -> None:
-    command = [sys.executable, "-m", "point_peft"]
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    assert version.returncode == 0 and version.stdout == f"point-peft {__version__}\n"
-    wrong = subprocess.run([*command, "inspect", str(folder / "none")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "point_peft", "inspect", str(folder / "none")]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stdout == "" and "Traceback" not in wrong.stderr
     assert wrong.stderr.startswith("point-peft: error: there is no folder") and wrong.stderr.count("\n") == 1
 
@@ -213,7 +217,7 @@ def test_what_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.Captur
     failed(capsys, "is not JSON", "inspect", folder)
 
 
-@pytest.mark.parametrize("value", [None, 3, 1.5, True, "x", [], [1], [None], [[]], {}, {"a": 1}, {"a": [{"b": {}}]}])
+@pytest.mark.parametrize("value", [None, 3, True, "x", [], [None], {"a": [{"b": {}}]}])
 def test_whatever_a_configuration_says(
     folder: Path, lora: Path, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -239,7 +239,8 @@ def test_a_head_that_pools_prompts_needs_them():
 
 
 def test_it_compiles_in_one_graph():
-    model = adapt(BACKBONES["point_mae"], DAPTConfig(position="once"), heads=PUBLISHED)
+    """With positions that are added once, and a head that pools the prompts of both blocks."""
+    model = adapt(BACKBONES["point_bert"], DAPTConfig(position="once"), heads=PUBLISHED)
     (points,) = clouds(2, 0)
     torch.compiler.reset()
     with torch.no_grad():

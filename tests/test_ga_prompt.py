@@ -442,13 +442,6 @@ def test_autocast() -> None:
     assert torch.equal(grouped[0], grouped[1])
 
 
-@torch.no_grad()
-def test_compiled_it_gives_the_same() -> None:
-    model, (points,) = adapted(), clouds(2, 0)
-    expected = model(points)
-    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(points), expected, atol=1e-5)
-
-
 def test_with_point_peft_in_one_adapter() -> None:
     """Coordinates then carry gradients, so what both propagate by is made for each block."""
     backbone, (points,) = BACKBONES["point_mae"], clouds(3, 0)

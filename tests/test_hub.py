@@ -60,6 +60,7 @@ def other(seed: int = 9) -> PointPeftModel:
 # ---- push and pull ---------------------------------------------------------------------------------------------------
 
 
+@in_one_mode
 @pytest.mark.parametrize("method", ON_POINT_MAE)
 def test_push_and_pull_give_equal_logits(hub: HubServer, method: str) -> None:
     model = adapt(MAE, method)
