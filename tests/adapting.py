@@ -19,6 +19,7 @@ from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_pef
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.backbones import PointTransformer
+from point_peft.backbones.layers import Group
 from point_peft.parts.base import Bank
 from tests.methods import config
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
@@ -53,6 +54,29 @@ ONE_BLOCK = dataclasses.replace(
     ),
 )
 """For compilers and exporters, which take their time."""
+
+
+class RowsAsGroups(Group):
+    """The points in their order are the groups, the first of each its centre: nothing to search."""
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        groups = points[:, : self.num_group * self.group_size].unflatten(1, (self.num_group, self.group_size))
+        center = groups[:, :, 0]
+        return groups - center[:, :, None], center
+
+
+def without_search(backbone: TinyBackbone) -> TinyBackbone:
+    """The same, but its groups are rows of points, for tests of what a method adds to a graph.
+
+    Farthest points are half of what a compiler or an exporter has to do for such a model, and have tests of their own.
+    """
+
+    def make() -> nn.Module:
+        model = backbone.make()
+        model.group_divider = RowsAsGroups(12, 8)
+        return model
+
+    return dataclasses.replace(backbone, name=f"{backbone.name} without search", make=make)
 
 
 # ---- making adapted models -------------------------------------------------------------------------------------------

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
-from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, gradients, loss_of, plain, run
-from tests.zoo import BACKBONES, clouds
+from tests.adapting import ONE_BLOCK, adapt, add, distance, every_method, gradients, loss_of, plain, run, without_search
+from tests.zoo import BACKBONES, TinyBackbone, clouds
 
 # As whole calls in the graph: to follow what is inside them takes half of a compilation.
 for function in (einops.rearrange, einops.reduce, einops.repeat):
     torch.compiler.allow_in_graph(function)
 
 BACKBONE = BACKBONES["point_bert"]
+SIMPLE = without_search(ONE_BLOCK)
 NAMES = ("default", "other")
 
 
@@ -40,14 +41,14 @@ def of_batch(size: int, seed: int = 5) -> Tensor:
     return points
 
 
-def adapted(method: str) -> PointPeftModel:
+def adapted(method: str, backbone: TinyBackbone) -> PointPeftModel:
     """Two adapters of one configuration with other values, both seen in eager mode."""
-    model = adapt(ONE_BLOCK, method)
-    add(model, ONE_BLOCK, method, "other")
-    outputs = [plain(ONE_BLOCK)]
+    model = adapt(backbone, method)
+    add(model, backbone, method, "other")
+    outputs = [plain(backbone)]
     for name in NAMES:
         model.set_adapter(name)
-        outputs.append(run(model, ONE_BLOCK))
+        outputs.append(run(model, backbone))
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert distance(outputs[one], outputs[other]) > 1e-3
     return model
@@ -55,7 +56,7 @@ def adapted(method: str) -> PointPeftModel:
 
 @every_method
 def test_one_graph_for_all_adapters_of_a_configuration(method):
-    model, graphs = adapted(method), CompileCounterWithBackend("eager")
+    model, graphs = adapted(method, SIMPLE), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=False)
     for name in (*NAMES, NAMES[0]):
         model.set_adapter(name)
@@ -98,7 +99,7 @@ def test_a_swap_to_another_method_and_back():
 # Of torch's own compiler.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_generated_code_gives_the_same():
-    model, graphs = adapted("LORA"), CompileCounterWithBackend("inductor")
+    model, graphs = adapted("LORA", ONE_BLOCK), CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     with torch.no_grad():
         for name, batch in (("default", 3), ("other", 5), ("default", 7)):
