@@ -518,7 +518,7 @@ def _remembered(method: str, **checkpointing: Any) -> dict[tuple[str, str], dict
     complete(model, backbone, "a", 0, fresh=False)
     add(model, backbone, method, "b")
     model.eval()
-    found = {}
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for order in ("in turn", "at once"):
         model.zero_grad()
         losses = []
