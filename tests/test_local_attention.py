@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from point_peft.tuners.point_peft import local_attention
-from point_peft.tuners.point_peft.local_attention import LocalAttention, maximum
+from point_peft.tuners.point_peft.local_attention import LocalAttention, largest
 
 pytestmark = pytest.mark.smoke
 
@@ -65,15 +65,15 @@ def test_it_is_what_it_says_with_its_gradient(
 def test_it_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     module, tokens, neighbour = some()
     seen: list[Any] = []
-    module.register_forward_pre_hook(lambda module, args: seen.append([tuple(x.shape[:2]) for x in args[:2]]))
+    module.register_forward_pre_hook(lambda module, args: seen.append((*args[0].shape[:2], len(args[1]))))
     monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 2 * S * K * C)
     module.pooled(tokens, neighbour)
-    assert seen == [[(2, N), (2, S)], [(1, N), (1, S)]]
+    assert seen == [(2, N, 2 * S), (1, N, S)]
     seen.clear()
     monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 1)
     module.pooled(tokens, neighbour)
     assert N // K == 4
-    assert seen == [[(1, N), (1, 4)], [(1, N), (1, 3)]] * B
+    assert seen == [(1, N, 4), (1, N, 3)] * B
 
 
 def test_nothing_is_kept_of_what_is_made_for_each_neighbour() -> None:
@@ -110,19 +110,38 @@ def test_half_precision_is_near_the_exact_numbers(dtype: torch.dtype) -> None:
         assert gradient.dtype is dtype and bool(torch.isfinite(gradient).all())
 
 
-def test_of_equal_neighbours_one_gets_the_gradient() -> None:
-    x = torch.randn(4, 1, C).expand(4, K, C).clone().requires_grad_()
-    assert torch.equal(maximum(x), x[:, 0])
-    (gradient,) = torch.autograd.grad(maximum(x).sum(), x)
-    assert torch.equal(gradient.sum(dim=1), torch.ones(4, C)) and bool(((gradient == 0) | (gradient == 1)).all())
+def sums(k: int, width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens (n, c), what the neighbours take up (m k, w), W (c, w) and which they are (m, k)."""
+    torch.manual_seed(0)
+    U, taken, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((N + k, C), (S * k, width), (C, width)))
+    return *(x.requires_grad_() for x in (U, taken, W)), torch.rand(S, N + k).topk(k).indices
 
 
-def test_the_maximum_is_that_of_torch_with_its_gradient() -> None:
-    x = torch.randn(4, 300, C, dtype=torch.float64, requires_grad=True)
-    found, expected = maximum(x), x.max(dim=1).values
-    assert torch.equal(found, expected)
-    out = torch.randn_like(found)
-    assert torch.equal(*(torch.autograd.grad(y, x, out)[0] for y in (found, expected)))
+@pytest.mark.parametrize("k", [K, 300], ids=["few", "more than a byte counts"])
+@pytest.mark.parametrize("part", [1, 3 * K * C, 2**20], ids=["one by one", "three at a time", "all at once"])
+def test_the_largest_is_that_of_torch_with_its_gradient(k: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_attention, "PART_ELEMENTS", part)
+    U, taken, W, rows = sums(k)
+    expected = (U[rows] + (taken @ W.T).view(S, k, C)).max(dim=1).values
+    found, gradient = largest(U, taken, W, rows), torch.randn(S, C, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        assert torch.equal(maximum(x), expected)
-    assert bool(maximum(torch.tensor([[[1.0], [float("nan")], [2.0]]], requires_grad=True)).isnan())
+        torch.testing.assert_close(largest(U, taken, W, rows), expected)
+    ours, theirs = (torch.autograd.grad(output, (U, taken, W), gradient) for output in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_of_equal_neighbours_one_gets_the_gradient() -> None:
+    U, taken, W, rows = sums(K)
+    same = U[:1].expand(len(U), C).detach().clone().requires_grad_()
+    found = largest(same, torch.zeros_like(taken), W, rows)
+    assert torch.equal(found, same[rows[:, 0]])
+    (gradient,) = torch.autograd.grad(found.sum(), same)
+    assert torch.equal(gradient.sum(dim=0), torch.full_like(gradient[0], S)) and torch.equal(gradient, gradient.round())
+
+
+def test_what_is_no_number_stays_none() -> None:
+    U, taken, W, rows = sums(K)
+    with torch.no_grad():
+        U[rows[0, 1]] = torch.nan
+    assert bool(largest(U, taken, W, rows)[0].isnan().all())

@@ -172,7 +172,7 @@ def watch_geometry(setup: Published, number: int, kind: str) -> Recorder:
     block, _ = setup.parts(number)
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        near: Neighbourhoods = args[2]
+        near: Neighbourhoods = args[2].after(-1)  # without the class token
         # Not by the backbone's own grouping, with which another direct call of its parts would begin.
         index = geometry.farthest_point_sample(setup.points, setup.config["num_group"])
         centres = geometry.gather(setup.points, index)

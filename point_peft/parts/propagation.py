@@ -25,6 +25,10 @@ class Neighbourhoods:
     neighbour: Tensor
     """(b, s, k)"""
 
+    def after(self, prefix: int) -> Neighbourhoods:
+        """The same among tokens that begin with a prefix, which lies nowhere: without it, U would have to be copied."""
+        return Neighbourhoods(self.centre + prefix, self.neighbour + prefix)
+
 
 @dataclass(frozen=True)
 class Propagation:

@@ -70,7 +70,8 @@ class BlockPart(SequencePart):
         near, reach = neighbourhoods(
             call.forward, self.number, self.centre_ratio, self.neighbours, Q, owner=(call.adapter, self.tuner)
         )
-        m = shared.local_attention.pooled(got.located, near.neighbour)
+        near = near.after(got.prefix.shape[1])
+        m = shared.local_attention.pooled(got.tokens, near.neighbour)
         # Kept for the backward pass, what is made here would take a seventh of the memory of a training step.
         tokens: Tensor = recomputed(self, got.tokens, got.lengths, m, Q, near, reach, random=True)
         return tokens
@@ -85,7 +86,7 @@ class BlockPart(SequencePart):
         got = BlockTokens.of(tokens, lengths)
         assert self.geometry is not None
         recomputing = reach.forward.recomputing
-        t = self.geometry(got.patches, got.located, near, reach(Q), m, recomputing=recomputing)
+        t = self.geometry(got.patches, got.tokens, near, reach(Q), m, recomputing=recomputing)
         return add_adapted(torch.cat([got.prefix, t], dim=1), self.adapter, 1.0)
 
     def _prior(self, call: Call) -> Tensor | None:

@@ -6,16 +6,21 @@ LA_i = W sum_i' a_ii' v_i' + b,       a_ii' = softmax_i' (scale q_i . k_i'),    
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from point_peft.geometry import rows_of_all
 from point_peft.parts.base import SharedState
 from point_peft.parts.recomputing import recomputed
 
-# Numbers in the largest tensor that is worked on at a time: on a CPU about as many as its caches hold, 6 MB.
+# Numbers in the neighbourhoods (m, k, c) whose attention is worked on at a time, and in those whose maximum is, which
+# are then in a core's cache (1 MB); on other devices than a CPU both are the last.
 CHUNK_ELEMENTS = 3 * 2**19
+PART_ELEMENTS = 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
 
 
@@ -34,42 +39,44 @@ class LocalAttention(nn.Module):
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, U: Tensor, neighbour: Tensor, keep: Tensor) -> Tensor:
-        """The m_j (b, s, c) of tokens U (b, n, c), whose numbers in N_j are `neighbour` (b, s, k).
+    def forward(self, U: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+        """What each neighbour i takes up, sum_i' a_ii' v_i', (m k, w), of tokens U (b, n, c).
 
-        `keep` (b, s) is what LA is multiplied by. Norm, query, key and value are taken once per token, not once per
-        neighbour.
+        `rows` (m, k) are the neighbours' numbers among all tokens, `keep` (m,) is what LA is multiplied by. Norm,
+        query, key and value are taken once per token, not once per neighbour.
         """
-        b, k, keep = U.shape[0], neighbour.shape[2], rearrange(keep, "b s -> (b s) 1")
-        rows = rows_of_all(neighbour, U.shape[1]).flatten()
-        qkv = rearrange(self.qkv(self.norm(U)), "b n c -> (b n) c").index_select(0, rows)
+        qkv = rearrange(self.qkv(self.norm(U)), "b n c -> (b n) c").index_select(0, rows.flatten())
         # As 3 by 16, not as 16 by 3: batches of such matrices are multiplied three times as fast on a CPU.
-        q, key, v = rearrange(qkv, "(m k) (qkv h c) -> qkv (h m) c k", qkv=3, h=self.heads, k=k).unbind(0)
+        q, key, v = rearrange(qkv, "(m k) (qkv h c) -> qkv (h m) c k", qkv=3, h=self.heads, k=rows.shape[1]).unbind(0)
         a = torch.bmm(key.mT, self.scale * q).softmax(dim=1)
-        mixed = rearrange(torch.bmm(v, a), "(h m) c k -> m k (h c)", h=self.heads) * keep[:, :, None]
-        N = rearrange(U, "b n c -> (b n) c").index_select(0, rows)
-        # The bias is the same for all neighbours, so it need not pass through their maximum.
-        m = maximum(rearrange(N, "(m k) c -> m k c", k=k) + mixed @ self.proj.weight.T) + keep * self.proj.bias
-        return rearrange(m, "(b s) c -> b s c", b=b)
+        taken = rearrange(torch.bmm(v, a), "(h m) c k -> m k (h c)", h=self.heads) * keep[:, None, None]
+        return rearrange(taken, "m k c -> (m k) c")
 
     def pooled(self, U: Tensor, neighbour: Tensor) -> Tensor:
-        """The m_j (b, s, c), some of them at a time; of what is made for each neighbour nothing is kept.
+        """The m_j (b, s, c) of tokens U (b, n, c), whose numbers in N_j are `neighbour` (b, s, k).
 
         Samples are taken apart, and neighbourhoods within a sample where it has too many of them.
         """
         (b, s, k), (_, n, c) = neighbour.shape, U.shape
         keep = self._keep(U, b, s)
         if torch.compiler.is_compiling():
-            whole: Tensor = self(U, neighbour, keep)
-            return whole
+            return self._pooled(U, neighbour, keep)
         limit = CHUNK_ELEMENTS if U.is_cpu else CHUNK_ELEMENTS_OF_OTHERS
         # Each part takes the norm of all tokens of its samples, so it has at least as many neighbours as these.
         few, some = max(1, limit // max(1, s * k * c)), max(1, limit // max(1, k * c), n // max(1, k))
         m = []
         for tokens, near, kept in zip(*(torch.split(x, few) for x in (U, neighbour, keep)), strict=True):
             pieces = zip(torch.split(near, some, dim=1), torch.split(kept, some, dim=1), strict=True)
-            m.append(torch.cat([recomputed(self, tokens, *piece) for piece in pieces], dim=1))
+            m.append(torch.cat([self._pooled(tokens, *piece) for piece in pieces], dim=1))
         return torch.cat(m)
+
+    def _pooled(self, U: Tensor, neighbour: Tensor, keep: Tensor) -> Tensor:
+        rows = rearrange(rows_of_all(neighbour, U.shape[1]), "b s k -> (b s) k")
+        keep = rearrange(keep, "b s -> (b s)")
+        taken = recomputed(self, U, rows, keep)
+        # The bias is the same for all neighbours, so it need not pass through their maximum.
+        m = largest(rearrange(U, "b n c -> (b n) c"), taken, self.proj.weight, rows) + keep[:, None] * self.proj.bias
+        return rearrange(m, "(b s) c -> b s c", b=U.shape[0])
 
     def _keep(self, like: Tensor, b: int, s: int) -> Tensor:
         """Factors (b, s): ones, but while training, stochastic depth drops LA for whole neighbourhoods."""
@@ -79,14 +86,65 @@ class LocalAttention(nn.Module):
         return like.new_empty(b, s).bernoulli_(keep) / keep
 
 
-def maximum(x: Tensor) -> Tensor:
-    """The maximum (m, c) over k of (m, k, c); of equal ones a single one has the gradient, as published."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return x.amax(dim=1)
-    # As an image of k by 1 pixels, pooled to one: where the maximum is, in a tenth of the time of x.max(dim=1).
-    image = rearrange(x.detach(), "m k c -> m c k 1")
-    _, where = nn.functional.max_pool2d(image, (x.shape[1], 1), return_indices=True)
-    return x.gather(1, rearrange(where, "m c 1 1 -> m 1 c")).squeeze(1)
+def largest(U: Tensor, taken: Tensor, W: Tensor, rows: Tensor) -> Tensor:
+    """max_i (U_i + W taken_i), (m, c), over neighbourhoods `rows` (m, k) of tokens U (n, c); `taken` is (m k, w)."""
+    taken, W = taken.to(U.dtype), W.to(U.dtype)
+    if torch.compiler.is_compiling():
+        N = U.index_select(0, rows.flatten()) + taken @ W.mT
+        return rearrange(N, "(m k) c -> m k c", k=rows.shape[1]).amax(dim=1)
+    m: Tensor = _Largest.apply(U, taken, W, rows, torch.is_grad_enabled())[0]  # type: ignore[no-untyped-call]
+    return m
+
+
+class _Largest(torch.autograd.Function):
+    """`largest` in parts that fit into a core's cache; of each maximum the number of its neighbour is kept, in a byte.
+
+    Of equal neighbours the last one gets the gradient. Autograd would keep or make again what is (m, k, c): TODO.
+    """
+
+    @staticmethod
+    def forward(U: Tensor, taken: Tensor, W: Tensor, rows: Tensor, numbered: bool) -> tuple[Tensor, Tensor]:
+        (count, k), c = rows.shape, U.shape[1]
+        m, number = U.new_empty(count, c), rows.new_empty(count, c, dtype=torch.uint8 if k <= 256 else torch.int64)
+        numbers = torch.arange(k, dtype=torch.float32, device=U.device)[:, None]
+        room = _room(U, k)
+        for first in range(0, count, len(room)):
+            part = slice(first, first + len(room))
+            near = rows[part].flatten()
+            N = torch.index_select(U, 0, near, out=room.flatten(0, 1)[: len(near)])
+            N = N.addmm_(taken[first * k :][: len(near)], W.mT).view(-1, k, c)
+            torch.amax(N, 1, out=m[part])
+            if numbered:
+                number[part] = N.eq_(m[part, None]).float().mul_(numbers).amax(dim=1)
+        return m, number
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        U, taken, W, rows, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(taken, W, rows, output[1])
+        ctx.tokens = U.shape[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_m: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        taken, W, rows, number = ctx.saved_tensors
+        (count, k), c = rows.shape, W.shape[0]
+        to_U = to_m.new_zeros(ctx.tokens, c).scatter_add_(0, rows.gather(1, number.long()), to_m)
+        to_taken, to_W = torch.empty_like(taken), torch.zeros_like(W.mT)
+        room = _room(to_m, k)
+        for first in range(0, count, len(room)):
+            part, each = slice(first, first + len(room)), slice(first * k, (first + len(room)) * k)
+            to_N = room[: len(to_m[part])].zero_().scatter_(1, number[part, None].long(), to_m[part, None])
+            torch.mm(to_N.flatten(0, 1), W, out=to_taken[each])
+            to_W.addmm_(taken[each].mT, to_N.flatten(0, 1))
+        return to_U, to_taken, to_W.mT, None, None
+
+
+def _room(like: Tensor, k: int) -> Tensor:
+    """Memory (m, k, c) that the parts use in turn, for fresh memory is slow: k tokens of as many neighbourhoods."""
+    c = like.shape[1]
+    return like.new_empty(max(1, (PART_ELEMENTS if like.is_cpu else CHUNK_ELEMENTS_OF_OTHERS) // max(1, k * c)), k, c)
 
 
 class StageGeometry(SharedState):
