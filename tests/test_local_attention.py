@@ -113,8 +113,9 @@ def test_half_precision_is_near_the_exact_numbers(dtype: torch.dtype) -> None:
 def sums(k: int, width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (n, c), what the neighbours take up (m k, w), W (c, w) and which they are (m, k)."""
     torch.manual_seed(0)
-    U, taken, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((N + k, C), (S * k, width), (C, width)))
-    return *(x.requires_grad_() for x in (U, taken, W)), torch.rand(S, N + k).topk(k).indices
+    shapes = (N + k, C), (S * k, width), (C, width)
+    U, taken, W = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return U, taken, W, torch.rand(S, N + k).topk(k).indices
 
 
 @pytest.mark.parametrize("k", [K, 300], ids=["few", "more than a byte counts"])

@@ -40,7 +40,7 @@ class LocalAttention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, U: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-        """What each neighbour i takes up, sum_i' a_ii' v_i', (m k, w), of tokens U (b, n, c).
+        """Values that each neighbour i takes up, sum_i' a_ii' v_i', (m k, w), of tokens U (b, n, c).
 
         `rows` (m, k) are the neighbours' numbers among all tokens, `keep` (m,) is what LA is multiplied by. Norm,
         query, key and value are taken once per token, not once per neighbour.
