@@ -1,4 +1,10 @@
-"""The errors of the package; all of them are `ValueError`s, so a caller may catch that alone."""
+"""The errors that point_peft raises, and names near a miss for what they say."""
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+MAX_COMPARED = 100
 
 
 class PointPeftError(ValueError):
@@ -29,3 +35,49 @@ def quoted(value: object, limit: int = 80) -> str:
     """Words of a stranger's file, fit for an error: quoted, on one line, cut if they are long."""
     text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit + 2 else text[: limit - 3] + "..." + (text[0] if isinstance(value, str) else "")
+
+
+def nearest_names(wanted: str, names: Sequence[str], limit: int = 3, *, what: str = "module") -> str:
+    """For an error: the names most like `wanted`, as "'blocks.0.attn.qkv' (12 modules), 'norm'".
+
+    Names that differ only in numbers count as one, shown by the first of them. If nothing is near: "none (there are
+    'blocks', 'norm')", with the first components of some names.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        if name:
+            groups.setdefault(re.sub(r"\d+", "0", name).lower(), []).append(name)
+    # An expression is compared by its words; a class such as \d is not a word of a name.
+    words = re.findall(r"\w+", re.sub(r"\\\w", " ", wanted[-MAX_COMPARED:].lower()))
+    query = [re.sub(r"\d+", "0", word) for word in words]
+    scores = {group: _likeness(query, group.split(".")) for group in groups} if query else {}
+    best = max(scores.values(), default=0.0)
+    near = sorted((group for group in scores if scores[group] >= max(1.1, best - 0.25)), key=lambda g: -scores[g])
+    if near:
+        return ", ".join(_shown(groups[group], what) for group in near[:limit])
+    tops = list(dict.fromkeys(name.split(".")[0] for name in names if name))
+    if not tops:
+        return f"none (there are no {what}s)"
+    return "none (there are " + ", ".join(map(repr, tops[:6])) + (", …)" if len(tops) > 6 else ")")
+
+
+def _shown(group: list[str], what: str) -> str:
+    return repr(group[0]) if len(group) == 1 else f"{group[0]!r} ({len(group)} {what}s)"
+
+
+def _likeness(query: list[str], name: list[str]) -> float:
+    """0 to 2: how alike the last words are, plus how alike the whole is to the name or to as long an end of it."""
+    last = _ratio(query[-1], name[-1])
+    whole = ".".join(query)
+    return last + max(_ratio(whole, ".".join(name)), _ratio(whole, ".".join(name[-len(query) :])))
+
+
+def _ratio(a: str, b: str) -> float:
+    a, b = a[-MAX_COMPARED:], b[-MAX_COMPARED:]
+    alike = SequenceMatcher(None, a, b, autojunk=False).ratio()
+    return max(alike, 0.7) if len(a) > 2 and a in b else alike
+
+
+def no_match(wanted: str, names: Sequence[str], what: str, field: str, hint: str) -> MatchError:
+    nearest = nearest_names(wanted, names, what=what)
+    return MatchError(f"no {what} matches {quoted(wanted, 120)} ({field}); nearest: {nearest}{hint}")

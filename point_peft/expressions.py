@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from point_peft.errors import MatchError, quoted
-from point_peft.nearest import no_match
+from point_peft.errors import MatchError, no_match, quoted
 
 MAX_PATTERN_LENGTH = 1000
 MAX_PATTERN_GROUPS = 100

@@ -6,9 +6,8 @@ regular expression for the whole name; every list entry, and every expression, m
 
 from collections.abc import Sequence
 
-from point_peft.errors import MatchError
+from point_peft.errors import MatchError, no_match
 from point_peft.expressions import match_expression
-from point_peft.nearest import no_match
 
 
 def match_names(

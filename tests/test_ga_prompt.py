@@ -24,8 +24,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
 from point_peft.parts.propagation import Neighbourhoods
-from point_peft.tuners.ga_prompt import CloudPart, ShapedPart
-from point_peft.tuners.ga_prompt.shift_net import ShiftNet
+from point_peft.tuners.ga_prompt import CloudPart, ShapedPart, ShiftNet
 from tests import golden
 from tests.test_golden_base import Recorder, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like

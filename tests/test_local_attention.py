@@ -40,7 +40,7 @@ def in_words(module: LocalAttention, tokens: Tensor, neighbour: Tensor, keep: Te
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6])
-@pytest.mark.parametrize("limit", [1, 2 * S * K * C, 2**20], ids=["samples in parts", "two samples", "all at once"])
+@pytest.mark.parametrize("limit", [1, B * 2 * K * K * 5, 2**20], ids=["few", "some", "all at once"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_it_is_what_it_says_with_its_gradient(
     heads: int, limit: int, train: bool, monkeypatch: pytest.MonkeyPatch
@@ -66,14 +66,14 @@ def test_it_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     module, tokens, neighbour = some()
     seen: list[Any] = []
     module.register_forward_pre_hook(lambda module, args: seen.append((*args[0].shape[:2], len(args[1]))))
-    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 2 * S * K * C)
+    monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", B * module.heads * K * K * 5)
     module.pooled(tokens, neighbour)
-    assert seen == [(2, N, 2 * S), (1, N, S)]
+    assert seen == [(B, N, B * 5), (B, N, B * 2)]
     seen.clear()
     monkeypatch.setattr(local_attention, "CHUNK_ELEMENTS", 1)
     module.pooled(tokens, neighbour)
     assert N // K == 4
-    assert seen == [(1, N, 4), (1, N, 3)] * B
+    assert seen == [(B, N, B * 4), (B, N, B * 3)]
 
 
 def test_nothing_is_kept_of_what_is_made_for_each_neighbour() -> None:

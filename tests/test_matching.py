@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from point_peft.errors import MatchError
+from point_peft.errors import MatchError, nearest_names
 from point_peft.matching import match_names
-from point_peft.nearest import nearest_names
 
 pytestmark = pytest.mark.smoke
 

@@ -13,7 +13,8 @@ from point_peft import AnatomyError, PointGSTConfig, PointPeftError, PointPeftMo
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.running.forward import Seen
-from point_peft.tuners.point_gst import SpectralPart, graph
+from point_peft.tuners import point_gst as graph
+from point_peft.tuners.point_gst import SpectralPart
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like

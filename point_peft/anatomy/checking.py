@@ -6,8 +6,7 @@ from torch import nn
 
 from point_peft.anatomy.description import Anatomy, Stage
 from point_peft.anatomy.structure import prefix_rows
-from point_peft.errors import AnatomyError, quoted
-from point_peft.nearest import nearest_names
+from point_peft.errors import AnatomyError, nearest_names, quoted
 from point_peft.schema import MisfitError, from_json, to_json
 
 

@@ -1,7 +1,5 @@
 """Point cloud backbones with the tensor names of public checkpoints."""
 
-from __future__ import annotations
-
 from point_peft.backbones.checkpoint import CheckpointReport, default_backbone, load_checkpoint
 from point_peft.backbones.hierarchical import HierarchicalPointTransformer
 from point_peft.backbones.hierarchical_part_segmentation import HierarchicalPointTransformerPartSeg

@@ -1,7 +1,5 @@
 """Read public checkpoints of point transformers into a model: containers and prefixes off, all or nothing."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """The hierarchical point transformer of Point-M2AE and I2P-MAE, with the tensor names of their public checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Literal

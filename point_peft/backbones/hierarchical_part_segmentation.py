@@ -1,7 +1,5 @@
 """Part segmentation with the hierarchical point transformer, with the tensor names of public checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

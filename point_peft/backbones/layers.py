@@ -3,8 +3,6 @@
 The names of their tensors are those of public checkpoints.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Part segmentation with the plain point transformer, with the tensor names of public checkpoints."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn

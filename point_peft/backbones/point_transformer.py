@@ -1,7 +1,5 @@
 """The plain point transformer of Point-MAE and its relatives, with the tensor names of their public checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -35,17 +35,15 @@ def _is_padding(value: Any) -> bool:
     return value in ("same", "valid") or all(type(entry) is int and 0 <= entry <= _MAX_SIZE for entry in entries)
 
 
-def _is_dimension(value: Any) -> bool:
-    return value is None or (type(value) is int and abs(value) < 8)
-
-
 # What the constructor arguments of the layers may be.
 _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("in_features", "out_features", "in_channels", "out_channels", "groups"), _is_size),
     **dict.fromkeys(("num_features", "num_channels", "num_groups"), _is_size),
     **dict.fromkeys(("kernel_size", "stride", "dilation", "normalized_shape"), _is_sizes),
     **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats"), partial(fits, hint=bool)),
-    **dict.fromkeys(("dim", "start_dim", "end_dim"), _is_dimension),
+    **dict.fromkeys(
+        ("dim", "start_dim", "end_dim"), lambda value: value is None or (type(value) is int and abs(value) < 8)
+    ),
     **dict.fromkeys(("eps", "p", "negative_slope"), partial(fits, hint=float)),
     "inplace": partial(fits, hint=bool),
     "momentum": partial(fits, hint=float | None),

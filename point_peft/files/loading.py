@@ -16,14 +16,13 @@ from point_peft.adapting.planning import build_adapter, plan_adapter
 from point_peft.adapting.site import clean_copy, floating_parameter
 from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig, difference
-from point_peft.errors import AdapterError, AdapterFileError, MatchError, PointPeftError, quoted
+from point_peft.errors import AdapterError, AdapterFileError, MatchError, PointPeftError, nearest_names, quoted
 from point_peft.files.fingerprint import check_fingerprint
 from point_peft.files.format import CONFIG_FILE, TENSOR_FILE, AdapterFiles, read_folder
 from point_peft.files.head_description import build_head, describe_head
 from point_peft.files.peft_format import described, from_peft, to_peft, why_not
 from point_peft.files.saving import base_fingerprint
 from point_peft.files.tensors import check_tensors, copy_tensors, overwrite_tensors, why_not_in_place
-from point_peft.nearest import nearest_names
 from point_peft.parts.backbone import Backbone
 
 

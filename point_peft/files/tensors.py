@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from point_peft.errors import AdapterFileError, quoted
-from point_peft.nearest import nearest_names
+from point_peft.errors import AdapterFileError, nearest_names, quoted
 from point_peft.torch_private import overwrite
 
 Tensors = Mapping[str, Tensor]

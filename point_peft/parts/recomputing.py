@@ -1,7 +1,5 @@
 """Modules of which the backward pass keeps nothing but what they get, and which it runs once more."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -185,19 +185,14 @@ def close_forward(forward: Forward) -> None:
     forward.stem.forget()
     forward.second.forget()
     forward.handover.end()
-    if forward.parent is None:
-        _keep_losses(forward.root, forward.losses)
+    if forward.parent is None and torch.compiler.is_compiling():
+        forward.root.losses = tuple(forward.losses)
+    elif forward.parent is None and (forward.losses or _losses.get(forward.root.key)):
+        _losses.set(forward.root.key, tuple(forward.losses))
     reopen(forward.root, forward.parent)
     forward.parent = None
     if not torch.compiler.is_compiling():
         _direct.set(forward.root.key, None)
-
-
-def _keep_losses(root: Root, losses: list[Tensor]) -> None:
-    if torch.compiler.is_compiling():
-        root.losses = tuple(losses)
-    elif losses or _losses.get(root.key):
-        _losses.set(root.key, tuple(losses))
 
 
 def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:

@@ -111,9 +111,11 @@ class DAPTConfig(TunerConfig):
             plan.parts += at_mlp(block, AdapterPart(adapter, block, prompted=prompted.get(block.path)))
         # After the adapters: where both are at one layer, it is scaled and shifted before they add to it.
         plan.parts += self._scale_shift(backbone, anatomy, chosen)
-        if self.init == "published":
-            for _, planned in plan.parts:
-                _start_as_published(planned)
+        for _, part in plan.parts if self.init == "published" else ():
+            if isinstance(part, (LayerTFTS, PatchTFTS, InternalPrompts)):
+                for tensor, mean in ((part.gamma, 1.0), (part.beta, 0.0)):
+                    if tensor is not None:
+                        nn.init.normal_(tensor, mean, 0.02)
         tune_prefix(plan, backbone, self.method, self.tuned_tokens)
         return plan
 
@@ -141,13 +143,6 @@ class DAPTConfig(TunerConfig):
         scalable = [p for p in (*inside, *anatomy.final_norms) if channels_of(backbone.modules[p]) is not None]
         paths = dict.fromkeys([*patch_taps(anatomy), *scalable])
         return scale_shift.scale_shift_parts(backbone, DAPTConfig.method, paths, LayerTFTS, PatchTFTS)
-
-
-def _start_as_published(part: Part) -> None:
-    if isinstance(part, (LayerTFTS, PatchTFTS, InternalPrompts)):
-        for tensor, mean in ((part.gamma, 1.0), (part.beta, 0.0)):
-            if tensor is not None:
-                nn.init.normal_(tensor, mean, 0.02)
 
 
 class LayerTFTS(LayerScaleShift):

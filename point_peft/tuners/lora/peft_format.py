@@ -6,9 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from point_peft.errors import AdapterFileError, MatchError, quoted
+from point_peft.errors import AdapterFileError, MatchError, nearest_names, quoted
 from point_peft.matching import match_names
-from point_peft.nearest import nearest_names
 from point_peft.parts.base import Part
 from point_peft.tuners.lora.parts import LoraPart
 

@@ -38,8 +38,6 @@ Deviations from the published code, each with its reason:
   them: the second pass that queries the bank must be that of the base which was trained on.
 """
 
-from __future__ import annotations
-
 from point_peft.tuners.point_peft.config import PointPEFTConfig
 
 __all__ = ["PointPEFTConfig"]

@@ -1,7 +1,5 @@
 """The adapter A after a block's MLP."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from point_peft.parts.base import Call, Part

@@ -1,7 +1,5 @@
 """Point-PEFT at a block: prompts before it, the geometry-aware adapter and A after it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The configuration of Point-PEFT and how it lays its parts out over a backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal

@@ -4,8 +4,6 @@ m_j = max_i (U_i + LA(LN(N_j))_i),    i, i' in N_j
 LA_i = W sum_i' a_ii' v_i' + b,       a_ii' = softmax_i' (scale q_i . k_i'),    [q; k; v]_i = LN(U_i) transformed
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from point_peft.geometry import rows_of_all
 from point_peft.parts.base import SharedState
 from point_peft.parts.recomputing import recomputed
 
-# Numbers in the neighbourhoods (m, k, c) whose attention is worked on at a time, and in those whose maximum is, which
-# are then in a core's cache (1 MB); on other devices than a CPU both are the last.
+# Attention weights (h, m, k, k) made at a time, and numbers (m, k, c) whose maximum is taken at a time, which then lie in
+# a core's cache (1 MB); on other devices than a CPU both are the last.
 CHUNK_ELEMENTS = 3 * 2**19
 PART_ELEMENTS = 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
@@ -53,22 +51,16 @@ class LocalAttention(nn.Module):
         return rearrange(taken, "m k c -> (m k) c")
 
     def pooled(self, U: Tensor, neighbour: Tensor) -> Tensor:
-        """The m_j (b, s, c) of tokens U (b, n, c), whose numbers in N_j are `neighbour` (b, s, k).
-
-        Samples are taken apart, and neighbourhoods within a sample where it has too many of them.
-        """
-        (b, s, k), (_, n, c) = neighbour.shape, U.shape
+        """The m_j (b, s, c) of tokens U (b, n, c), whose numbers in N_j are `neighbour` (b, s, k); some s at a time."""
+        (b, s, k), n = neighbour.shape, U.shape[1]
         keep = self._keep(U, b, s)
         if torch.compiler.is_compiling():
             return self._pooled(U, neighbour, keep)
         limit = CHUNK_ELEMENTS if U.is_cpu else CHUNK_ELEMENTS_OF_OTHERS
-        # Each part takes the norm of all tokens of its samples, so it has at least as many neighbours as these.
-        few, some = max(1, limit // max(1, s * k * c)), max(1, limit // max(1, k * c), n // max(1, k))
-        m = []
-        for tokens, near, kept in zip(*(torch.split(x, few) for x in (U, neighbour, keep)), strict=True):
-            pieces = zip(torch.split(near, some, dim=1), torch.split(kept, some, dim=1), strict=True)
-            m.append(torch.cat([self._pooled(tokens, *piece) for piece in pieces], dim=1))
-        return torch.cat(m)
+        # Each part takes the norm of all tokens, so it has at least as many neighbours as these.
+        some = max(1, limit // max(1, b * self.heads * k * k), n // max(1, k))
+        parts = zip(torch.split(neighbour, some, dim=1), torch.split(keep, some, dim=1), strict=True)
+        return torch.cat([self._pooled(U, *part) for part in parts], dim=1)
 
     def _pooled(self, U: Tensor, neighbour: Tensor, keep: Tensor) -> Tensor:
         rows = rearrange(rows_of_all(neighbour, U.shape[1]), "b s k -> (b s) k")

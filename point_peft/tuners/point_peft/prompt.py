@@ -1,7 +1,5 @@
 """The point-prior prompt of one block."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
