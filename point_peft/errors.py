@@ -1,4 +1,4 @@
-"""The errors that point_peft raises, and names near a miss for what they say."""
+"""The errors of the package, all of them `ValueError`s, so a caller may catch that alone; and names near a miss."""
 
 import re
 from collections.abc import Sequence

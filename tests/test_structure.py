@@ -25,7 +25,6 @@ ORDER = [
     "version",
     "torch_private",
     "schema",
-    "nearest",
     "expressions",
     "matching",
     "geometry",

@@ -20,7 +20,6 @@ QUESTIONS = {
     "errors": "errors that say what to do",
     "version": "the version",
     "schema": "does a JSON value fit an annotation?",
-    "nearest": "which names are near a miss?",
     "expressions": "which names does an expression match?",
     "matching": "which modules are meant?",
     "geometry": "where do points lie, who is near?",

@@ -41,9 +41,7 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("num_features", "num_channels", "num_groups"), _is_size),
     **dict.fromkeys(("kernel_size", "stride", "dilation", "normalized_shape"), _is_sizes),
     **dict.fromkeys(("bias", "affine", "elementwise_affine", "track_running_stats"), partial(fits, hint=bool)),
-    **dict.fromkeys(
-        ("dim", "start_dim", "end_dim"), lambda value: value is None or (type(value) is int and abs(value) < 8)
-    ),
+    **dict.fromkeys(("dim", "start_dim", "end_dim"), lambda d: d is None or (type(d) is int and abs(d) < 8)),
     **dict.fromkeys(("eps", "p", "negative_slope"), partial(fits, hint=float)),
     "inplace": partial(fits, hint=bool),
     "momentum": partial(fits, hint=float | None),

@@ -15,8 +15,8 @@ from point_peft.geometry import rows_of_all
 from point_peft.parts.base import SharedState
 from point_peft.parts.recomputing import recomputed
 
-# Attention weights (h, m, k, k) made at a time, and numbers (m, k, c) whose maximum is taken at a time, which then lie in
-# a core's cache (1 MB); on other devices than a CPU both are the last.
+# Attention weights (h, m, k, k) made at a time, and numbers (m, k, c) whose maximum is taken at a time, which then lie
+# in a core's cache (1 MB); on other devices than a CPU both are the last.
 CHUNK_ELEMENTS = 3 * 2**19
 PART_ELEMENTS = 2**18
 CHUNK_ELEMENTS_OF_OTHERS = 2**25
