@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from point_peft import METHODS, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.adapting.site import SITE
 from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Group
 from point_peft.parts.base import Bank
@@ -214,6 +215,23 @@ def assert_same_values(actual: Mapping[str, Tensor], expected: Mapping[str, Tens
     assert list(actual) == list(expected), f"{what}: other names"
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), f"{what}: {name} is another"
+
+
+def assert_unloaded(model: PointPeftModel, before: dict[str, Any]) -> None:
+    """Take the adapters off: in the modes that it had before eval(), the backbone is as its fingerprint says."""
+    base = model.get_base_model()
+    for path, module in base.named_modules(remove_duplicate=False):
+        if not isinstance(module, _NormBase):
+            module.training = before[path]["training"]
+    assert model.unload() is base
+    after = fingerprint(base)
+    for path, module in base.named_modules():
+        if isinstance(module, _NormBase):  # eval() asked for this mode
+            assert after[path].pop("training") is False, f"the mode of {path} is not the one asked for"
+            before[path].pop("training")
+    assert after == before, "unload() did not restore the backbone"
+    assert not any(SITE in vars(module) for module in base.modules()), "unload() left a site"
+    assert model.active_adapters == ()
 
 
 def kinds(model: nn.Module) -> list[tuple[str, type]]:

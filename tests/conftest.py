@@ -15,9 +15,13 @@ torch.backends.mha.set_fastpath_enabled(False)
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from looking again and again at what was imported, a fifth of the suite's time."""
+    """Keep the garbage collector from looking again and again at what was imported, a fifth of the suite's time.
+
+    And from looking often: models are freed without it, but for what tests of cycles collect themselves.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(params=[1, 2, 3])
