@@ -93,6 +93,29 @@ def adapt(
     return model.eval()
 
 
+def moved(how: Config, name: str = "point_mae", *, scale: float = 0.2, fresh: bool = False) -> PointPeftModel:
+    """A tiny backbone adapted, in eval mode; but for `fresh`, the adapter's parameters moved by random numbers."""
+    backbone = BACKBONES[name]
+    torch.manual_seed(0)
+    model = get_peft_model(backbone.build(), how, example_inputs=backbone.example).eval()
+    if not fresh:
+        move(model, scale)
+    return model
+
+
+@torch.no_grad()
+def move(model: AdapterSet, scale: float = 0.2) -> None:
+    """Add random numbers to the parameters of all adapters."""
+    torch.manual_seed(1)
+    for parameter in model.adapters.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+
+
+def tensors(model: AdapterSet, name: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors by their names in a file."""
+    return get_adapter(model, name).tensors()
+
+
 def add(
     model: AdapterSet, backbone: TinyBackbone, how: str | Config, name: str, *, seed: int = 1, **options: Any
 ) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from point_peft import AdapterError, AnatomyError, BottleneckConfig, PointPeftError, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
+from tests.adapting import moved
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
@@ -20,15 +21,7 @@ PLACEMENTS = ("houlsby", "pfeiffer", "adaptformer")
 
 
 def adapted(name="point_mae", **fields):
-    backbone = BACKBONES[name]
-    model = get_peft_model(
-        backbone.build(), BottleneckConfig(modules_to_save=[], **fields), example_inputs=backbone.example
-    ).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return moved(BottleneckConfig(modules_to_save=[], **fields), name)
 
 
 def adapter(model, site, x, activation):

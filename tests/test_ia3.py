@@ -6,30 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
-from point_peft import AnatomyError, IA3Config, PointPeftModel, describe, get_peft_model
-from point_peft.adapting.adapter import get_adapter
+from point_peft import AnatomyError, IA3Config, describe, get_peft_model
 from point_peft.backbones import PointTransformer
+from tests.adapting import moved, tensors
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
 
 
 def adapted(name="point_mae", **fields):
-    backbone = BACKBONES[name]
-    model = get_peft_model(
-        backbone.build(), IA3Config(modules_to_save=[], **fields), example_inputs=backbone.example
-    ).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def tensors(model: PointPeftModel) -> dict[str, Tensor]:
-    return get_adapter(model, "default").tensors()
+    return moved(IA3Config(modules_to_save=[], **fields), name, scale=0.3)
 
 
 def test_parameters_on_point_mae():

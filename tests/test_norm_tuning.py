@@ -8,21 +8,14 @@ import torch
 from point_peft import AnatomyError, NormTuningConfig, PeftConfig, SSFConfig, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
+from tests.adapting import moved
 from tests.zoo import BACKBONES
 
 pytestmark = pytest.mark.smoke
 
 
 def adapted(name, **fields):
-    backbone = BACKBONES[name]
-    model = get_peft_model(
-        backbone.build(), NormTuningConfig(modules_to_save=[], **fields), example_inputs=backbone.example
-    ).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return moved(NormTuningConfig(modules_to_save=[], **fields), name, scale=0.3)
 
 
 def test_parameters_on_point_mae():

@@ -14,7 +14,7 @@ from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.point_lora import LowRankPart, SelectedTokens, negative_entropy, straight_through
 from tests import golden
-from tests.adapting import gradients
+from tests.adapting import gradients, move, moved
 from tests.recording import Sequences
 from tests.test_golden_base import compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
@@ -28,17 +28,7 @@ def small(**fields):
 
 def adapted(name="point_mae", **fields):
     """A tiny backbone with random values in all tensors of the adapter."""
-    backbone = BACKBONES[name]
-    model = get_peft_model(backbone.build(), small(**fields), example_inputs=backbone.example).eval()
-    scramble(model)
-    return model
-
-
-def scramble(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    return moved(small(**fields), name, scale=0.1)
 
 
 def mlp(tensors, name, x):
@@ -248,7 +238,7 @@ def test_the_published_head_reads_the_selected_tokens():
     backbone, (points,) = BACKBONES["point_mae"], clouds(2, 0)
     head = {"cls_head_finetune": lambda: mlp_head(24, 3, "cls+all_max")}
     model = get_peft_model(backbone.build(), small(modules_to_save=None), heads=head).eval()
-    scramble(model)
+    move(model, 0.1)
     model(points).square().sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not missing
@@ -264,7 +254,7 @@ def test_checkpointing_gives_the_same_gradients(again):
     for base in (compact_like(plain), compact_like(plain, again=again)):
         torch.manual_seed(0)
         model = get_peft_model(base, small())
-        scramble(model)
+        move(model, 0.1)
         model.eval()
         get_adapter(model, "default").train()
         (model(points).square().sum() + model.auxiliary_loss()).backward()

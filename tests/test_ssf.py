@@ -6,28 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft import AdapterError, AnatomyError, MatchError, PointPeftModel, SSFConfig, get_peft_model
-from point_peft.adapting.adapter import get_adapter
+from point_peft import AdapterError, AnatomyError, MatchError, SSFConfig, get_peft_model
 from point_peft.backbones import PointTransformer
+from tests.adapting import moved, tensors
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
 
 
 def adapted(name="point_mae", **fields):
-    backbone = BACKBONES[name]
-    model = get_peft_model(
-        backbone.build(), SSFConfig(modules_to_save=[], **fields), example_inputs=backbone.example
-    ).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def tensors(model: PointPeftModel) -> dict[str, Tensor]:
-    return get_adapter(model, "default").tensors()
+    return moved(SSFConfig(modules_to_save=[], **fields), name)
 
 
 def test_parameters_on_point_mae():
