@@ -9,23 +9,11 @@ from torch import Tensor
 
 from point_peft import PointPeftModel
 from point_peft.adapting.adapter import get_adapter
-from point_peft.backbones import (
-    HierarchicalPointTransformer,
-    HierarchicalPointTransformerPartSeg,
-    PointTransformer,
-    PointTransformerPartSeg,
-)
 from tests.adapting import PAIRS, adapt, assert_same_values, distance, each, gradients, loss_of
 from tests.test_representatives import few, representatives
-from tests.zoo import BACKBONES, TinyBackbone
+from tests.zoo import BACKBONES, TinyBackbone, library
 
-REFERENCES = (
-    PointTransformer,
-    PointTransformerPartSeg,
-    HierarchicalPointTransformer,
-    HierarchicalPointTransformerPartSeg,
-)
-NAMES = {name for name, backbone in BACKBONES.items() if isinstance(backbone.build(), REFERENCES)}
+REFERENCES = [pair for pair in PAIRS if pair[1].make.__module__ == library.__name__]
 
 
 def step(model: PointPeftModel, backbone: TinyBackbone) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -44,7 +32,7 @@ def step(model: PointPeftModel, backbone: TinyBackbone) -> tuple[Tensor, dict[st
     return output.detach(), gradients(get_adapter(model, "default")), sum(kept.values())
 
 
-@each(few(representatives([pair for pair in PAIRS if pair[1].name in NAMES])))
+@each(few(representatives(REFERENCES)))
 def test_checkpointing_gives_the_same_training_in_less_memory(method: str, backbone: TinyBackbone) -> None:
     output, found, kept = step(adapt(backbone, method), backbone)
     model = adapt(backbone, method)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
+import traceback
 import warnings
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -58,12 +62,20 @@ def supply_spconv_on_cpu() -> None:
 def supply_openpoints_operators() -> None:
     """Import openpoints, and put what serves here in the places of its operators that are written for CUDA only."""
     supply_torchvision_schemas()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch("inspect.stack", _frames):
         warnings.simplefilter("ignore")
         from openpoints.models.layers import group, group_embed
 
     group_embed.furthest_point_sample = geometry.farthest_point_sample
     group.grouping_operation = group_features
+
+
+def _frames() -> list[tuple[FrameType]]:
+    """`inspect.stack` without the lines of source, for which it looks through every module that is imported.
+
+    openpoints asks it, once for each of its registries, which package it is; that takes a second each time.
+    """
+    return [(frame,) for frame, _ in traceback.walk_stack(sys._getframe(1))]
 
 
 def group_features(features: Tensor, index: Tensor) -> Tensor:
