@@ -57,6 +57,18 @@ ONE_BLOCK = dataclasses.replace(
 """For compilers and exporters, which take their time."""
 
 
+class OneLayer(nn.Module):
+    """A token (b, g, c) of each group (b, g, k, 3) of points: the largest values of one layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, channels)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        tokens: Tensor = self.layer(groups).amax(dim=2)
+        return tokens
+
+
 class RowsAsGroups(Group):
     """The points in their order are the groups, the first of each its centre: nothing to search."""
 
@@ -67,14 +79,16 @@ class RowsAsGroups(Group):
 
 
 def without_search(backbone: TinyBackbone) -> TinyBackbone:
-    """The same, but its groups are rows of points, for tests of what a method adds to a graph.
+    """The same, but its groups are rows of points and their tokens simple, for tests of what a method adds to a graph.
 
-    Farthest points are half of what a compiler or an exporter has to do for such a model, and have tests of their own.
+    Farthest points and the encoder are most of what a compiler or an exporter has to do for such a model, and have
+    tests of their own.
     """
 
     def make() -> nn.Module:
         model = backbone.make()
         model.group_divider = RowsAsGroups(12, 8)
+        model.encoder = OneLayer(model.get_parameter("encoder.second_conv.3.bias").numel())
         return model
 
     return dataclasses.replace(backbone, name=f"{backbone.name} without search", make=make)

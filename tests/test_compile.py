@@ -22,7 +22,7 @@ from tests.zoo import BACKBONES, TinyBackbone, clouds
 for function in (einops.rearrange, einops.reduce, einops.repeat):
     torch.compiler.allow_in_graph(function)
 
-BACKBONE = BACKBONES["point_bert"]
+TWO_BLOCKS = without_search(BACKBONES["point_bert"])
 SIMPLE = without_search(ONE_BLOCK)
 NAMES = ("default", "other")
 
@@ -77,7 +77,7 @@ def step(forward: Callable[[Tensor], Tensor], model: nn.Module, points: Tensor) 
 
 
 def test_a_swap_to_another_method_and_back():
-    model, (points,) = get_peft_model(BACKBONE.build(), PointPEFTConfig()), clouds(3, 0)
+    model, (points,) = get_peft_model(TWO_BLOCKS.build(), PointPEFTConfig()), clouds(3, 0)
     model.build_memory_bank([clouds(12, 1)[0]])
     model.add_adapter("other", LoraConfig(r=2))
     torch.manual_seed(0)
