@@ -54,7 +54,12 @@ def subjects(*, batch: int, points: int, depth: int, groups: int) -> dict[str, C
         "LORA qkv": LoraConfig(target_modules=["qkv"]),
     }
     runs: dict[str, Callable[[], float]] = {}
-    for base, make, inputs in (("published", published, packed), ("reference", reference, (clouds,))):
+    bases: list[tuple[str, Callable[..., nn.Module], tuple[Any, ...]]] = [("reference", reference, (clouds,))]
+    if all(importlib.util.find_spec(name) is not None for name in ("torch_geometric", "torch_pointcloud")):
+        bases.insert(0, ("published", published, packed))
+    else:
+        print("The published class: left out (pip install torch-pointcloud torch-geometric).", file=sys.stderr)
+    for base, make, inputs in bases:
         runs[f"{base} training: full fine-tuning"] = training(make(depth, groups), inputs, labels)
         runs[f"{base} inference: frozen backbone"] = inference(make(depth, groups), inputs)
         for name, config in configs.items():

@@ -206,7 +206,7 @@ import torch
 torch.set_num_threads(1)
 import tests.zoo.pointcept as pointcept
 from point_peft import PointPEFTConfig, get_peft_model
-pointcept.GRID, pointcept.PATCH = 512, 256
+pointcept.GRID, pointcept.PATCH = 512, 64
 sizes = torch.tensor([95_000, 4_000, 1_000])
 coord = torch.rand(100_000, 3) * torch.tensor([8.0, 6.0, 3.0])
 coord[torch.arange(100_000), torch.randint(3, (100_000,))] = 0.0  # floor and walls
@@ -217,7 +217,8 @@ data = {
     "batch": torch.arange(3).repeat_interleave(sizes),
     "offset": sizes.cumsum(0),
 }
-model = get_peft_model(pointcept.PointTransformerV3(narrow=32, wide=64), PointPEFTConfig(num_prompts=0)).train()
+config = PointPEFTConfig(num_prompts=0, layers_to_transform=[1])
+model = get_peft_model(pointcept.PointTransformerV3(), config).train()
 output = model(data)
 assert output.shape == (100_000, 5)
 output.square().mean().backward()
@@ -226,9 +227,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def test_a_scene_of_100000_points_trains_within_4_gigabytes() -> None:
+def test_a_scene_of_100000_points_trains_within_2_gigabytes() -> None:
     """The whole process: backbone, adapter, a forward and a backward pass."""
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", SCENE], cwd=root, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 4 * 2**30
+    assert int(run.stdout) < 2 * 2**30

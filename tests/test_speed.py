@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from benchmarks import against, page, sections, speed
+from benchmarks import against, page, sections, speed, worker
+from benchmarks.bases import QUICK_PUBLISHED
+from benchmarks.beside_peft import libraries
 from benchmarks.clock import take_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.results import Measure, Results, Series, Spread
@@ -28,11 +31,16 @@ TABLES = {table.name: table for chapter in CHAPTERS for table in chapter.tables}
 
 
 def test_a_whole_run_writes_everything_and_says_the_same_everywhere(tmp_path: Path):
-    """One test, because two workers would each run the benchmark."""
+    """One test, because two workers would each run the benchmark; of the methods, one with a bank and one without."""
     folder = tmp_path / "new"
-    assert speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--out", str(folder)]) == 0
+    QUICK_PUBLISHED.make()
+    libraries()
+    gc.collect()
+    gc.freeze()  # also what these have imported, as tests/conftest.py does: every measure of memory collects
+    given = ["--quick", "--rounds", "1", "--device", "cpu", "--methods", "POINT_PEFT", "BITFIT", "--out", str(folder)]
+    assert speed.main(given) == 0
     results, text = Results.read(folder / "speed.json"), (folder / "speed.md").read_text(encoding="utf-8")
-    _check_every_registered_method_has_its_numbers(results)
+    _check_every_row_has_its_numbers(results, {"POINT_PEFT", STEM.label}, {"BITFIT"})
     assert {measure.table for measure in results.values} == set(TABLES), "a table is measured and not shown, or not"
     assert page.NOT_MEASURED not in text
     assert text == page.page(results, "speed.png")
@@ -44,16 +52,11 @@ def test_a_whole_run_writes_everything_and_says_the_same_everywhere(tmp_path: Pa
     assert picture.shape[0] > 500 and picture.std() > 0.05
 
 
-def _check_every_registered_method_has_its_numbers(results: Results) -> None:
-    rows = methods.rows_of()
-    first = {row.method: row.label for row in reversed(rows)}  # a quick run is content with one row a method
-    labels = {row.label for row in rows if row.label in (*first.values(), STEM.label)}
-    assert {label.split()[0] for label in labels} == set(METHODS)
-    headline = {row.label for row in HEADLINE} & labels
+def _check_every_row_has_its_numbers(results: Results, headline: set[str], further: set[str]) -> None:
     for name, base, expected in (
-        ("training", FULL, labels),
-        ("inference", PLAIN, labels),
-        ("memory", FULL, labels),
+        ("training", FULL, headline | further),
+        ("inference", PLAIN, headline | further),
+        ("memory", FULL, headline | further),
         ("published training", FULL, headline),
         ("published inference", PLAIN, headline),
         ("published memory", FULL, headline),
@@ -62,6 +65,15 @@ def _check_every_registered_method_has_its_numbers(results: Results) -> None:
         assert set(subjects) == {base, *expected}, name
         assert all(value > 0 for series in subjects.values() for value in series.values)
         assert [subject for subject, series in subjects.items() if not series.reference] == [base]
+
+
+def test_every_registered_method_is_measured():
+    """All their rows; a quick run is content with one row a method, and both of Point-PEFT."""
+    every, quick = (speed.chosen(speed.parsed(given)) for given in ([], ["--quick"]))
+    assert {row.label for row in (*every.headline, *every.further)} == {row.label for row in methods.rows_of()}
+    labels = [row.label for row in (*quick.headline, *quick.further)]
+    assert {label.split()[0] for label in labels} == set(METHODS) and len(labels) == len(METHODS) + 1
+    assert STEM.label in labels
 
 
 def test_every_aim_is_about_a_row_that_there_is():
@@ -94,16 +106,26 @@ def test_a_ratio_is_that_of_each_round():
 # --- two checkouts ---
 
 
-def test_two_checkouts_take_turns(capfd: pytest.CaptureFixture[str]):
-    """This one beside itself, with a module that neither can import."""
-    given = ["--against", str(ROOT), "--quick", "--rounds", "1", "--hide", "numba"]
+def test_two_checkouts_take_turns(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """This one beside itself, without a module that the published class needs: with the other backbone alone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in tests/conftest.py
+    given = ["--against", str(ROOT), "--quick", "--rounds", "1", "--hide", "torch_geometric"]
     assert speed.main(given) == 0
     lines = [line.strip("| ").split(" | ") for line in capfd.readouterr().out.splitlines()[2:]]
-    assert {line[0].split(":")[0] for line in lines} == {
-        f"{base} {what}" for base in ("published", "reference") for what in ("training", "inference")
-    }
+    assert {line[0].split(":")[0] for line in lines} == {"reference training", "reference inference"}
     for line in lines:
         assert len(line) == 6 and all(float(ratio) > 0 for ratio in line[3:])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:the memory bank is empty"
+)  # of the prior of the stem, which is fast or slow all the same
+def test_a_worker_has_both_backbones_with_every_subject():
+    runs = worker.subjects(batch=2, points=64, depth=2, groups=8)
+    assert [name.split(": ")[0] for name in runs] == 4 * ["published training", "published inference"] + 4 * [
+        "reference training", "reference inference",
+    ]  # fmt: skip
+    assert all(run() > 0 for run in runs.values())
 
 
 def test_a_worker_that_fails_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
