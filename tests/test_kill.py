@@ -27,7 +27,7 @@ from tests.zoo import BACKBONES
 
 BACKBONE = BACKBONES["compact"]
 NAMES = [CARD_FILE, CONFIG_FILE, TENSOR_FILE]
-KILLS = 100
+KILLS = 50
 
 
 @functools.cache

@@ -433,13 +433,14 @@ def _traces(model: PointPeftModel) -> dict[str, Any]:
 
 
 def test_a_hundred_cycles_return_memory_to_where_it_was(tmp_path: Path) -> None:
-    folder, model = other(tmp_path), adapt(REFERENCE, "LORA")
+    backbone = BACKBONES["compact"]
+    args, folder, model = backbone.inputs(2, 5), other(tmp_path, "LORA", backbone), adapt(backbone, "LORA")
 
     def cycles(number: int) -> None:
         for _ in range(number):
             model.load_adapter(folder, "next")
             with model.use_adapter("next"):
-                run(model, REFERENCE, ARGS)
+                run(model, backbone, args)
             model.delete_adapter("next")
 
     cycles(1)
