@@ -18,7 +18,7 @@ from point_peft import PointPeftModel
 from tests.adapting import METHOD_NAMES, adapt, add, distance, in_threads, run
 from tests.zoo import BACKBONES
 
-FORWARDS = int(os.environ.get("POINT_PEFT_FORWARDS", "240"))
+FORWARDS = int(os.environ.get("POINT_PEFT_FORWARDS", "160"))
 THREADS = 8
 BACKBONE = BACKBONES["point_mae"]
 SETS: list[tuple[str, ...]] = [(), *((method,) for method in METHOD_NAMES), ("LORA", "IDPT"), ("SSF", "POINT_PEFT")]
