@@ -390,13 +390,6 @@ def test_autocast() -> None:
     assert torch.allclose(output.float(), model(points), atol=0.2)
 
 
-@torch.no_grad()
-def test_compiled_it_gives_the_same() -> None:
-    model, (points,) = adapted(), clouds(2, 0)
-    expected = model(points)
-    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(points), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
