@@ -58,13 +58,14 @@ def _check_stage(stage: Stage) -> None:
     negative = any(isinstance(step, int) and step < 0 for way in steps for step in way)
     if negative or not stage.tokens or not stage.outputs:
         raise AnatomyError(
-            f"the stage of '{stage.blocks[0].path}' says where tensors are by numbers from 0 and names; its tokens "
+            f"the stage of {quoted(stage.blocks[0].path)} says where tensors are by numbers from 0 and names; its tokens "
             "need at least one of them, its outputs at least one place"
         )
     paths = [block.path for block in stage.blocks]
     if len(set(paths)) != len(paths) or not all(paths):
-        raise AnatomyError(f"the blocks of a stage must be different modules of the model, got {paths}")
+        raise AnatomyError(f"the blocks of a stage must be different modules of the model, got {quoted(paths, 300)}")
     for block in stage.blocks:
         outside = [path for path in block.modules if not (path + ".").startswith(block.path + ".")]
         if outside:
-            raise AnatomyError(f"the anatomy says that '{outside[0]}' is a part of block '{block.path}': it is not")
+            part, whole = quoted(outside[0]), quoted(block.path)
+            raise AnatomyError(f"the anatomy says that {part} is a part of block {whole}: it is not")
