@@ -58,8 +58,8 @@ def _check_stage(stage: Stage) -> None:
     negative = any(isinstance(step, int) and step < 0 for way in steps for step in way)
     if negative or not stage.tokens or not stage.outputs:
         raise AnatomyError(
-            f"the stage of {quoted(stage.blocks[0].path)} says where tensors are by numbers from 0 and names; its tokens "
-            "need at least one of them, its outputs at least one place"
+            f"the stage of {quoted(stage.blocks[0].path)} says where tensors are by numbers from 0 and names; its "
+            "tokens need at least one of them, its outputs at least one place"
         )
     paths = [block.path for block in stage.blocks]
     if len(set(paths)) != len(paths) or not all(paths):
