@@ -40,7 +40,7 @@ def recon() -> nn.Module:
     return _transformer(prefix_tokens=("cls", "img", "text"))
 
 
-@register(**_classification, other_head=linear_head(24))
+@register(**_classification, other_head=linear_head(24), kind="hierarchical")
 def point_m2ae() -> nn.Module:
     """Three levels of different widths, without prefix tokens, and with masks (b, l, l)."""
     return HierarchicalPointTransformer(
@@ -59,6 +59,7 @@ def point_m2ae() -> nn.Module:
     slice=slice_batch,
     heads=("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3"),
     other_head=lambda: nn.Conv1d(256, 7, 1),
+    kind="patch tokens alone",
 )
 def part_seg() -> nn.Module:
     return PointTransformerPartSeg(

@@ -255,6 +255,7 @@ class PointTransformerV3(nn.Module):
     select=lambda output: output.unflatten(0, (-1, POINTS)),
     heads=("seg_head",),
     other_head=linear_head(16),
+    kind="packed",
 )
 def pointcept_ptv3() -> nn.Module:
     """A mutable Point through everything; containers that ask for classes; features held twice; a decoder of blocks."""

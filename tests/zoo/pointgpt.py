@@ -132,6 +132,7 @@ class PointGPT(nn.Module):
     heads=("blocks.cls_norm", "blocks.cls_head_finetune"),
     other_head=linear_head(2 * WIDTH),
     unused=("generator_blocks",),
+    kind="masked or sequence first",
 )
 def pointgpt() -> nn.Module:
     """Tokens (l, b, c), a causal mask, the class token second, a head inside `blocks`, a generator beside them."""

@@ -44,6 +44,10 @@ class TinyBackbone:
     """True if the model itself runs in bfloat16."""
     unused: tuple[str, ...] = ()
     """Parts, modules or parameters, that the output does not depend on."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it cannot be made."""
+    kind: str = "prefix tokens"
+    """Kind of a backbone, as an adapter meets it; see `tests.test_representatives`, which also proves it."""
 
     @property
     def example(self) -> Args | None:
@@ -153,6 +157,7 @@ def register(
     bfloat16: bool = True,
     unused: tuple[str, ...] = (),
     needs: tuple[str, ...] = (),
+    kind: str = "prefix tokens",
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Enter the decorated function, which makes a model, under its name.
 
@@ -172,6 +177,8 @@ def register(
                 random_in_training=random_in_training,
                 bfloat16=bfloat16,
                 unused=unused,
+                needs=needs,
+                kind=kind,
             )
         return make
 

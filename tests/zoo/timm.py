@@ -85,7 +85,7 @@ class Uni3D(nn.Module):
 _uni3d: dict[str, Any] = {"needs": NEEDS, "inputs": coloured_clouds, "slice": slice_batch, "heads": ("trans2embed",)}
 
 
-@register(**_uni3d, other_head=linear_head(WIDTH))
+@register(**_uni3d, other_head=linear_head(WIDTH), kind="weights read")
 def uni3d() -> nn.Module:
     """The weight of `attn.qkv` is read; that layer is never called."""
     supply_torchvision_schemas()
@@ -122,7 +122,14 @@ class PatchVit(nn.Module):
         return logits
 
 
-@register(needs=NEEDS, inputs=clouds, slice=slice_batch, heads=("head",), other_head=linear_head(WIDTH))
+@register(
+    needs=NEEDS,
+    inputs=clouds,
+    slice=slice_batch,
+    heads=("head",),
+    other_head=linear_head(WIDTH),
+    kind="patch tokens alone",
+)
 def timm_vit() -> nn.Module:
     """Layer scale after attention and MLP; no prefix token."""
     supply_torchvision_schemas()

@@ -54,6 +54,7 @@ class GraphTransformer(nn.Module):
     slice=slice_packed,
     heads=("lin_out",),
     other_head=linear_head(WIDTH),
+    kind="packed",
 )
 def pyg_point_transformer() -> nn.Module:
     """Every point is a token; the coordinates are an argument of the blocks; softmax over the edges of a graph."""

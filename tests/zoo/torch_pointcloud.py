@@ -56,6 +56,7 @@ def torch_pointcloud() -> nn.Module:
     heads=("label_conv", "propagation_0", "head"),
     other_head=lambda: nn.Sequential(nn.Linear(1024 + 6 * WIDTH + 64, 7)),
     random_in_training=True,
+    kind="patch tokens alone",
 )
 def torch_pointcloud_part_seg() -> nn.Module:
     kind = _class("point_mae", "PointMAEPartSegmentation")
@@ -88,6 +89,7 @@ def torch_pointcloud_point_bert() -> nn.Module:
     other_head=linear_head(2 * WIDTH),
     random_in_training=True,
     unused=("generator_blocks", "norm"),
+    kind="masked or sequence first",
 )
 def torch_pointcloud_pointgpt() -> nn.Module:
     """Sequence first inside `blocks`, a causal mask (l, l), two prefix tokens, a generator that is never called."""
@@ -110,7 +112,7 @@ _m2ae: dict[str, Any] = {
 }
 
 
-@register(**_classification, other_head=linear_head(48), random_in_training=True)
+@register(**_classification, other_head=linear_head(48), random_in_training=True, kind="hierarchical")
 def torch_pointcloud_point_m2ae() -> nn.Module:
     """Three stages of different widths and token counts, additive masks (b, l, l) by radius, no prefix."""
     model: nn.Module = _class("point_m2ae", "PointM2AEClassification")(**_m2ae, head_channels=(32,))
@@ -130,6 +132,7 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
     ),
     other_head=lambda: nn.Sequential(nn.Linear(6 * 1024 + 64, 7)),
     random_in_training=True,
+    kind="hierarchical",
 )
 def torch_pointcloud_point_m2ae_part_seg() -> nn.Module:
     """Every stage's tokens reach the prediction. Its own head has six million parameters: a smaller one stands here."""
@@ -156,7 +159,7 @@ _decoder_stages: dict[str, Any] = {
 }
 
 
-@register(**_classification, other_head=linear_head(WIDTH), random_in_training=True)
+@register(**_classification, other_head=linear_head(WIDTH), random_in_training=True, kind="packed")
 def torch_pointcloud_ptv1() -> nn.Module:
     """Vector attention over a graph of neighbours: tokens (n, c) in one row, fewer from stage to stage."""
     kind = _class("point_transformer", "PointTransformerClassification")
@@ -164,14 +167,14 @@ def torch_pointcloud_ptv1() -> nn.Module:
     return model
 
 
-@register(**_segmentation, other_head=linear_head(16), random_in_training=True)
+@register(**_segmentation, other_head=linear_head(16), random_in_training=True, kind="packed")
 def torch_pointcloud_ptv1_seg() -> nn.Module:
     kind = _class("point_transformer", "PointTransformerSegmentation")
     model: nn.Module = kind(0, CLASSES, **_encoder_stages, **_decoder_stages, ratios=(0.25,))
     return model
 
 
-@register(**_classification, other_head=linear_head(WIDTH))
+@register(**_classification, other_head=linear_head(WIDTH), kind="packed")
 def torch_pointcloud_ptv2() -> nn.Module:
     """Coarser points are means over cells of a grid, not points of the cloud."""
     kind = _class("point_transformer_v2", "PointTransformerV2Classification")
@@ -179,7 +182,7 @@ def torch_pointcloud_ptv2() -> nn.Module:
     return model
 
 
-@register(**_segmentation, other_head=linear_head(16))
+@register(**_segmentation, other_head=linear_head(16), kind="packed")
 def torch_pointcloud_ptv2_seg() -> nn.Module:
     kind = _class("point_transformer_v2", "PointTransformerV2Segmentation")
     model: nn.Module = kind(3, CLASSES, grid_sizes=(0.5,), **_encoder_stages, **_decoder_stages)
@@ -201,7 +204,7 @@ _ptv3: dict[str, Any] = {
 _voxels: dict[str, Any] = {"needs": (*NEEDS, "spconv"), "inputs": voxel_clouds, "bfloat16": False}
 
 
-@register(**{**_classification, **_voxels}, other_head=linear_head(WIDTH))
+@register(**{**_classification, **_voxels}, other_head=linear_head(WIDTH), kind="packed")
 def torch_pointcloud_ptv3() -> nn.Module:
     """Blocks pass on (tokens, sparse tensor of them); attention within patches of a serialised order."""
     operators.supply_spconv_on_cpu()
@@ -209,7 +212,7 @@ def torch_pointcloud_ptv3() -> nn.Module:
     return model
 
 
-@register(**{**_segmentation, **_voxels}, other_head=linear_head(16))
+@register(**{**_segmentation, **_voxels}, other_head=linear_head(16), kind="packed")
 def torch_pointcloud_ptv3_seg() -> nn.Module:
     operators.supply_spconv_on_cpu()
     model: nn.Module = _class("point_transformer_v3", "PointTransformerV3Segmentation")(

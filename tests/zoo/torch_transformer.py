@@ -63,7 +63,13 @@ class SequenceFirst(nn.Module):
         return logits
 
 
-@register(inputs=partly_filled_clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(2 * WIDTH))
+@register(
+    inputs=partly_filled_clouds,
+    slice=slice_batch,
+    heads=("classify",),
+    other_head=linear_head(2 * WIDTH),
+    kind="weights read",
+)
 def transformer_batch_first() -> nn.Module:
     """nn.TransformerEncoder with a key padding mask (b, l), True for padding: it changes with the batch mates.
 
@@ -72,7 +78,7 @@ def transformer_batch_first() -> nn.Module:
     return BatchFirst()
 
 
-@register(inputs=clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(WIDTH))
+@register(inputs=clouds, slice=slice_batch, heads=("classify",), other_head=linear_head(WIDTH), kind="weights read")
 def transformer_sequence_first() -> nn.Module:
     """nn.TransformerEncoder, post-norm, tokens (l, b, c), a boolean mask (l, l), True for what is not seen."""
     return SequenceFirst()

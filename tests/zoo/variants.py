@@ -178,7 +178,7 @@ class PositionClassifier(Classifier):
         return tokens
 
 
-@register(**_variant)
+@register(**_variant, kind="weights read")
 def fused_positions() -> nn.Module:
     """block(x, pos): positions (b, l, c) are an argument, to grow with the tokens; x never holds them."""
     return PositionClassifier()
@@ -202,7 +202,7 @@ class AllowedClassifier(Classifier):
         return tokens
 
 
-@register(**_variant)
+@register(**_variant, kind="masked or sequence first")
 def allowed_mask() -> nn.Module:
     """A boolean mask (b, 1, l, l) of each sample's own, True for what may be seen."""
     return AllowedClassifier()
@@ -236,7 +236,7 @@ class BiasClassifier(Classifier):
         return tokens
 
 
-@register(**_variant)
+@register(**_variant, kind="weights read")
 def head_masks() -> nn.Module:
     """An additive mask (b * h, l, l), one for each head of each sample, learned, and passed by its name."""
     return BiasClassifier()

@@ -166,6 +166,7 @@ class PointTransformerV1(nn.Module):
     select=lambda output: output.unflatten(0, (-1, POINTS)),
     heads=("cls",),
     other_head=linear_head(NARROW),
+    kind="packed",
 )
 def official_ptv1() -> nn.Module:
     """The input is one list; blocks take and give such lists; samples are told apart by where they end."""
@@ -332,6 +333,7 @@ class PointTransformerV2(nn.Module):
     select=lambda output: output.unflatten(0, (-1, POINTS)),
     heads=("seg_head",),
     other_head=linear_head(NARROW),
+    kind="packed",
 )
 def official_ptv2() -> nn.Module:
     """Blocks take a list and the numbers of the neighbours; coarser points are means over the cells of a grid."""
