@@ -86,7 +86,7 @@ def representatives(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def few(pairs: Sequence[Pair]) -> list[Pair]:
-    """Of these pairs one of every method and of every kind, on small models of our own first: for tests that take long."""
+    """Of these pairs one of every method and of every kind, on models of our own first: for tests that take long."""
     pairs = sorted(pairs, key=lambda pair: bool(pair[1].needs))
     chosen: dict[tuple[str, str], Pair] = {}
     for key in (lambda method, backbone: method, lambda method, backbone: backbone.kind):
