@@ -1,5 +1,7 @@
 """Push adapters: one commit."""
 
+from __future__ import annotations  # the client is loaded when it is used
+
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ def _open_request(upload: Upload) -> str:
         ) from error
 
 
-def _prepare(upload: Upload) -> "tuple[str, list[huggingface_hub.CommitOperationAdd]]":
+def _prepare(upload: Upload) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
     """The commit that is there, and what goes on top of it."""
     info = model_info(upload.repo_id, upload.revision, upload.token)
     if upload.private and info.private is False:
