@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import ssl
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 torch.set_num_threads(1)
 # Attached hooks keep torch.nn's layers from their fused inference path, which rounds otherwise; comparisons go without.
 torch.backends.mha.set_fastpath_enabled(False)
+# A client of the Hub reads the machine's certificates, 50 ms each time, though the one on loopback speaks no TLS.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 
 def pytest_collection_finish() -> None:
