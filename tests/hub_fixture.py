@@ -40,8 +40,6 @@ def go_to(server: HubServer, home: Path, xet: bool, monkeypatch: pytest.MonkeyPa
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1,localhost",
-        # No certificates, which every client would read anew: the server has none.
-        "SSL_CERT_DIR": str(home),
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

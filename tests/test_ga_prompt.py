@@ -26,6 +26,7 @@ from point_peft.backbones import PointTransformer
 from point_peft.parts.propagation import Neighbourhoods
 from point_peft.tuners.ga_prompt import CloudPart, ShapedPart, ShiftNet
 from tests import golden
+from tests.adapting import move
 from tests.test_golden_base import Recorder, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
@@ -192,15 +193,8 @@ def adapted(name: str = "point_mae", *, fresh: bool = False, **fields: Any) -> P
     config = GAPromptConfig(**{**SMALL, **fields})
     model = get_peft_model(backbone.build(), config, example_inputs=backbone.example).eval()
     if not fresh:
-        scramble(model)
+        move(model, 0.1)
     return model
-
-
-@torch.no_grad()
-def scramble(model: PointPeftModel) -> None:
-    torch.manual_seed(1)
-    for parameter in model.adapters.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def gradients(model: PointPeftModel) -> dict[str, Tensor]:
@@ -360,7 +354,7 @@ def test_the_published_head_reads_the_shape() -> None:
     for layers in (2, 0):
         config = GAPromptConfig(**{**SMALL, "modules_to_save": None, "prompt_layers": layers})
         model = get_peft_model(backbone.build(), config, heads=heads).eval()
-        scramble(model)
+        move(model, 0.1)
         model(points).square().sum().backward()
         assert "adapters.default.shared.0.stage_0.shape.0.weight" in {name for name, _ in model.named_parameters()}
         gradients(model)
@@ -413,7 +407,7 @@ def test_checkpointing_gives_the_same_gradients(again: str) -> None:
     for base in (compact_like(plain), compact_like(plain, again=again)):
         torch.manual_seed(0)
         model = get_peft_model(base, GAPromptConfig(**SMALL)).eval()
-        scramble(model)
+        move(model, 0.1)
         model(points).square().sum().backward()
         found.append(gradients(model))
     for name, gradient in found[0].items():
@@ -446,7 +440,7 @@ def test_with_point_peft_in_one_adapter() -> None:
     backbone, (points,) = BACKBONES["point_mae"], clouds(3, 0)
     other = PointPEFTConfig(memory_bank=False, num_prompts=2, neighbours=5, modules_to_save=[])
     model = get_peft_model(backbone.build(), PeftConfig(tuners=[GAPromptConfig(**SMALL), other])).eval()
-    scramble(model)
+    move(model, 0.1)
     model(points).square().sum().backward()
     gradients(model)
     with torch.no_grad():

@@ -28,15 +28,12 @@ def unit_rows(count: int, channels: int = 24, seed: int = 0) -> Tensor:
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parent.parent
 MILLION = """
 import torch
 from torch import nn
 from point_peft.tuners.point_peft.prior import MemoryBank
-
-def peak():
-    # Of this program alone, in kB: what getrusage tells begins with that of the process that started it.
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0])
+from tests.peak import peak
 
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -59,7 +56,9 @@ print((peak() - start) * 1024 / 1e6)
 
 def test_retrieval_among_a_million_rows_takes_less_than_a_gigabyte() -> None:
     """The rows themselves, 768 MB in half precision, and all that retrieval takes beside them."""
-    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MILLION], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert 700 < float(done.stdout) < 1000
 

@@ -16,6 +16,7 @@ from point_peft.running.forward import Seen
 from point_peft.tuners import point_gst as graph
 from point_peft.tuners.point_gst import SpectralPart
 from tests import golden
+from tests.adapting import move
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
@@ -271,15 +272,8 @@ def adapted(name: str = "point_mae", **fields: Any) -> PointPeftModel:
     backbone = BACKBONES[name]
     config = PointGSTConfig(**{"modules_to_save": [], "rank": 5, "local_size": 6, **fields})
     model = get_peft_model(backbone.build(), config, example_inputs=backbone.example).eval()
-    scramble(model)
+    move(model)
     return model
-
-
-def scramble(model: PointPeftModel) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.adapters.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def test_parameters_on_point_mae() -> None:
@@ -372,7 +366,7 @@ def test_checkpointing_gives_the_same_gradients(again: str) -> None:
     for base in (compact_like(plain), compact_like(plain, again=again)):
         torch.manual_seed(0)
         model = get_peft_model(base, PointGSTConfig(rank=5, local_size=6, modules_to_save=[])).eval()
-        scramble(model)
+        move(model)
         model(points).square().sum().backward()
         found.append({name: p.grad for name, p in model.adapters.named_parameters() if p.grad is not None})
     assert len(found[0]) == len(list(model.adapters.parameters()))

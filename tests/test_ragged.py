@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -459,14 +460,11 @@ def test_a_sample_does_not_depend_on_its_batch_mates(kind: str, dtype: torch.dty
         assert torch.equal(own_carried, carried[rows])
 
 
+ROOT = Path(__file__).parent.parent
 MEASURE = """
 import torch
 from point_peft import geometry
-
-def peak():
-    # Of this program alone, in kB: what getrusage tells begins with that of the process that started it.
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0])
+from tests.peak import peak
 
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -488,5 +486,5 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_scene_of_100_000_points_beside_1000_tiny_samples_stays_small() -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 400_000  # KiB; a matrix of 1001 x 100,000 float32 has 391,000, all distances 39 million
