@@ -94,6 +94,12 @@ def without_search(backbone: TinyBackbone) -> TinyBackbone:
     return dataclasses.replace(backbone, name=f"{backbone.name} without search", make=make)
 
 
+def full_point_mae() -> PointTransformer:
+    """Make Point-MAE as published, of shapes without values: for counts, 22 M random numbers need not be drawn."""
+    with torch.device("meta"):
+        return PointTransformer()
+
+
 # ---- making adapted models -------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from point_peft import AnatomyError, BitFitConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
-from point_peft.backbones import PointTransformer
 from point_peft.running.reading import depth
+from tests.adapting import full_point_mae
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
@@ -27,7 +27,7 @@ def randomise(model: PointPeftModel, scale: float = 1.0) -> None:
 
 def test_parameters_on_point_mae():
     """37,248 with the final norm, as METHODS.md counts them: the base has no qkv bias."""
-    model = get_peft_model(PointTransformer(), BitFitConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), BitFitConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 37_248
 
 

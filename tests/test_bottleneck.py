@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from point_peft import AdapterError, AnatomyError, BottleneckConfig, PointPeftError, get_peft_model
 from point_peft.adapting.adapter import get_adapter
-from point_peft.backbones import PointTransformer
-from tests.adapting import moved
+from tests.adapting import full_point_mae, moved
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
@@ -37,7 +36,7 @@ def adapter(model, site, x, activation):
 )
 def test_parameters_on_point_mae(placement, count):
     """As METHODS.md counts them, at the widths that are published."""
-    model = get_peft_model(PointTransformer(), BottleneckConfig(placement=placement, modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), BottleneckConfig(placement=placement, modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == count
 
 

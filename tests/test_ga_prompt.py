@@ -26,7 +26,7 @@ from point_peft.backbones import PointTransformer
 from point_peft.parts.propagation import Neighbourhoods
 from point_peft.tuners.ga_prompt import CloudPart, ShapedPart, ShiftNet
 from tests import golden
-from tests.adapting import move
+from tests.adapting import full_point_mae, move
 from tests.test_golden_base import Recorder, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
@@ -209,7 +209,7 @@ def test_parameters_on_point_mae() -> None:
     """As METHODS.md counts them, without those that never get a gradient; the gates of the default init come on top."""
     for init, gates in (("published", 0), ("identity", 12)):
         config: Any = {"modules_to_save": [], "init": init}
-        model = get_peft_model(PointTransformer(), GAPromptConfig(**config))
+        model = get_peft_model(full_point_mae(), GAPromptConfig(**config))
         assert model.get_nb_trainable_parameters()[0] == 262_308 - 27_660 + gates
     (cloud,) = parts(model, CloudPart)
     assert sum(parameter.numel() for parameter in cloud.shift_net.parameters()) == 25_371

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from point_peft import AnatomyError, GEMConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
-from point_peft.backbones import PointTransformer
 from point_peft.tuners.gem import ContextAdapter, _scene_rows
-from tests.adapting import distance, rescramble
+from tests.adapting import distance, full_point_mae, rescramble
 from tests.methods import config
 from tests.test_packed import C, Dense, G, Packed, anatomy
 from tests.zoo import BACKBONES
@@ -310,7 +309,7 @@ def count(c: int) -> int:
 
 
 def test_parameters() -> None:
-    model = get_peft_model(PointTransformer(), GEMConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), GEMConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 12 * count(384) == 659_808
     model = get_peft_model(BACKBONES["pointcept_ptv3"].build(), GEMConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 3 * count(16) + 2 * count(24)

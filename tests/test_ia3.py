@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from point_peft import AnatomyError, IA3Config, describe, get_peft_model
-from point_peft.backbones import PointTransformer
-from tests.adapting import moved, tensors
+from tests.adapting import full_point_mae, moved, tensors
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
@@ -21,7 +20,7 @@ def adapted(name="point_mae", **fields):
 
 def test_parameters_on_point_mae():
     """27,648, as METHODS.md counts them: 384 keys, 384 values and 1536 hidden channels in each of 12 blocks."""
-    model = get_peft_model(PointTransformer(), IA3Config(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), IA3Config(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 27_648
 
 

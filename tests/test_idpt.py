@@ -13,6 +13,7 @@ from point_peft import AnatomyError, IDPTConfig, PeftConfig, PointPeftError, VPT
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.idpt import EdgeConv, PromptGenerator
 from tests import golden
+from tests.adapting import full_point_mae
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -21,12 +22,12 @@ HEAD = "cls_head_finetune"
 
 def test_parameters_on_point_mae():
     """1,330,944 as published, and the 384 of the prompt's position, which is trained here."""
-    model = get_peft_model(PointTransformer(), IDPTConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), IDPTConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 1_330_944 + 384
 
 
 def test_the_published_head_has_three_widths():
-    model = get_peft_model(PointTransformer(), IDPTConfig(), heads={HEAD: "cls+prompt+max"})
+    model = get_peft_model(full_point_mae(), IDPTConfig(), heads={HEAD: "cls+prompt+max"})
     assert model.get_nb_trainable_parameters()[0] == 1_330_944 + 384 + 365_839
 
 

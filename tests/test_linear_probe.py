@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from point_peft import AdapterError, LinearProbeConfig, PointPeftError, get_peft_model
-from point_peft.backbones import PointTransformer
+from tests.adapting import full_point_mae
 from tests.zoo import BACKBONES
 
 pytestmark = pytest.mark.smoke
 
 
 def test_only_the_head_is_trained():
-    model = get_peft_model(PointTransformer(), LinearProbeConfig())
+    model = get_peft_model(full_point_mae(), LinearProbeConfig())
     assert model.get_nb_trainable_parameters()[0] == 267_535
     assert [row.name for row in model.get_layer_status()] == ["cls_head_finetune"]
 

@@ -23,8 +23,8 @@ from point_peft import (
     PointPeftModel,
     get_peft_model,
 )
-from point_peft.backbones import PointTransformer
 from point_peft.tuners.lora.peft_format import pattern_values
+from tests.adapting import full_point_mae
 from tests.zoo import BACKBONES, clouds
 
 
@@ -138,7 +138,7 @@ ALL_LINEAR = r"blocks\..*\.(qkv|proj|fc1|fc2)"
     ],
 )
 def test_parameter_counts_on_point_mae(fields: dict[str, Any], count: int) -> None:
-    model = get_peft_model(PointTransformer(), LoraConfig(modules_to_save=[], **fields))
+    model = get_peft_model(full_point_mae(), LoraConfig(modules_to_save=[], **fields))
     assert model.get_nb_trainable_parameters()[0] == count
 
 

@@ -7,8 +7,7 @@ import torch
 
 from point_peft import AnatomyError, NormTuningConfig, PeftConfig, SSFConfig, get_peft_model
 from point_peft.adapting.adapter import get_adapter
-from point_peft.backbones import PointTransformer
-from tests.adapting import moved
+from tests.adapting import full_point_mae, moved
 from tests.zoo import BACKBONES
 
 pytestmark = pytest.mark.smoke
@@ -20,7 +19,7 @@ def adapted(name, **fields):
 
 def test_parameters_on_point_mae():
     """19,200, as METHODS.md counts them: 25 norms of 384 channels."""
-    model = get_peft_model(PointTransformer(), NormTuningConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), NormTuningConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 19_200
 
 
@@ -82,5 +81,5 @@ def test_which_norms():
 
 def test_beside_ssf_at_the_same_norms():
     tuners = (NormTuningConfig(), SSFConfig())
-    both = get_peft_model(PointTransformer(), PeftConfig(tuners=tuners, modules_to_save=[]))
+    both = get_peft_model(full_point_mae(), PeftConfig(tuners=tuners, modules_to_save=[]))
     assert both.get_nb_trainable_parameters()[0] == 19_200 + 102_912

@@ -16,7 +16,7 @@ from point_peft.running.forward import Seen
 from point_peft.tuners import point_gst as graph
 from point_peft.tuners.point_gst import SpectralPart
 from tests import golden
-from tests.adapting import move
+from tests.adapting import full_point_mae, move
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
 
@@ -278,7 +278,7 @@ def adapted(name: str = "point_mae", **fields: Any) -> PointPeftModel:
 
 def test_parameters_on_point_mae() -> None:
     """As METHODS.md counts them: the adapters and the prefix."""
-    model = get_peft_model(PointTransformer(), PointGSTConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), PointGSTConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 354_528 + 768 == 355_296
 
 

@@ -14,7 +14,7 @@ from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.point_lora import LowRankPart, SelectedTokens, negative_entropy, straight_through
 from tests import golden
-from tests.adapting import gradients, move, moved
+from tests.adapting import full_point_mae, gradients, move, moved
 from tests.recording import Sequences
 from tests.test_golden_base import compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
@@ -41,7 +41,7 @@ def mlp(tensors, name, x):
 
 def test_parameters_on_point_mae():
     """As METHODS.md counts them: low-rank factors, predictor, five MLPs, what of the stem is tuned, the prefix."""
-    model = get_peft_model(PointTransformer(), PointLoRAConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), PointLoRAConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 221_184 + 74_113 + 125_312 + 50_048 + 33_792 + 768 == 505_217
     tensors = get_adapter(model, "default").tensors()
     count = {name: sum(t.numel() for key, t in tensors.items() if name in key) for name in ("lora_", "predictor")}

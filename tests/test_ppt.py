@@ -11,7 +11,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.heads import mlp_head
 from point_peft.backbones import PointTransformer
 from tests import golden
-from tests.adapting import gradients, move, moved
+from tests.adapting import full_point_mae, gradients, move, moved
 from tests.recording import Sequences
 from tests.test_golden_base import compare, grouping
 from tests.zoo import BACKBONES, Compact, clouds, compact_like
@@ -32,7 +32,7 @@ def adapted(name="point_mae", **fields):
 
 def test_parameters_on_point_mae():
     """As METHODS.md counts them: three MLPs, the positional embedding, the first convolution, the prefix."""
-    model = get_peft_model(PointTransformer(), PPTConfig(modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), PPTConfig(modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == 3 * 197_248 + 50_048 + 33_792 + 768 == 676_352
     shared = [parameter for state in get_adapter(model, "default").shared_states() for parameter in state.parameters()]
     assert sum(parameter.numel() for parameter in shared) == 3 * 197_248 + 768

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import AdapterError, AnatomyError, MatchError, SSFConfig, get_peft_model
-from point_peft.backbones import PointTransformer
-from tests.adapting import moved, tensors
+from tests.adapting import full_point_mae, moved, tensors
 from tests.zoo import BACKBONES, clouds
 
 pytestmark = pytest.mark.smoke
@@ -20,8 +19,8 @@ def adapted(name="point_mae", **fields):
 
 def test_parameters_on_point_mae():
     """102,912, as METHODS.md counts them; 88,320 without the patch embedding (768) and the shift of qkv (13,824)."""
-    assert get_peft_model(PointTransformer(), SSFConfig(modules_to_save=[])).get_nb_trainable_parameters()[0] == 102_912
-    mergeable = get_peft_model(PointTransformer(), SSFConfig(modules_to_save=[], only_mergeable=True))
+    assert get_peft_model(full_point_mae(), SSFConfig(modules_to_save=[])).get_nb_trainable_parameters()[0] == 102_912
+    mergeable = get_peft_model(full_point_mae(), SSFConfig(modules_to_save=[], only_mergeable=True))
     assert mergeable.get_nb_trainable_parameters()[0] == 88_320
 
 

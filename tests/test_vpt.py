@@ -11,6 +11,7 @@ from torch import Tensor
 from point_peft import AnatomyError, PointPeftError, VPTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
 from tests import golden
+from tests.adapting import full_point_mae
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.smoke
 
 @pytest.mark.parametrize(("mode", "count"), [("deep", 46_080), ("shallow", 3_840)])
 def test_parameters_on_point_mae(mode, count):
-    model = get_peft_model(PointTransformer(), VPTConfig(mode=mode, modules_to_save=[]))
+    model = get_peft_model(full_point_mae(), VPTConfig(mode=mode, modules_to_save=[]))
     assert model.get_nb_trainable_parameters()[0] == count
 
 
