@@ -288,12 +288,13 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that adapting it could change, module by module."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        state = vars(module)
         own = [*module._parameters.items(), *module._buffers.items()]
         found[path] = {
             "identity": (id(module), type(module)),
             "training": module.training,
-            "attributes": sorted(vars(module)),
-            "hooks": {name: list(getattr(module, name).items()) for name in _HOOKS},
+            "attributes": set(state),
+            "hooks": {name: list(state[name].items()) for name in _HOOKS if state[name]},
             "tensors": {name: None if tensor is None else _tensor_state(tensor) for name, tensor in own},
         }
         if isinstance(module, AdapterSet):

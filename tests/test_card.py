@@ -303,7 +303,11 @@ def test_broken_marks_are_refused(marks: str) -> None:
 
 
 @settings(max_examples=75, deadline=None)
-@given(text=st.text(alphabet=st.sampled_from("-a:#\n\r <!>[]{}&*'\"") | st.characters(codec="utf-8"), max_size=60))
+@given(
+    text=st.text(
+        alphabet=st.sampled_from("-a:#\n\r <!>[]{}&*'\"") | st.characters(exclude_categories=["Cs"]), max_size=60
+    )
+)
 def test_whatever_is_there_nothing_is_lost(text: str) -> None:
     for existing in (text, f"---\n{text}\n---\n", f"---\nx: 1\n---\n{text}\n"):
         try:
