@@ -16,7 +16,7 @@ from torch import Tensor
 from point_peft import BitFitConfig, HubError, PeftConfig, PointPeftModel, list_adapters
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE
 from point_peft.hub import pulling, pushing
-from tests.adapting import PAIRS, adapt, add, rescramble, run
+from tests.adapting import ONE_BLOCK, PAIRS, adapt, add, rescramble, run, without_search
 from tests.hub_server import HubServer
 from tests.peft_package import peft
 from tests.zoo import BACKBONES, TinyBackbone
@@ -25,6 +25,8 @@ pytest_plugins = ["tests.hub_fixture"]
 
 ON_POINT_MAE = [method for method, backbone in PAIRS if backbone.name == "point_mae"]
 MAE = BACKBONES["point_mae"]
+SIMPLE = without_search(ONE_BLOCK)
+"""Enough of a backbone for what does not depend on the method."""
 REPO = "alice/adapter"
 FILES = {CARD_FILE, CONFIG_FILE, TENSOR_FILE}
 
@@ -35,15 +37,17 @@ in_one_mode = pytest.mark.parametrize("hub", ["lfs"], indirect=True)
 @pytest.fixture(scope="module")
 def model() -> PointPeftModel:
     """An adapted model that no test changes."""
-    return adapt(MAE, "BITFIT")
+    return adapt(SIMPLE, "BITFIT")
 
 
-def pulled(source: str = REPO, name: str = "default", backbone: TinyBackbone = MAE, **options: Any) -> PointPeftModel:
+def pulled(
+    source: str = REPO, name: str = "default", backbone: TinyBackbone = SIMPLE, **options: Any
+) -> PointPeftModel:
     return PointPeftModel.from_pretrained(backbone.build(), source, name, **options).eval()
 
 
 def logits(source: str = REPO, **options: Any) -> Tensor:
-    return run(pulled(source, **options), MAE)
+    return run(pulled(source, **options), SIMPLE)
 
 
 def committed(hub: HubServer, repo: str = REPO, revision: str = "main") -> set[str]:
@@ -52,7 +56,7 @@ def committed(hub: HubServer, repo: str = REPO, revision: str = "main") -> set[s
 
 
 def other(seed: int = 9) -> PointPeftModel:
-    changed = adapt(MAE, "BITFIT")
+    changed = adapt(SIMPLE, "BITFIT")
     rescramble(changed, seed=seed)
     return changed
 
@@ -69,14 +73,14 @@ def test_push_and_pull_give_equal_logits(hub: HubServer, method: str) -> None:
     assert len(hub.commits(REPO)) == 2, "one commit beside the first"
     assert url == f"{hub.url}/{REPO}/commit/{hub.commits(REPO)[0].oid}"
     assert committed(hub) == FILES
-    assert torch.equal(logits(), expected)
+    assert torch.equal(run(pulled(backbone=MAE), MAE), expected)
 
 
 def test_only_who_may_see_a_private_repository_can_pull_from_it(hub: HubServer, model: PointPeftModel) -> None:
     model.push_to_hub(REPO, private=True)
     assert hub.repo(REPO).private
-    assert torch.equal(logits(), run(model, MAE))
-    assert torch.equal(logits(token="hf_alice"), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
+    assert torch.equal(logits(token="hf_alice"), run(model, SIMPLE))
     for token in ("hf_bob", False):
         with pytest.raises(HubError, match="no repository 'alice/adapter' that can be seen.*private.*token"):
             pulled(token=token)
@@ -96,7 +100,7 @@ def test_a_branch_is_made_and_main_stays(hub: HubServer, model: PointPeftModel) 
     assert committed(hub, revision="experiments/a") == FILES
     other().push_to_hub(REPO, revision="experiments/a")
     assert len(hub.commits(REPO, "experiments/a")) == 3
-    assert torch.equal(logits(revision="experiments/a"), run(other(), MAE))
+    assert torch.equal(logits(revision="experiments/a"), run(other(), SIMPLE))
     with pytest.raises(HubError, match=f"'alice/adapter' has no file '{CONFIG_FILE}' at commit"):
         pulled()
 
@@ -108,9 +112,9 @@ def test_pull_by_tag_and_by_commit(hub: HubServer, model: PointPeftModel) -> Non
     first = hub.commits(REPO)[0].oid
     other().push_to_hub(REPO)
     for revision in ("v1.0", first, first[:8]):
-        assert torch.equal(logits(revision=revision), run(model, MAE)), revision
+        assert torch.equal(logits(revision=revision), run(model, SIMPLE)), revision
     for more in ({}, {"revision": "main"}, {"revision": hub.commits(REPO)[0].oid}):
-        assert torch.equal(logits(**more), run(other(), MAE)), more
+        assert torch.equal(logits(**more), run(other(), SIMPLE)), more
 
 
 def test_a_pull_request_can_be_opened_pulled_and_pushed_to(hub: HubServer, model: PointPeftModel) -> None:
@@ -118,12 +122,12 @@ def test_a_pull_request_can_be_opened_pulled_and_pushed_to(hub: HubServer, model
     url = other().push_to_hub(REPO, create_pr=True, token="hf_bob", commit_message="Better")
     assert url == f"{hub.url}/{REPO}/discussions/1"
     assert (hub.repo(REPO).pulls[1].author, hub.repo(REPO).pulls[1].title) == ("bob", "Better")
-    assert torch.equal(logits(revision="refs/pr/1"), run(other(), MAE))
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(revision="refs/pr/1"), run(other(), SIMPLE))
+    assert torch.equal(logits(), run(model, SIMPLE))
     other(10).push_to_hub(REPO, revision="refs/pr/1", token="hf_bob")
-    assert torch.equal(logits(revision="refs/pr/1"), run(other(10), MAE))
+    assert torch.equal(logits(revision="refs/pr/1"), run(other(10), SIMPLE))
     HfApi().merge_pull_request(REPO, 1)
-    assert torch.equal(logits(), run(other(10), MAE))
+    assert torch.equal(logits(), run(other(10), SIMPLE))
 
 
 @in_one_mode
@@ -138,12 +142,12 @@ def test_bob_cannot_push_to_what_is_alices(hub: HubServer, model: PointPeftModel
 
 
 def test_two_adapters_in_one_repository(hub: HubServer) -> None:
-    model = adapt(MAE, "BITFIT")
-    add(model, MAE, "LORA", "scans")
+    model = adapt(SIMPLE, "BITFIT")
+    add(model, SIMPLE, "LORA", "scans")
     expected = {}
     for name in ("default", "scans"):
         with model.use_adapter(name):
-            expected[name] = run(model, MAE)
+            expected[name] = run(model, SIMPLE)
     model.push_to_hub(REPO, ["default", "scans"])
     assert len(hub.commits(REPO)) == 2
     assert committed(hub) == FILES | {f"scans/{name}" for name in (CONFIG_FILE, TENSOR_FILE)}, "one card for both"
@@ -155,7 +159,7 @@ def test_two_adapters_in_one_repository(hub: HubServer) -> None:
     again = pulled()
     again.load_adapter(REPO, "scans", subfolder="scans")
     again.set_adapter("scans")
-    assert torch.equal(run(again, MAE), expected["scans"])
+    assert torch.equal(run(again, SIMPLE), expected["scans"])
 
 
 @in_one_mode
@@ -163,8 +167,8 @@ def test_subfolder(hub: HubServer, model: PointPeftModel) -> None:
     model.push_to_hub(REPO, subfolder="runs/1")
     other().push_to_hub(REPO, subfolder="runs/2")
     assert committed(hub) == {CARD_FILE, *(f"runs/{run}/{name}" for run in (1, 2) for name in FILES - {CARD_FILE})}
-    assert torch.equal(logits(subfolder="runs/1"), run(model, MAE))
-    assert torch.equal(logits(subfolder="runs/2"), run(other(), MAE))
+    assert torch.equal(logits(subfolder="runs/1"), run(model, SIMPLE))
+    assert torch.equal(logits(subfolder="runs/2"), run(other(), SIMPLE))
     with pytest.raises(HubError, match=f"no file '{CONFIG_FILE}'.* adapters in the subfolders 'runs/1', 'runs/2'"):
         pulled()
 
@@ -188,7 +192,7 @@ def test_only_the_adapters_own_files_are_pushed(hub: HubServer, model: PointPeft
     (folder / "training.log").write_text("long")
     (folder / CARD_FILE).unlink()
     (folder / CARD_FILE).symlink_to(secret)
-    PointPeftModel.from_pretrained(MAE.build(), folder).push_to_hub(REPO)
+    PointPeftModel.from_pretrained(SIMPLE.build(), folder).push_to_hub(REPO)
     assert committed(hub) == FILES
     assert not any(b"password" in content for content in hub.files(REPO).values())
 
@@ -244,7 +248,7 @@ def test_a_commit_that_came_in_between_is_kept(
     assert committed(hub) == FILES | {"theirs.txt"}
     assert hub.files(REPO)[CARD_FILE].endswith(b"\nTheirs.\n")
     assert len(hub.seen("POST", "/commit/")) == 3, "one of them was refused"
-    assert torch.equal(logits(), run(other(), MAE))
+    assert torch.equal(logits(), run(other(), SIMPLE))
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def test_configuration_and_weights_are_of_the_same_commit(
 ) -> None:
     """The branch moves to another method's adapter after the configuration has been read."""
     model.push_to_hub(REPO)
-    next_one = adapt(MAE, "IA3")
+    next_one = adapt(SIMPLE, "IA3")
     moved: list[str] = []
 
     def then_push(client: HfApi, repo_id: str, name: str, **options: Any) -> str:
@@ -285,26 +289,26 @@ def test_configuration_and_weights_are_of_the_same_commit(
         return path
 
     monkeypatch.setattr(HfApi, "hf_hub_download", then_push)
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
     assert moved == [CONFIG_FILE] and len(hub.commits(REPO)) == 3
-    assert torch.equal(logits(), run(next_one, MAE))
+    assert torch.equal(logits(), run(next_one, SIMPLE))
 
 
 def test_what_is_cached_is_not_downloaded_again(hub: HubServer, model: PointPeftModel) -> None:
     model.push_to_hub(REPO)
     pulled()
     hub.log.clear()
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
     assert paths(hub) == [f"/api/models/{REPO}"]
     hub.log.clear()
-    assert torch.equal(logits(force_download=True), run(model, MAE))
+    assert torch.equal(logits(force_download=True), run(model, SIMPLE))
     assert len({path for path in paths(hub, "GET|HEAD") if "/resolve/" in path}) == 2
 
 
 @in_one_mode
 def test_save_touches_no_network(hub: HubServer, model: PointPeftModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
-    PointPeftModel.from_pretrained(MAE.build(), tmp_path / "saved")
+    PointPeftModel.from_pretrained(SIMPLE.build(), tmp_path / "saved")
     assert hub.log == []
 
 
@@ -314,7 +318,7 @@ def test_a_folder_goes_before_a_repository_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model.save_pretrained(REPO)
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
     assert hub.log == []
 
 
@@ -349,10 +353,10 @@ def test_offline_the_cache_serves(hub: HubServer, model: PointPeftModel, monkeyp
         {"revision": "experiments/a", "subfolder": "runs/1"},
     )
     for options in where:
-        assert torch.equal(logits(local_files_only=True, **options), run(model, MAE)), options
+        assert torch.equal(logits(local_files_only=True, **options), run(model, SIMPLE)), options
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for options in where:
-        assert torch.equal(logits(**options), run(model, MAE)), options
+        assert torch.equal(logits(**options), run(model, SIMPLE)), options
     with pytest.raises(HubError, match="'alice/adapter' at revision 'v2' is not in the cache.*HF_HUB_OFFLINE"):
         pulled(revision="v2")
     with pytest.raises(HubError, match="nothing was pushed to 'alice/adapter': HF_HUB_OFFLINE is set"):
@@ -364,10 +368,10 @@ def test_offline_the_cache_serves(hub: HubServer, model: PointPeftModel, monkeyp
 
 def test_cache_dir(hub: HubServer, model: PointPeftModel, tmp_path: Path) -> None:
     model.push_to_hub(REPO)
-    assert torch.equal(logits(cache_dir=tmp_path / "elsewhere"), run(model, MAE))
+    assert torch.equal(logits(cache_dir=tmp_path / "elsewhere"), run(model, SIMPLE))
     assert (tmp_path / "elsewhere" / "models--alice--adapter" / "snapshots").is_dir()
     assert not (tmp_path / "home" / "hub").exists()
-    assert torch.equal(logits(cache_dir=tmp_path / "elsewhere", local_files_only=True), run(model, MAE))
+    assert torch.equal(logits(cache_dir=tmp_path / "elsewhere", local_files_only=True), run(model, SIMPLE))
     with pytest.raises(HubError, match="not in the cache"):
         pulled(local_files_only=True)
 
@@ -377,9 +381,9 @@ def test_the_cache_remembers_where_a_branch_was(hub: HubServer, model: PointPeft
     model.push_to_hub(REPO)
     pulled()
     other().push_to_hub(REPO)
-    assert torch.equal(logits(local_files_only=True), run(model, MAE))
+    assert torch.equal(logits(local_files_only=True), run(model, SIMPLE))
     pulled()
-    assert torch.equal(logits(local_files_only=True), run(other(), MAE))
+    assert torch.equal(logits(local_files_only=True), run(other(), SIMPLE))
     scanned = scan_cache_dir()
     (repo,) = scanned.repos
     assert not scanned.warnings and set(repo.refs) == {"main"} and len(repo.revisions) == 2
@@ -389,8 +393,8 @@ def test_the_cache_remembers_where_a_branch_was(hub: HubServer, model: PointPeft
 def test_a_cache_without_links(hub: HubServer, model: PointPeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
     model.push_to_hub(REPO)
-    assert torch.equal(logits(), run(model, MAE))
-    assert torch.equal(logits(local_files_only=True), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
+    assert torch.equal(logits(local_files_only=True), run(model, SIMPLE))
 
 
 @in_one_mode
@@ -401,7 +405,7 @@ def test_a_cache_that_cannot_be_written_to_serves(hub: HubServer, model: PointPe
     (refs / "main").unlink()
     refs.rmdir()
     refs.write_text("not a folder")
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
 
 
 # ---- PEFT's format ---------------------------------------------------------------------------------------------------
@@ -409,21 +413,21 @@ def test_a_cache_that_cannot_be_written_to_serves(hub: HubServer, model: PointPe
 
 @in_one_mode
 def test_peft_reads_what_is_pushed_of_lora_alone(hub: HubServer) -> None:
-    model = adapt(MAE, "LORA")
+    model = adapt(SIMPLE, "LORA")
     model.push_to_hub(REPO)
     assert json.loads(hub.files(REPO)[CONFIG_FILE])["peft_type"] == "LORA"
-    theirs = peft.PeftModel.from_pretrained(MAE.build(), REPO).eval()
-    assert torch.allclose(run(theirs, MAE), run(model, MAE), atol=1e-6)
-    assert torch.equal(logits(), run(model, MAE))
+    theirs = peft.PeftModel.from_pretrained(SIMPLE.build(), REPO).eval()
+    assert torch.allclose(run(theirs, SIMPLE), run(model, SIMPLE), atol=1e-6)
+    assert torch.equal(logits(), run(model, SIMPLE))
 
 
 @in_one_mode
 def test_what_peft_pushes_is_read(hub: HubServer) -> None:
     torch.manual_seed(0)
     how = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
-    theirs = peft.get_peft_model(MAE.build(), how).eval()
+    theirs = peft.get_peft_model(SIMPLE.build(), how).eval()
     theirs.push_to_hub(REPO)
-    assert torch.allclose(logits(), run(theirs, MAE), atol=1e-6)
+    assert torch.allclose(logits(), run(theirs, SIMPLE), atol=1e-6)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -451,6 +455,6 @@ def test_adapters_of_a_base_are_listed(hub: HubServer, model: PointPeftModel) ->
 
 @in_one_mode
 def test_what_is_pushed_for_a_named_base_is_listed(hub: HubServer) -> None:
-    model = adapt(MAE, PeftConfig(tuners=[BitFitConfig()], base_model_name_or_path="alice/point-mae"))
+    model = adapt(SIMPLE, PeftConfig(tuners=[BitFitConfig()], base_model_name_or_path="alice/point-mae"))
     model.push_to_hub(REPO)
     assert [info.id for info in list_adapters("alice/point-mae")] == [REPO]

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from point_peft import AdapterFileError, HubError, LoraConfig, PointPeftError, PointPeftModel, list_adapters
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
 from point_peft.hub import asking, pulling
-from tests.adapting import adapt, assert_same_values, fingerprint, run, values
+from tests.adapting import ONE_BLOCK, adapt, assert_same_values, fingerprint, run, values, without_search
 from tests.hub_server import HubServer
 from tests.zoo import BACKBONES
 
 pytest_plugins = ["tests.hub_fixture"]
 
-MAE = BACKBONES["point_mae"]
+SIMPLE = without_search(ONE_BLOCK)
+"""Enough of a backbone: what goes wrong on the way of two files does not depend on what is in them."""
 REPO = "alice/adapter"
 ALWAYS = 10_000
 INFO, CONFIG, TENSORS = "/api/models/alice/adapter", f"/resolve/.*{CONFIG_FILE}", f"/files/.*{TENSOR_FILE}"
@@ -52,7 +53,7 @@ def naps_of_ours(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture(scope="module")
 def trained() -> PointPeftModel:
     """The adapter that is pulled. No test changes it."""
-    return adapt(MAE, "LORA")
+    return adapt(SIMPLE, "LORA")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,13 @@ def files(trained: PointPeftModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def expected(trained: PointPeftModel) -> Tensor:
-    return run(trained, MAE)
+    return run(trained, SIMPLE)
 
 
 @pytest.fixture(scope="module")
 def model() -> PointPeftModel:
     """A model that adapters are loaded into; each test leaves it as it was."""
-    return adapt(MAE, "BITFIT")
+    return adapt(SIMPLE, "BITFIT")
 
 
 def refused(
@@ -90,7 +91,7 @@ def one_sentence(error: Exception) -> None:
 
 
 def logits(**options: Any) -> Tensor:
-    return run(PointPeftModel.from_pretrained(MAE.build(), REPO, **options).eval(), MAE)
+    return run(PointPeftModel.from_pretrained(SIMPLE.build(), REPO, **options).eval(), SIMPLE)
 
 
 def cached(tmp_path: Path) -> set[str]:
@@ -494,7 +495,7 @@ def test_pushing(
         assert torch.equal(logits(), expected)
     model.push_to_hub(REPO)
     assert len(hub.commits(REPO)) == 3, "one commit, whatever got lost"
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
     assert_same_values(values(model), old)
 
 
@@ -524,7 +525,7 @@ def test_pushing_with_xet(hub: HubServer, fault: Fault, files: Files, model: Poi
         hub.mend()
     model.push_to_hub(REPO)
     assert len(hub.commits(REPO)) == 3
-    assert torch.equal(logits(), run(model, MAE))
+    assert torch.equal(logits(), run(model, SIMPLE))
 
 
 @lfs
@@ -554,7 +555,7 @@ def test_pushing_to_a_new_branch(
         hub.mend()
     model.push_to_hub(REPO, revision="dev")
     assert (len(hub.commits(REPO)), len(hub.commits(REPO, "dev"))) == (2, 3)
-    assert torch.equal(logits(revision="dev"), run(model, MAE))
+    assert torch.equal(logits(revision="dev"), run(model, SIMPLE))
     assert torch.equal(logits(), expected)
 
 
@@ -867,7 +868,7 @@ def test_hostile_files(hub: HubServer, name: str, files: Files, model: PointPeft
     hub.put(REPO, hostile)
     start = time.monotonic()
     refused(model, match, PointPeftError)
-    base = MAE.build()
+    base = SIMPLE.build()
     before = fingerprint(base)
     with pytest.raises((AdapterFileError, HubError), match=match) as caught:
         PointPeftModel.from_pretrained(base, REPO)
@@ -895,14 +896,14 @@ def another_size() -> nn.Module:
 
 
 def other_values() -> nn.Module:
-    base = MAE.build()
+    base = SIMPLE.build()
     with torch.no_grad():
         next(base.parameters()).view(-1)[0] += 1
     return base
 
 
 def other_classes() -> nn.Module:
-    base = MAE.build()
+    base = SIMPLE.build()
     head = base.get_submodule("cls_head_finetune")
     assert isinstance(head, nn.Sequential)
     last = head[-1]
@@ -937,7 +938,7 @@ def test_wrong_bases(hub: HubServer, name: str, files: Files) -> None:
 
 @lfs
 def test_an_adapter_without_a_head_needs_the_bases_classes(hub: HubServer) -> None:
-    adapt(MAE, LoraConfig(modules_to_save=[])).push_to_hub(REPO)
+    adapt(SIMPLE, LoraConfig(modules_to_save=[])).push_to_hub(REPO)
     base = other_classes()
     before = fingerprint(base)
     with pytest.raises(
@@ -951,4 +952,4 @@ def test_an_adapter_without_a_head_needs_the_bases_classes(hub: HubServer) -> No
 @lfs
 def test_an_adapter_with_a_head_brings_its_own_classes(hub: HubServer, files: Files, expected: Tensor) -> None:
     hub.put(REPO, files)
-    assert torch.equal(run(PointPeftModel.from_pretrained(other_classes(), REPO).eval(), MAE), expected)
+    assert torch.equal(run(PointPeftModel.from_pretrained(other_classes(), REPO).eval(), SIMPLE), expected)
