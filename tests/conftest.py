@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.forks import Server
+
 # The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
 torch.set_num_threads(1)
 # Attached hooks keep torch.nn's layers from their fused inference path, which rounds otherwise; comparisons go without.
@@ -35,3 +37,11 @@ def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A process that forks, one for all modules: it takes 3 s to import what they need."""
+    server = Server()
+    yield server
+    server.close()

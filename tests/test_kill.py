@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for model, folder in zip(models(), folders, strict=True):
         model.save_pretrained(folder)
     return folders
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def names(folder: Path) -> list[str]:
@@ -137,16 +130,18 @@ def test_killed_before_every_change_of_the_folder(saved: list[Path], tmp_path: P
 def test_killed_at_random_moments(saved: list[Path], tmp_path: Path, server: Server) -> None:
     folder, choice = tmp_path / "adapter", random.Random(0)
     begun = folder.with_suffix(".begun")
-    start = time.monotonic()
-    for model in models():
-        model.save_pretrained(folder)
-    both = time.monotonic() - start
+    both = float("inf")
+    for _ in range(3):  # the first time takes longer than it does a child
+        start = time.monotonic()
+        for model in models():
+            model.save_pretrained(folder)
+        both = min(both, time.monotonic() - start)
     seen, inside = [], 0
     for number in range(KILLS):
         child = server.start(saving, folder)
         while not begun.exists():
             time.sleep(0.0005)
-        time.sleep(choice.uniform(0, 4 * both))
+        time.sleep(choice.uniform(0, 2 * both))
         os.kill(child, signal.SIGKILL)
         assert server.wait(child) == signal.SIGKILL
         begun.unlink()

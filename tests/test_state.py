@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -39,6 +40,7 @@ from point_peft.tuners.linear_probe import LinearProbeConfig
 from tests.adapting import every_method
 from tests.forks import Server
 from tests.methods import config
+from tests.zoo import Mould
 
 SIZES: dict[str, Any] = {
     "trans_dim": 48, "depth": 2, "num_heads": 4, "num_group": 16, "group_size": 8, "encoder_dims": 48, "cls_dim": 5,
@@ -47,9 +49,16 @@ CONFIG = PointPEFTConfig(memory_bank=False)
 HEAD = "cls_head_finetune"
 
 
-def backbone(seed: int = 0, **options: Any) -> PointTransformer:
+@functools.cache
+def mould(seed: int, **options: Any) -> Mould[PointTransformer]:
     torch.manual_seed(seed)
-    return PointTransformer(**{**SIZES, **options}).eval()
+    return Mould(PointTransformer(**{**SIZES, **options}).eval())
+
+
+def backbone(seed: int = 0, **options: Any) -> PointTransformer:
+    copy = mould(seed, **options).copy()
+    torch.manual_seed(seed)  # of the adapter that it may get
+    return copy
 
 
 def adapted(seed: int = 1, base: nn.Module | None = None, config: Any = CONFIG, **options: Any) -> PointPeftModel:
@@ -127,16 +136,28 @@ def set_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Non
     (folder / TENSOR_FILE).write_bytes(safetensors.torch.save(tensors))
 
 
-def refused(folder: Path, match: str, **options: Any) -> None:
-    """The folder is refused with one sentence by a plain and by an adapted backbone, which stay as they were."""
-    base, model = backbone(), adapted(3)
+@functools.cache
+def targets() -> tuple[PointTransformer, PointPeftModel]:
+    """A plain and an adapted backbone that refuse folders, and stay as they were all the time."""
+    base = backbone()
     for parameter in list(base.parameters())[:3]:
         parameter.requires_grad_(False)
-    for target, load in (
-        (base, lambda: PointPeftModel.from_pretrained(base, folder, **options)),
-        (model, lambda: model.load_adapter(folder, "other", **options)),
+    return base, adapted(3)
+
+
+@functools.cache
+def untouched() -> tuple[Any, Any]:
+    base, model = targets()
+    return everything(base), everything(model)
+
+
+def refused(folder: Path, match: str, **options: Any) -> None:
+    """The folder is refused with one sentence by a plain and by an adapted backbone, which stay as they were."""
+    base, model = targets()
+    for target, before, load in (
+        (base, untouched()[0], lambda: PointPeftModel.from_pretrained(base, folder, **options)),
+        (model, untouched()[1], lambda: model.load_adapter(folder, "other", **options)),
     ):
-        before = everything(target)
         with pytest.raises(AdapterFileError, match=match) as caught:
             load()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
@@ -591,10 +612,8 @@ def saving(folder: str) -> Callable[[], None]:
     return lambda: model.save_pretrained(folder)
 
 
-def test_the_bytes_are_the_same_in_another_process(saved: Path, tmp_path: Path) -> None:
-    server = Server()
+def test_the_bytes_are_the_same_in_another_process(saved: Path, tmp_path: Path, server: Server) -> None:
     assert server.wait(server.start(saving, tmp_path / "x")) == 0
-    server.close()
     assert files(tmp_path / "x") == files(saved)
 
 

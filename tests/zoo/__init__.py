@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # In the order in which they register.
 # isort: off
-from .registry import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone, enliven, register
+from .registry import BACKBONES, CLASSES, WIDTH, Args, Mould, TinyBackbone, enliven, register
 from .inputs import LABELS, POINTS, clouds, labelled_clouds, labels, packed_clouds, packed_labelled_clouds
 from .operators import supply_pyg_operators
 from . import library as library
@@ -33,6 +33,7 @@ __all__ = [
     "Args",
     "Checkpointing",
     "Compact",
+    "Mould",
     "TinyBackbone",
     "clouds",
     "compact_like",

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ WIDTH = 24
 """Channels c of most of the backbones."""
 
 Args = tuple[Any, ...]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,7 @@ class TinyBackbone:
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, always of the same values."""
-        pickled, tensors = _pickled(self)
-        model: nn.Module = _Reader(io.BytesIO(pickled), tensors).load()
-        return model
+        return _mould(self).copy()
 
 
 BACKBONES: dict[str, TinyBackbone] = {}
@@ -112,13 +111,23 @@ class _Reader(pickle.Unpickler):
         return self.copies[number]
 
 
+class Mould(Generic[Model]):
+    """A model of which copies are made, several times as fast as deep ones, and than its class draws random numbers."""
+
+    def __init__(self, model: Model) -> None:
+        file = io.BytesIO()
+        writer = _Writer(file)
+        writer.dump(model)
+        self._pickled, self._tensors = file.getvalue(), writer.tensors
+
+    def copy(self) -> Model:
+        model: Model = _Reader(io.BytesIO(self._pickled), self._tensors).load()
+        return model
+
+
 @functools.cache
-def _pickled(backbone: TinyBackbone) -> tuple[bytes, list[Tensor]]:
-    """A model as `_Reader` takes it: several times as fast as a deep copy."""
-    file = io.BytesIO()
-    writer = _Writer(file)
-    writer.dump(_prototype(backbone))
-    return file.getvalue(), writer.tensors
+def _mould(backbone: TinyBackbone) -> Mould[nn.Module]:
+    return Mould(_prototype(backbone))
 
 
 @functools.cache
