@@ -11,7 +11,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.dapt import DynamicAdapter
 from tests import golden
-from tests.adapting import adapt, distance, run
+from tests.adapting import adapt, distance, full_point_mae, run, without_search
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -24,7 +24,7 @@ def blocks_of(model: PointPeftModel) -> list[nn.Module]:
 
 
 def trainable(heads: dict[str, str] | None = None, **fields) -> int:
-    model = get_peft_model(PointTransformer(), DAPTConfig(**fields), heads=heads)
+    model = get_peft_model(full_point_mae(), DAPTConfig(**fields), heads=heads)
     return model.get_nb_trainable_parameters()[0]
 
 
@@ -240,7 +240,7 @@ def test_a_head_that_pools_prompts_needs_them():
 
 def test_it_compiles_in_one_graph():
     """With positions that are added once, and a head that pools the prompts of both blocks."""
-    model = adapt(BACKBONES["point_bert"], DAPTConfig(position="once"), heads=PUBLISHED)
+    model = adapt(without_search(BACKBONES["point_bert"]), DAPTConfig(position="once"), heads=PUBLISHED)
     (points,) = clouds(2, 0)
     torch.compiler.reset()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from point_peft.backbones import PointTransformer
 from point_peft.geometry.dense import squared_distance
 from point_peft.tuners.stag import SideNetwork
 from tests import golden
-from tests.adapting import adapt, distance
+from tests.adapting import adapt, distance, full_point_mae, without_search
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -21,7 +21,7 @@ SIDE = "blocks.addparam_"
 
 
 def trainable(**fields) -> int:
-    return get_peft_model(PointTransformer(), STAGConfig(modules_to_save=[], **fields)).get_nb_trainable_parameters()[0]
+    return get_peft_model(full_point_mae(), STAGConfig(modules_to_save=[], **fields)).get_nb_trainable_parameters()[0]
 
 
 def test_parameters_on_point_mae():
@@ -30,7 +30,7 @@ def test_parameters_on_point_mae():
     assert trainable() == 259_200 + 1
     assert trainable(size="sl", init="published") == 851_520
     assert trainable(size="sl") == 851_520 + 3
-    pooled = get_peft_model(PointTransformer(), STAGConfig(init="published"), heads={HEAD: "raw_mean"})
+    pooled = get_peft_model(full_point_mae(), STAGConfig(init="published"), heads={HEAD: "raw_mean"})
     assert pooled.get_nb_trainable_parameters()[0] == 428_431
 
 
@@ -175,7 +175,7 @@ def test_a_file_builds_the_published_head_again(tmp_path):
 
 
 def test_it_compiles_in_one_graph():
-    model = adapt(BACKBONES["point_mae"], STAGConfig(), heads={HEAD: "raw_mean"})
+    model = adapt(without_search(BACKBONES["point_mae"]), STAGConfig(), heads={HEAD: "raw_mean"})
     (points,) = clouds(2, 0)
     torch.compiler.reset()
     with torch.no_grad():
