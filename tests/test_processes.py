@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from point_peft import AdapterError, get_peft_model
 from point_peft.adapting.adapter import get_adapter
@@ -45,7 +46,9 @@ def _two_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = spawn(_on_rank, args=(port, str(folder)), nprocs=2, join=False)
+    # What both of them would import, the second for DistributedDataParallel: 6 s of processor time.
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
+    context = start_processes(_on_rank, args=(port, str(folder)), nprocs=2, join=False, start_method="forkserver")
     assert context is not None
     deadline = time.monotonic() + 240
     while not context.join(timeout=5):
