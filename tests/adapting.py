@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,19 @@ def each(pairs: Iterable[Pair], *, smoke: str | None = None) -> pytest.MarkDecor
 
 
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
+
+
+def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
+    """Run a test of `methods` on as few groups as there are with six at most: the tuners of one adapter.
+
+    A compiler or an exporter then meets the backbone, and starts, once a group. What a test shows of every method, it
+    shows of every tensor of the adapter. Any two methods can be one adapter, which `tests/test_representatives.py`
+    holds for those to come as well.
+    """
+    count = math.ceil(len(methods) / 6)
+    return pytest.mark.parametrize("methods", [methods[first::count] for first in range(count)], ids="+".join)
+
+
 every_pair = each(PAIRS, smoke="point_mae")
 
 ONE_BLOCK = dataclasses.replace(
@@ -70,10 +85,10 @@ class OneLayer(nn.Module):
 
 
 class RowsAsGroups(Group):
-    """The points in their order are the groups, the first of each its centre: nothing to search."""
+    """The points in their order, to the last, are the groups, the first of each its centre: nothing to search."""
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        groups = points[:, : self.num_group * self.group_size].unflatten(1, (self.num_group, self.group_size))
+        groups = points[:, -self.num_group * self.group_size :].unflatten(1, (self.num_group, self.group_size))
         center = groups[:, :, 0]
         return groups - center[:, :, None], center
 
@@ -231,6 +246,26 @@ def loss_of(output: Tensor) -> Tensor:
     """A linear function of the output with fixed random coefficients."""
     coefficients = torch.randn(output.shape, generator=torch.Generator().manual_seed(8))
     return (output.float() * coefficients).mean()
+
+
+def one_graph(model: nn.Module, backend: Any = "eager", **options: Any) -> Any:
+    """The model compiled, by a compiler that knows no other, with the calls of einops whole in its graph.
+
+    To follow what is inside them takes half of a compilation.
+    """
+    torch.compiler.reset()
+    for function in (einops.rearrange, einops.reduce, einops.repeat):
+        torch.compiler.allow_in_graph(function)
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+def assert_same_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same for every tensor up to rounding, and not zero for any."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.any(), f"{name} has no effect"
+        assert torch.allclose(actual[name], gradient, rtol=1e-4, atol=1e-6), name
+        assert distance(actual[name], gradient) < 1e-4, name
 
 
 def gradients(adapter: nn.Module) -> dict[str, Tensor]:

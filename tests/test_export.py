@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnxruntime
@@ -12,15 +11,32 @@ import pytest
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from point_peft import AdapterError, LoraConfig, PeftConfig, geometry, get_peft_model
 from point_peft.geometry import farthest_point_sample
-from tests.adapting import ONE_BLOCK, adapt, add, complete, distance, every_method, plain, without_search
+from tests.adapting import (
+    METHOD_NAMES,
+    ONE_BLOCK,
+    adapt,
+    add,
+    assert_same_gradients,
+    complete,
+    distance,
+    gradients,
+    in_groups,
+    loss_of,
+    plain,
+    without_search,
+)
 from tests.methods import config
 from tests.zoo import BACKBONES, clouds
 
 BACKBONE = without_search(BACKBONES["point_bert"])
 """With more than one block, because methods share and grow things from block to block."""
+SIMPLE = without_search(ONE_BLOCK)
+ON_MERGED = ("POINT_PEFT", "IDPT")
+"""A method that groups points and asks a bank, and one that looks for near features."""
 ANY = {0: torch.export.Dim.DYNAMIC}
 
 
@@ -35,11 +51,30 @@ def no_cache_of_shapes():
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 
 
-def outputs_of_onnx(model: nn.Module, shapes: dict[str, Any], file: Path, batches: tuple[int, ...]) -> list[Tensor]:
-    """Outputs of onnxruntime for clouds of these numbers, of a file that was exported with three."""
-    program = torch.onnx.export(model, clouds(3, 5), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert program is not None
-    program.save(file)
+def exported(model: nn.Module) -> ExportedProgram:
+    """The model for any number of clouds, with every tensor that an adapter of it trains.
+
+    The exported gradient of each of them is that of eager code, and not zero.
+    """
+    with torch.no_grad():
+        program = torch.export.export(model, clouds(3, 6), dynamic_shapes={"args": (ANY,)})
+    found = []
+    for forward in (program.module(), model):  # which have their parameters in common
+        model.zero_grad()
+        output = forward(*clouds(2, 5))
+        loss_of(output).backward()
+        found.append((output.detach(), gradients(forward)))
+    assert distance(found[0][0], found[1][0]) < 1e-5
+    assert_same_gradients(found[0][1], found[1][1])
+    assert sorted(found[1][1]) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    return program
+
+
+def outputs_of_onnx(program: ExportedProgram, file: Path, batches: tuple[int, ...]) -> list[Tensor]:
+    """Outputs of onnxruntime for clouds of these numbers."""
+    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    made.save(file)
     onnx.checker.check_model(onnx.load(file))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (points,) = session.get_inputs()
@@ -47,16 +82,14 @@ def outputs_of_onnx(model: nn.Module, shapes: dict[str, Any], file: Path, batche
     return [torch.from_numpy(run[0]) for run in runs]
 
 
-@every_method
-def test_every_method_is_exported_with_its_hooks(method, monkeypatch):
+@in_groups([method for method in METHOD_NAMES if method not in ON_MERGED])
+def test_every_method_is_exported_with_its_hooks(methods, monkeypatch):
+    """But for two, that are exported below."""
     # What is searched for farthest points has a test of its own, and so has the loop in ONNX.
     monkeypatch.setattr(geometry, "farthest_point_sample", first_points)
-    model = adapt(BACKBONE, method)
-    with torch.no_grad():
-        expected = model(*clouds(2, 5))
-        program = torch.export.export(model, clouds(3, 6), dynamic_shapes={"args": (ANY,)})
-        assert distance(program.module()(*clouds(2, 5)), expected) < 1e-5
-    assert distance(expected, plain(BACKBONE)) > 1e-3
+    model = adapt(BACKBONE, PeftConfig(tuners=[config(method) for method in methods]))
+    exported(model)
+    assert distance(model(*clouds(2, 5)).detach(), plain(BACKBONE)) > 1e-3
 
 
 def first_points(points: Tensor, count: int) -> Tensor:
@@ -65,25 +98,26 @@ def first_points(points: Tensor, count: int) -> Tensor:
 
 
 def test_onnx_of_adapters_on_a_merged_lora(tmp_path):
-    """A method that groups points and asks a bank, and one that looks for near features, on what LoRA merged into."""
+    """Two methods on what LoRA merged into; farthest points are one loop of the graph."""
     model, batches = adapt(ONE_BLOCK, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
     with torch.no_grad():
         lora = model(*clouds(1, 1))
         merged = model.merge_and_unload()
         assert distance(merged(*clouds(1, 1)), lora) < 1e-4 < 1e-3 < distance(lora, ONE_BLOCK.build()(*clouds(1, 1)))
-        adapted = get_peft_model(merged, PeftConfig(tuners=(config("POINT_PEFT"), config("IDPT")))).eval()
+        adapted = get_peft_model(merged, PeftConfig(tuners=[config(method) for method in ON_MERGED])).eval()
         complete(adapted, dataclasses.replace(ONE_BLOCK, name="merged"), "default", seed=0, fresh=False)
         expected = [adapted(*clouds(batch, batch)) for batch in batches]
-        found = outputs_of_onnx(adapted, {"args": (ANY,)}, tmp_path / "model.onnx", batches)
+    found = outputs_of_onnx(exported(adapted), tmp_path / "model.onnx", batches)
     assert all(distance(output, wanted) < 1e-4 for output, wanted in zip(found, expected, strict=True))
     assert distance(found[0], lora) > 1e-3
     nodes = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
-    assert "Scan" in nodes  # farthest points are one loop of the graph
+    assert "Scan" in nodes
 
 
 def test_what_is_exported_is_what_set_adapter_chose():
-    model = adapt(ONE_BLOCK, "BITFIT")
-    add(model, ONE_BLOCK, "LORA", "other")
+    """Of two methods that of which nothing is at a block."""
+    model = adapt(SIMPLE, "LORA")
+    add(model, SIMPLE, "LINEAR_PROBE", "other")
     model.set_adapter("other")
     with torch.no_grad():
         program = torch.export.export(model, clouds(3, 5))
