@@ -25,7 +25,8 @@ from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Group
 from point_peft.parts.base import Bank
 from tests.methods import config
-from tests.zoo import BACKBONES, CLASSES, WIDTH, Args, TinyBackbone
+from tests.zoo import BACKBONES, Args, TinyBackbone
+from tests.zoo.library import transformer
 from tools import capabilities
 
 Config = TunerConfig | PeftConfig
@@ -46,28 +47,54 @@ def each(pairs: Iterable[Pair], *, smoke: str | None = None) -> pytest.MarkDecor
     return pytest.mark.parametrize(("method", "backbone"), named)
 
 
+def representatives(pairs: Sequence[Pair]) -> list[Pair]:
+    """Every method on one backbone of each kind that supports it, and one method on every backbone that is left.
+
+    A checksum of both names draws them: the methods get different backbones, and a new one moves none of the others.
+    """
+    drawn = sorted(pairs, key=lambda pair: zlib.crc32(f"{pair[0]}-{pair[1].name}".encode()))
+    chosen: dict[tuple[str, str], Pair] = {}
+    for method, backbone in drawn:
+        chosen.setdefault((method, backbone.kind), (method, backbone))
+    left = {backbone.name: (method, backbone) for method, backbone in reversed(drawn)}
+    for _, backbone in chosen.values():
+        left.pop(backbone.name, None)
+    return [*chosen.values(), *left.values()]
+
+
+def few(pairs: Sequence[Pair], of: Callable[[TinyBackbone], str] = lambda backbone: backbone.kind) -> list[Pair]:
+    """Of these pairs one of every method, and one of every kind of backbone or of all that `of` tells them by.
+
+    On models of our own first: for tests that take long.
+    """
+    pairs = sorted(pairs, key=lambda pair: bool(pair[1].needs))
+    chosen: dict[tuple[str, str], Pair] = {}
+    for key in (lambda method, backbone: method, lambda method, backbone: of(backbone)):
+        first: dict[str, Pair] = {}
+        for pair in pairs:
+            first.setdefault(key(*pair), pair)
+        chosen |= {(method, backbone.name): (method, backbone) for method, backbone in first.values()}
+    return list(chosen.values())
+
+
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 
 
 def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
-    """Run a test of `methods` on as few groups as there are with six at most: the tuners of one adapter.
+    """Run a test of `methods` on as few groups as there are with nine at most: the tuners of one adapter.
 
     A compiler or an exporter then meets the backbone, and starts, once a group. What a test shows of every method, it
     shows of every tensor of the adapter. Any two methods can be one adapter, which `tests/test_representatives.py`
     holds for those to come as well.
     """
-    count = math.ceil(len(methods) / 6)
+    count = math.ceil(len(methods) / 9)
     return pytest.mark.parametrize("methods", [methods[first::count] for first in range(count)], ids="+".join)
 
 
 every_pair = each(PAIRS, smoke="point_mae")
 
 ONE_BLOCK = dataclasses.replace(
-    BACKBONES["point_bert"],
-    name="point_bert of one block",
-    make=lambda: PointTransformer(
-        trans_dim=WIDTH, depth=1, num_heads=4, num_group=12, group_size=8, encoder_dims=WIDTH, cls_dim=CLASSES
-    ),
+    BACKBONES["point_bert"], name="point_bert of one block", make=lambda: transformer(depth=1, num_group=12)
 )
 """For compilers and exporters, which take their time."""
 
@@ -323,13 +350,12 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that adapting it could change, module by module."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        state = vars(module)
-        own = [*module._parameters.items(), *module._buffers.items()]
+        own, attributes = [*module._parameters.items(), *module._buffers.items()], vars(module)
         found[path] = {
             "identity": (id(module), type(module)),
             "training": module.training,
-            "attributes": set(state),
-            "hooks": {name: list(state[name].items()) for name in _HOOKS if state[name]},
+            "attributes": set(attributes),
+            "hooks": {name: list(attributes[name].items()) for name in _HOOKS if attributes[name]},
             "tensors": {name: None if tensor is None else _tensor_state(tensor) for name, tensor in own},
         }
         if isinstance(module, AdapterSet):
@@ -339,7 +365,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensor_state(tensor: Tensor) -> tuple[Any, ...]:
-    digest = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    values = tensor.detach()
+    if values.dtype == torch.bfloat16:  # which numpy does not know
+        values = values.reshape(-1).view(torch.uint8)
+    digest = zlib.crc32(values.numpy().tobytes())
     return id(tensor), type(tensor), tensor.requires_grad, tensor.grad is None, digest
 
 

@@ -110,13 +110,13 @@ def vit(blocks: str, count: int, prefix: int, coordinates: str, *, layout: str =
 
 def nowhere(first: str, attention: str) -> S:
     """Patches padded outside any module: their coordinates are not found, so neither is the prefix."""
-    return S(first, 3, "bgc", WIDTH, None, "None", attention=attention, prompts=False)
+    return S(first, 2, "bgc", WIDTH, None, "None", attention=attention, prompts=False)
 
 
 def levels(name: str, widths: tuple[int, int, int], coordinates: str) -> tuple[S, ...]:
     return tuple(
-        S(f"{name}.{level}.blocks.0", 2, "bgc", width, 0, coordinates.format(level))
-        for level, width in enumerate(widths)
+        S(f"{name}.{level}.blocks.0", count, "bgc", width, 0, coordinates.format(level))
+        for level, (width, count) in enumerate(zip(widths, (2, 1, 1), strict=True))
     )
 
 
@@ -126,7 +126,7 @@ THREE = {"tokens": "cls_token img_token text_token", "positions": "cls_pos img_p
 START = {"norms": "norm", "heads": "head", "tokens": "start", "positions": "start_position"}
 PARTS = "label_conv propagation_0 convs1 bns1 convs2 bns2 convs3"
 GPT = {"tokens": "blocks.sos cls_token", "positions": "cls_pos sos_pos", "norms": "blocks.ln_f"}
-usual = expect(vit("blocks.0", 3, 1, "output[1] of 'tokenizer'"), **START)
+usual = expect(vit("blocks.0", 2, 1, "output[1] of 'tokenizer'"), **START)
 
 
 def mae(count: int, prefix: int = 1, attention: str = FUSED) -> S:
@@ -144,7 +144,7 @@ EXPECTED: dict[str, E] = {
     "pcp_mae": expect(mae(2), heads="cls_head_finetune", norms="norm", **CLS),
     "recon": expect(mae(2, 3), heads="cls_head_finetune", norms="norm", **THREE),
     "recon_contrast": expect(mae(2, 3), heads="cls_head_finetune", norms="norm", **THREE),
-    "compact": expect(mae(3, 1, SPLIT), heads="cls_head_finetune", norms="norm", **CLS),
+    "compact": expect(mae(2, 1, SPLIT), heads="cls_head_finetune", norms="norm", **CLS),
     "part_seg": expect(mae(3, 0), heads=PARTS, norms="norm"),
     "point_m2ae": expect(
         *levels("h_encoder.encoder_blocks", (12, 24, 24), "output[1] of 'group_dividers.{}'"),
@@ -155,7 +155,7 @@ EXPECTED: dict[str, E] = {
         vit("blocks.blocks.0", 2, 1, "input[0] of 'pos_embed'"), heads="head", norms="norm_f", **CLS
     ),
     "torch_pointcloud_part_seg": expect(
-        vit("blocks.blocks.0", 12, 0, "input[0] of 'pos_embed'"), heads="label_conv propagation_0 head", norms="norm_f"
+        vit("blocks.blocks.0", 4, 0, "input[0] of 'pos_embed'"), heads="label_conv propagation_0 head", norms="norm_f"
     ),
     "torch_pointcloud_point_bert": expect(
         vit("encoder.blocks.0", 2, 1, "input[0] of 'encoder.pos_embed'"),
@@ -208,8 +208,8 @@ EXPECTED: dict[str, E] = {
     ),
     "uni3d": uni3d(FUSED),
     "uni3d_swiglu": uni3d(SPLIT),
-    "timm_vit": expect(vit("blocks.0", 3, 0, "output[1] of 'patches'", position="once"), heads="head", norms="norm"),
-    "pyg_point_transformer": expect(graph("layers.0", 3, WIDTH), heads="lin_out", norms="norm"),
+    "timm_vit": expect(vit("blocks.0", 2, 0, "output[1] of 'patches'", position="once"), heads="head", norms="norm"),
+    "pyg_point_transformer": expect(graph("layers.0", 2, WIDTH), heads="lin_out", norms="norm"),
     "openpoints_point_vit": expect(
         vit("encoder.blocks.0", 2, 1, "output[0][1] of 'encoder.patch_embed'"),
         heads="prediction",
@@ -219,12 +219,12 @@ EXPECTED: dict[str, E] = {
     ),
     "transformer_batch_first": expect(nowhere("encoder.layers.0", TORCH), heads="classify", norms="encoder.norm"),
     "transformer_sequence_first": expect(
-        vit("encoder.layers.0", 3, 0, "output[1] of 'tokenizer'", layout="gbc", position="once", attention=TORCH),
+        vit("encoder.layers.0", 2, 0, "output[1] of 'tokenizer'", layout="gbc", position="once", attention=TORCH),
         heads="classify",
         norms="encoder.norm",
     ),
     "pointgpt": expect(
-        vit("blocks.layers.0", 3, 2, GROUPED, layout="gbc", attention=TORCH),
+        vit("blocks.layers.0", 2, 2, GROUPED, layout="gbc", attention=TORCH),
         heads="blocks.cls_norm blocks.cls_head_finetune",
         **GPT,
     ),
@@ -249,10 +249,10 @@ EXPECTED: dict[str, E] = {
     "tuple_blocks": usual,
     "allowed_mask": usual,
     "random_groups": usual,
-    "head_masks": expect(vit("blocks.0", 3, 1, "output[1] of 'tokenizer'", attention=TORCH), **START),
+    "head_masks": expect(vit("blocks.0", 2, 1, "output[1] of 'tokenizer'", attention=TORCH), **START),
     # Its positions go beside the tokens, so that these come to each block as the one before left them.
     "fused_positions": expect(
-        vit("blocks.0", 3, 1, "output[1] of 'tokenizer'", position="once", attention=TORCH),
+        vit("blocks.0", 2, 1, "output[1] of 'tokenizer'", position="once", attention=TORCH),
         **{**START, "positions": ""},
     ),
     # The third of the list is the first once more.

@@ -23,8 +23,8 @@ def test_rows_of_three_backbones(capsys, options):
     printed = capsys.readouterr().out
     assert all(len(line) <= any_backbone.WIDTH for line in printed.splitlines())
     rows = {line.split()[0]: re.split(r" +", line) for line in printed.splitlines() if line.split()[:1]}
-    assert {"2+2+2", "bgc,", "12,24,24", "fused", "POINT_PEFT"} <= set(rows["point_m2ae"])
-    assert {"3", "gbc,", "24", "torch", "POINT_PEFT"} <= set(rows["pointgpt"])
+    assert {"2+1+1", "bgc,", "12,24,24", "fused", "POINT_PEFT"} <= set(rows["point_m2ae"])
+    assert {"2", "gbc,", "24", "torch", "POINT_PEFT"} <= set(rows["pointgpt"])
     for name in names:
         assert rows[name][-2:] == ["yes", "yes"]
         assert float(rows[name][-3]) < float(rows[name][-4])

@@ -31,7 +31,7 @@ from tests.adapting import (
     without_search,
 )
 from tests.methods import config
-from tests.zoo import clouds
+from tests.zoo import TinyBackbone, clouds
 
 SIMPLE = without_search(ONE_BLOCK)
 NAMES = ("default", "other")
@@ -50,14 +50,14 @@ def of_batch(size: int, seed: int = 5) -> Tensor:
     return points
 
 
-def adapted(how: str | Config, other: str | Config) -> PointPeftModel:
+def adapted(how: str | Config, other: str | Config, backbone: TinyBackbone = SIMPLE) -> PointPeftModel:
     """Two adapters with other values, both seen in eager mode."""
-    model = adapt(SIMPLE, how)
-    add(model, SIMPLE, other, "other")
-    outputs = [plain(SIMPLE)]
+    model = adapt(backbone, how)
+    add(model, backbone, other, "other")
+    outputs = [plain(backbone)]
     for name in NAMES:
         model.set_adapter(name)
-        outputs.append(run(model, SIMPLE))
+        outputs.append(run(model, backbone))
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert distance(outputs[first], outputs[second]) > 1e-3
     return model
@@ -88,14 +88,14 @@ def step(forward: Callable[[Tensor], Tensor], model: nn.Module, points: Tensor) 
 
 
 def test_a_swap_to_another_method_and_back():
-    """The graphs differ already in the number of tokens."""
-    model, graphs = adapted("VPT", "LORA"), CompileCounterWithBackend("eager")
+    """With the search for farthest points and the encoder; the graphs differ already in the number of tokens."""
+    model, graphs = adapted("VPT", "LORA", ONE_BLOCK), CompileCounterWithBackend("eager")
     compiled = one_graph(model, graphs)
     outputs = []
     for name in (*NAMES, NAMES[0]):
         model.set_adapter(name)
-        outputs.append(run(compiled, SIMPLE))
-        assert torch.allclose(outputs[-1], run(model, SIMPLE), atol=1e-5)
+        outputs.append(run(compiled, ONE_BLOCK))
+        assert torch.allclose(outputs[-1], run(model, ONE_BLOCK), atol=1e-5)
     assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     assert graphs.frame_count == 2
 

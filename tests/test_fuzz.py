@@ -56,7 +56,7 @@ SOURCES: dict[str, tuple[Any, Format]] = {
     "LORA": (PeftConfig(tuners=[LORA], base_model_name_or_path="me/base", revision="v1"), "point_peft"),
     "POINT_PEFT": (PointPEFTConfig(adapter_width=4), "auto"),
     "DAPT": (DAPTConfig(width=4), "auto"),
-    "VPT": (VPTConfig(num_prompts=3, layers_to_transform=[0, 2]), "auto"),
+    "VPT": (VPTConfig(num_prompts=3, layers_to_transform=[1]), "auto"),
     "two methods": (PeftConfig(tuners=[LORA, DAPTConfig(width=4)], anatomy=describe(BACKBONE.build())), "auto"),
 }
 each_source = pytest.mark.parametrize("source", SOURCES)

@@ -14,7 +14,7 @@ from point_peft.backbones.layers import Encoder
 from .inputs import clouds, coloured_clouds, slice_batch
 from .operators import supply_torchvision_schemas
 from .parts import HEADS, Positions, Tokenizer
-from .registry import CLASSES, WIDTH, linear_head, register
+from .registry import CLASSES, NARROW, WIDTH, linear_head, register
 
 NEEDS = ("timm", "torchvision")
 
@@ -38,7 +38,7 @@ class ColourEncoder(Encoder):
     """The usual patch encoder for points with colours, which first become three features."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+        super().__init__(channels, widths=NARROW)
         self.features = nn.Linear(6, 3)
 
     def forward(self, neighborhood: Tensor) -> Tensor:
@@ -135,4 +135,4 @@ def timm_vit() -> nn.Module:
     supply_torchvision_schemas()
     from timm.models.vision_transformer import Block
 
-    return PatchVit([Block(WIDTH, HEADS, qkv_bias=True, init_values=0.1) for _ in range(3)])
+    return PatchVit([Block(WIDTH, HEADS, qkv_bias=True, init_values=0.1) for _ in range(2)])

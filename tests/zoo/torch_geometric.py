@@ -65,5 +65,5 @@ def pyg_point_transformer() -> nn.Module:
         return nn.Sequential(nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, last))
 
     return GraphTransformer(
-        [PointTransformerConv(WIDTH, WIDTH, mlp(3, 16, WIDTH), mlp(WIDTH, 16, WIDTH)) for _ in range(3)]
+        [PointTransformerConv(WIDTH, WIDTH, mlp(3, 16, WIDTH), mlp(WIDTH, 16, WIDTH)) for _ in range(2)]
     )

@@ -32,6 +32,21 @@ _encoder: dict[str, Any] = {"encoder_local_channels": (16, 32), "encoder_global_
 _vit: dict[str, Any] = {"in_channels": 0, "num_classes": CLASSES, "embed_dim": WIDTH, "num_heads": 4, **_patches}
 _point_mae: dict[str, Any] = {**_vit, **_encoder, "pos_embed_channels": (16,)}
 
+FEATURES = 32
+"""Features of a point that the segmenting models interpolate, 1,024 as published."""
+
+
+def _propagation(channels: int, hidden: int) -> nn.Module:
+    module: nn.Module = importlib.import_module("torch_pointcloud.layers").PointNet2FeaturePropagation(
+        [channels + 3, hidden, FEATURES], norm="batch_norm", plain_last=False, weighting="squared", eps=1e-8
+    )
+    return module
+
+
+def _head(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(channels, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
 # ---- Point-MAE -------------------------------------------------------------------------------------------------------
 
 
@@ -54,14 +69,17 @@ def torch_pointcloud() -> nn.Module:
     slice=slice_packed,
     select=_by_sample,
     heads=("label_conv", "propagation_0", "head"),
-    other_head=lambda: nn.Sequential(nn.Linear(1024 + 6 * WIDTH + 64, 7)),
+    other_head=linear_head(FEATURES + 6 * WIDTH + 64),
     random_in_training=True,
     kind="patch tokens alone",
 )
 def torch_pointcloud_part_seg() -> nn.Module:
-    kind = _class("point_mae", "PointMAEPartSegmentation")
-    model: nn.Module = kind(**_point_mae, num_categories=LABELS, depth=12)
-    return model
+    """As published the blocks that reach the prediction are the fourth, the eighth and the last of twelve."""
+    model: Any = _class("point_mae", "PointMAEPartSegmentation")(**_point_mae, num_categories=LABELS, depth=12)
+    model.blocks.blocks, model.fetch_idx = model.blocks.blocks[:4], (1, 2, 3)
+    model.propagation_0, model.head = _propagation(3 * WIDTH, 4 * WIDTH), _head(FEATURES + 6 * WIDTH + 64)
+    part_seg: nn.Module = model
+    return part_seg
 
 
 # ---- further vision transformers -------------------------------------------------------------------------------------
@@ -102,8 +120,8 @@ _m2ae: dict[str, Any] = {
     "in_channels": 0,
     "num_classes": CLASSES,
     "group_sizes": (8, 4, 4),
-    "num_groups": (32, 16, 8),
-    "encoder_depths": (2, 2, 2),
+    "num_groups": (16, 8, 4),
+    "encoder_depths": (2, 1, 1),
     "encoder_dims": (12, 24, 48),
     "token_local_channels": (16, 32),
     "token_global_channels": (32,),
@@ -130,15 +148,15 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
         "label_conv",
         "head",
     ),
-    other_head=lambda: nn.Sequential(nn.Linear(6 * 1024 + 64, 7)),
+    other_head=linear_head(6 * FEATURES + 64),
     random_in_training=True,
     kind="hierarchical",
 )
 def torch_pointcloud_point_m2ae_part_seg() -> nn.Module:
-    """Every stage's tokens reach the prediction. Its own head has six million parameters: a smaller one stands here."""
-    kind = _class("point_m2ae", "PointM2AEPartSegmentation")
-    model: nn.Module = kind(**_m2ae, num_categories=LABELS)
-    model.head = nn.Sequential(nn.Linear(6 * 1024 + 64, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    """Every stage's tokens reach the prediction."""
+    model: nn.Module = _class("point_m2ae", "PointM2AEPartSegmentation")(**_m2ae, num_categories=LABELS)
+    model.propagations = nn.ModuleList(_propagation(channels, 48) for channels in _m2ae["encoder_dims"])
+    model.head = _head(6 * FEATURES + 64)
     return model
 
 

@@ -18,7 +18,7 @@ def _encoder(*, batch_first: bool, norm_first: bool) -> nn.TransformerEncoder:
         WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=batch_first, norm_first=norm_first
     )
     # Nested tensors, which are the default, raise a warning.
-    return nn.TransformerEncoder(layer, 3, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
 
 
 class BatchFirst(nn.Module):

@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         self.positions = Positions()
         self.start = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.start_position = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.blocks = nn.ModuleList(blocks or [Layer() for _ in range(3)])
+        self.blocks = nn.ModuleList(blocks or [Layer() for _ in range(2)])
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(2 * WIDTH, CLASSES)
 
@@ -137,7 +137,7 @@ class MapLayer(Layer):
 
 class MapClassifier(Classifier):
     def __init__(self) -> None:
-        super().__init__([MapLayer() for _ in range(3)])
+        super().__init__([MapLayer() for _ in range(2)])
 
     def encode(self, tokens: Tensor, positions: Tensor, centres: Tensor) -> Tensor:
         for block in self.blocks:
@@ -170,7 +170,7 @@ class PositionLayer(nn.Module):
 
 class PositionClassifier(Classifier):
     def __init__(self) -> None:
-        super().__init__([PositionLayer() for _ in range(3)])
+        super().__init__([PositionLayer() for _ in range(2)])
 
     def encode(self, tokens: Tensor, positions: Tensor, centres: Tensor) -> Tensor:
         for block in self.blocks:
@@ -225,7 +225,7 @@ class BiasLayer(nn.Module):
 
 class BiasClassifier(Classifier):
     def __init__(self) -> None:
-        super().__init__([BiasLayer() for _ in range(3)])
+        super().__init__([BiasLayer() for _ in range(2)])
         self.slope = nn.Parameter(torch.zeros(HEADS))
 
     def encode(self, tokens: Tensor, positions: Tensor, centres: Tensor) -> Tensor:
