@@ -38,6 +38,7 @@ from tests.adapting import (
     kinds,
     loss_of,
     plain,
+    representatives,
     rescramble,
     run,
     stated,
@@ -46,12 +47,17 @@ from tests.adapting import (
 from tests.methods import config
 from tests.zoo import BACKBONES, Args, TinyBackbone
 
+REPRESENTATIVES = representatives(PAIRS)
+
 
 @every_pair
 def test_an_adapter_acts_where_it_is_active_and_nowhere_else(
     method: str, backbone: TinyBackbone, tmp_path: Path
 ) -> None:
-    """Change by a fresh one, heads, effect and gradients, batch mates, files, the backbone without it and after it."""
+    """Change by a fresh one, heads, effect and gradients, batch mates, the backbone without it and after it.
+
+    And its files, where the pair is a representative: they know of a backbone the paths and shapes of its modules.
+    """
     base, args, without = unusual(backbone.build()), backbone.inputs(2, 6), plain(backbone, 2, 6)
     before, types = fingerprint(base), kinds(base)
     torch.manual_seed(0)
@@ -80,7 +86,8 @@ def test_an_adapter_acts_where_it_is_active_and_nowhere_else(
     alone = run(model, backbone, backbone.slice(args, 1))
     assert distance(alone, together[1:2]) < 1e-5, "a sample depends on its batch mates"
 
-    _check_that_files_carry_it_bit_for_bit(model, backbone, alone, tmp_path)
+    if (method, backbone) in REPRESENTATIVES:
+        _check_that_files_carry_it_bit_for_bit(model, backbone, alone, tmp_path)
 
     with model.disable_adapter():
         assert model.active_adapters == ()
@@ -102,6 +109,11 @@ def _check_that_files_carry_it_bit_for_bit(
     # An optimizer's state goes by their order.
     assert [name for name, _ in reloaded.named_parameters()] == parameters, "other parameters, or in another order"
     assert not any(parameter.requires_grad for parameter in reloaded.parameters()), "what was loaded is trainable"
+    reloaded.save_pretrained(folder / "b")
+    names = sorted(path.name for path in (folder / "a").iterdir())
+    assert names == sorted(path.name for path in (folder / "b").iterdir()), "saved again, it has other files"
+    for name in names:
+        assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes(), f"{name} saved again"
 
 
 def merging(pairs: Sequence[Pair]) -> list[Pair]:

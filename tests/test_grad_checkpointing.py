@@ -9,8 +9,7 @@ from torch import Tensor
 
 from point_peft import PointPeftModel
 from point_peft.adapting.adapter import get_adapter
-from tests.adapting import PAIRS, adapt, assert_same_values, distance, each, gradients, loss_of
-from tests.test_representatives import few, representatives
+from tests.adapting import PAIRS, adapt, assert_same_values, distance, each, few, gradients, loss_of, representatives
 from tests.zoo import BACKBONES, TinyBackbone, library
 
 REFERENCES = [pair for pair in PAIRS if pair[1].make.__module__ == library.__name__]
