@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.forks import Server
+from tests.zoo import TinyBackbone
 
 # The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
 torch.set_num_threads(1)
@@ -18,6 +19,21 @@ torch.set_num_threads(1)
 torch.backends.mha.set_fastpath_enabled(False)
 # A client of the Hub reads the machine's certificates, 50 ms each time, though the one on loopback speaks no TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+# A seed is kept for devices that may yet appear, each time with the text of the whole stack, a millisecond.
+for device, there in ((torch.cuda, torch.cuda.is_available()), (torch.xpu, torch.xpu.is_available())):
+    if not there:
+        vars(device)["manual_seed_all"] = lambda seed: None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the models of other packages first, so that of two workers only one has to import these and make them."""
+    items.sort(key=_needs_no_other_package)
+
+
+def _needs_no_other_package(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and "[" in item.name else {}
+    backbone = parameters.get("backbone")
+    return not (isinstance(backbone, TinyBackbone) and backbone.needs)
 
 
 def pytest_collection_finish() -> None:

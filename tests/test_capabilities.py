@@ -8,20 +8,20 @@ import pytest
 
 from point_peft import METHODS
 from tests.methods import ToyConfig
-from tests.zoo import BACKBONES
+from tests.zoo import BACKBONES, TinyBackbone
 from tools import capabilities
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_what_the_page_calls_unsupported_is_refused(name: str) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+def test_what_the_page_calls_unsupported_is_refused(backbone: TinyBackbone) -> None:
     """Pairs that it calls supported, and the changes for them, are run by the matrix of `tests/test_conformance.py`."""
     page = capabilities.known()
     for method in sorted(METHODS):
-        assert (method, name) in page, "write the page anew: python -m tools.capabilities"
+        assert (method, backbone.name) in page, "write the page anew: python -m tools.capabilities"
         for changes in capabilities.configurations(method):
-            if capabilities.spell(changes) == page[method, name]:
+            if capabilities.spell(changes) == page[method, backbone.name]:
                 break
-            why = capabilities.refusal(METHODS[method](**changes), BACKBONES[name])
+            why = capabilities.refusal(METHODS[method](**changes), backbone)
             assert why, f"{method} works with {capabilities.spell(changes)}: python -m tools.capabilities"
 
 

@@ -82,14 +82,14 @@ def test_radhar_reader(tmp_path):
 
 def tiny(*options: str) -> list[str]:
     """The options of a quickstart of seconds, and further ones."""
-    return ["--epochs", "1", "--train", "40", "--val", "20", "--test", "40", *options]
+    return ["--epochs", "1", "--train", "20", "--val", "10", "--test", "20", *options]
 
 
 def test_quickstart_from_end_to_end(tmp_path, capfd):
     """It saves, reloads and swaps (and compares logits itself), and leaves two adapters and a picture."""
     quickstart.main(tiny("--out", str(tmp_path)))
     printed, bars = capfd.readouterr()
-    for words in ("train: 40 of ", "epoch 1/1", "bit for bit", "second task", "microseconds", "MB"):
+    for words in ("train: 20 of ", "epoch 1/1", "bit for bit", "second task", "microseconds", "MB"):
         assert words in printed
     assert bars == ""  # nobody watches
     for task in ("first", "second"):

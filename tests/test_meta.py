@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from point_peft import PointPeftModel
-from tests.adapting import ONE_BLOCK, adapt, every_method
-from tests.zoo import POINTS
+from tests.adapting import METHOD_NAMES, ONE_BLOCK, adapt, each, without_search
+from tests.zoo import POINTS, TinyBackbone
 
 META = torch.device("meta")
 
@@ -37,7 +37,8 @@ class OnlyMeta(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and self.answered:
             return False  # the tensors are equal
         output = func(*args, **(kwargs or {}))
-        elsewhere = [leaf.device for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.device != META]
+        leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        elsewhere = [leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device != META]
         assert not elsewhere, f"{func} makes a tensor on {elsewhere[0]}"
         return output
 
@@ -55,14 +56,14 @@ def autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("autocast_on_meta")
-@every_method
-def test_training_makes_no_tensor_on_the_cpu_and_waits_for_no_value(method: str) -> None:
+@each([("LINEAR_PROBE", ONE_BLOCK), *((method, without_search(ONE_BLOCK)) for method in METHOD_NAMES)])
+def test_training_makes_no_tensor_on_the_cpu_and_waits_for_no_value(method: str, backbone: TinyBackbone) -> None:
     """Of the first step, values may be asked for: Point-PEFT compares the positions that it keeps with the backbone's.
 
     It does so once after tensors have moved or were written to, and remembers the answer: on a GPU that is one wait
     when training begins, not one a step.
     """
-    model = adapt(ONE_BLOCK, method).to(META).train()
+    model = adapt(backbone, method).to(META).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for answered in (True, False):
