@@ -235,7 +235,9 @@ class AdapterSet(nn.Module):
         check_unmerged(self.merged, "adapters cannot take turns")
         names = adding.task_names(self.adapters, adapter_names)
         if any(module.training for module in (self, self.base_model)):
-            raise AdapterError("adapter_names is for inference: call model.eval() first, or train one at a time")
+            raise AdapterError(
+                "adapter_names is for inference: call model.eval() first, or train one adapter at a time"
+            )
         return mixed.forward_mixed(self, args, dict(kwargs), names)
 
     # ---- what is trained, and how things stand ----

@@ -54,15 +54,12 @@ def nearest_names(wanted: str, names: Sequence[str], limit: int = 3, *, what: st
     best = max(scores.values(), default=0.0)
     near = sorted((group for group in scores if scores[group] >= max(1.1, best - 0.25)), key=lambda g: -scores[g])
     if near:
-        return ", ".join(_shown(groups[group], what) for group in near[:limit])
+        alike = [groups[group] for group in near[:limit]]
+        return ", ".join(repr(g[0]) if len(g) == 1 else f"{g[0]!r} ({len(g)} {what}s)" for g in alike)
     tops = list(dict.fromkeys(name.split(".")[0] for name in names if name))
     if not tops:
         return f"none (there are no {what}s)"
     return "none (there are " + ", ".join(map(repr, tops[:6])) + (", …)" if len(tops) > 6 else ")")
-
-
-def _shown(group: list[str], what: str) -> str:
-    return repr(group[0]) if len(group) == 1 else f"{group[0]!r} ({len(group)} {what}s)"
 
 
 def _likeness(query: list[str], name: list[str]) -> float:

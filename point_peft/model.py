@@ -205,4 +205,6 @@ def _check_plain(model: nn.Module) -> None:
         raise AdapterError("the model is adapted already: use add_adapter")
     for path, module in model.named_modules():
         if SITE in module.__dict__ or isinstance(module, AdapterSet):
-            raise AdapterError(f"'{path or type(model).__name__}' is part of an adapted model: use its add_adapter")
+            raise AdapterError(
+                f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter"
+            )

@@ -72,7 +72,8 @@ def _assemble(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Seque
     adapter.tensors()  # refuses two of one name
     if next(adapter.parameters(), None) is None:
         raise AdapterError(
-            "the adapter would have nothing to train: no head was found or asked for; name modules in modules_to_save"
+            "the adapter would have nothing to train: no head was found or none was asked for; name the modules to "
+            "train in modules_to_save"
         )
     return adapter
 
@@ -132,7 +133,8 @@ def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | N
         raise AdapterError(f"'{path}' is a {kind}, which is never called: name what it holds")
     if anatomy is not None and path in anatomy.uncalled:
         raise AdapterError(
-            f"'{path}' ({kind}) was neither called nor read when traced: nothing there can have an effect; leave it out"
+            f"'{path}' ({kind}) was neither called nor read in the traced forward: nothing that is put there can have "
+            "an effect; leave it out"
         )
     reader = reader_of(backbone.modules, anatomy, path)
     if reader is None:

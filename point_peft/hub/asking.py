@@ -31,7 +31,8 @@ def ask(repo_id: str, revision: str | None, ask: Callable[[], T], pauses: Sequen
             return ask()
         except errors.GatedRepoError as error:
             raise HubError(
-                f"'{repo_id}' is gated: accept its conditions at {constants.ENDPOINT}/{repo_id} and pass your token"
+                f"'{repo_id}' is gated: accept its conditions at {constants.ENDPOINT}/{repo_id} and pass a token of "
+                "that account"
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise HubError(

@@ -98,7 +98,8 @@ def understand(model: nn.Module, example_inputs: Any = None) -> Anatomy:
     if example_inputs is None:
         if known is None:
             raise AnatomyError(
-                f"no preset describes {type(model).__name__}: pass example_inputs=(...), two or more clouds to trace"
+                f"no preset describes {type(model).__name__}: pass example_inputs=(...), two or more clouds, to let "
+                "one forward be traced"
             )
         return known
     args, kwargs = call_arguments(example_inputs)
@@ -129,7 +130,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         seen = observe(model, args, kwargs, {block_width(model, block) for block in blocks.values()})
         called = [path for path in seen.calls if path in blocks]
         if not called:
-            raise AnatomyError(f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are")
+            raise AnatomyError(
+                f"the blocks of {name} ('{next(iter(blocks))}' …) were never called: their parts are called one by one"
+            )
         live = reaching(seen, called)
         if not live:
             raise AnatomyError(f"no block of {name} ('{called[0]}' …) has an influence on what the model returns")
