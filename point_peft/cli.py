@@ -141,9 +141,6 @@ def _folder(source: str, options: argparse.Namespace) -> Path:
     return Path(source, options.subfolder or "")
 
 
-# ---- inspect ---------------------------------------------------------------------------------------------------------
-
-
 def _inspect(options: argparse.Namespace) -> int:
     report = _report(_folder(options.source, options))
     if options.json:
@@ -244,9 +241,6 @@ def _readable(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {problem}"
 
 
-# ---- diff ------------------------------------------------------------------------------------------------------------
-
-
 def _diff(options: argparse.Namespace) -> int:
     files = [format.read_folder(_folder(source, options)) for source in (options.first, options.second)]
     lines = list(_differences(*files))
@@ -283,9 +277,6 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(entry, f"{path}[{number}]")
     else:
         yield path, json.dumps(value, sort_keys=True)
-
-
-# ---- describe, merge -------------------------------------------------------------------------------------------------
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -348,9 +339,6 @@ def _module(origin: str) -> Any:
         return importlib.import_module(origin)
     except ImportError as error:
         raise PointPeftError(f"MODEL: cannot import {quoted(origin)}: {error}") from error
-
-
-# ---- the Hub ---------------------------------------------------------------------------------------------------------
 
 
 def _push(options: argparse.Namespace) -> int:

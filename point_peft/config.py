@@ -195,7 +195,9 @@ class PeftConfig:
         if len(stated) == 1 and isinstance(stated[0], str):
             return stated[0]
         if any(isinstance(value, str) for value in stated):
-            raise PointPeftError("modules_to_save: state a regular expression in PeftConfig, not in one of the methods")
+            raise PointPeftError(
+                "modules_to_save: state a regular expression in PeftConfig, not in one of several methods"
+            )
         return tuple(dict.fromkeys(name for value in stated for name in value))
 
     @property

@@ -44,7 +44,9 @@ class Host(Root, Protocol):
 def check_new_name(adapters: nn.ModuleDict, name: str) -> None:
     """Refuse what cannot be the name of a further adapter."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise AdapterError(f"adapter name {name!r} is not valid: up to 100 letters, digits, '_', '-', the first no '-'")
+        raise AdapterError(
+            f"adapter name {name!r} is not valid: at most 100 letters, digits, '_' and '-', the first not '-'"
+        )
     if name in adapters._modules:
         raise AdapterError(f"there is an adapter '{name}' already: delete it first or choose another name")
 

@@ -40,9 +40,13 @@ def ask(repo_id: str, revision: str | None, ask: Callable[[], T], pauses: Sequen
                 "that may read it, or run `hf auth login`"
             ) from error
         except errors.RevisionNotFoundError as error:
-            raise HubError(f"'{repo_id}' has no revision {quoted(revision)}: name a branch, tag or commit") from error
+            raise HubError(
+                f"'{repo_id}' has no revision {quoted(revision)}: name a branch, a tag or a commit"
+            ) from error
         except errors.LocalTokenNotFoundError as error:
-            raise HubError("token=True asks for a login's token, and there is none: run `hf auth login`") from error
+            raise HubError(
+                "token=True asks for the token of a login, and there is none: run `hf auth login`"
+            ) from error
         except errors.LocalEntryNotFoundError as error:
             # The client tells in what it was raised from why it could not ask.
             failure = _failure(error.__cause__ or error)

@@ -74,7 +74,9 @@ def check_names(repo_id: str, revision: str | None, subfolder: str | None, token
         raise HubError(f"{quoted(repo_id)} is not a repository of the Hub: write 'owner/name'")
     for what, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None and not is_path(value):
-            raise HubError(f"{what} is {quoted(value)}; allowed: letters, digits, '.', '_', '-', '/' within, no '..'")
+            raise HubError(
+                f"{what} is {quoted(value)}; allowed: letters, digits, '.', '_', '-' and, in between, '/', but no '..'"
+            )
     if isinstance(token, str) and not _TOKEN.fullmatch(token):
         raise HubError("the token has characters that no token has: copy it again, without spaces or line ends")
 

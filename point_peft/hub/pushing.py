@@ -43,7 +43,9 @@ def push(upload: Upload) -> str:
     check_names(repo_id, revision, None, upload.token)
     for name in upload.files:
         if not is_path(name):
-            raise HubError(f"{quoted(name)} cannot be a path in a repository: use letters, digits, '.', '_', '-'")
+            raise HubError(
+                f"{quoted(name)} cannot be a path in a repository: name the adapter with letters, digits, '.', '_', '-'"
+            )
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"nothing was pushed to '{repo_id}': HF_HUB_OFFLINE is set")
     api = client(upload.token)

@@ -62,9 +62,6 @@ _add_member(PeftType, PEFT_TYPE)
 _add_member(TaskType, TASK_TYPE)
 
 
-# ---- the configuration -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class BridgeConfig(peft.PeftConfig):
     """A configuration of point_peft as PEFT holds it: its JSON values, for PEFT writes to its configurations.
@@ -100,9 +97,6 @@ class BridgeConfig(peft.PeftConfig):
 def wrap(config: Config) -> BridgeConfig:
     """A configuration of point_peft for PEFT's own functions; it is not changed, whatever they do to the result."""
     return BridgeConfig(**PeftConfig.of(config).to_json())
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 class PointPeftTuner(nn.Module):

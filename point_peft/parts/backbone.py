@@ -48,7 +48,9 @@ class Backbone:
             chosen -= set(match_names(excluded, names, what="block", field="exclude_modules"))
         for layer in layers or ():
             if layer >= len(blocks):
-                raise AnatomyError(f"layers_to_transform: there is no block {layer}, they are 0 to {len(blocks) - 1}")
+                raise AnatomyError(
+                    f"layers_to_transform: there is no block {layer}, the blocks are 0 to {len(blocks) - 1}"
+                )
         kept = tuple((i, b) for i, b in enumerate(blocks) if b.path in chosen and (layers is None or i in layers))
         if not kept:
             raise AnatomyError(f"{method}: target_modules, exclude_modules and layers_to_transform leave no block")

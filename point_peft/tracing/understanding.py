@@ -184,7 +184,9 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
     floats = [(steps, value) for steps, value in call.inputs.items() if value.is_floating_point()]
     candidates = [(steps, value) for steps, value in floats if value.ndim in (2, 3) and value.shape[-1] == width]
     if not candidates:
-        raise AnatomyError(f"block '{path}' gets no tokens of its width, (b, g, {width}) or packed (n, {width})")
+        raise AnatomyError(
+            f"block '{path}' gets no tokens of its width {width}, neither (b, g, {width}) nor packed (n, {width})"
+        )
     steps, tokens = candidates[0]
     outputs = tuple(
         place for place, value in call.outputs.items() if value.is_floating_point() and value.shape == tokens.shape
