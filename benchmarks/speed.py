@@ -1,6 +1,6 @@
 """How fast point_peft trains, infers, swaps and loads, what memory it takes, and how large its files are.
 
-    python -m benchmarks.speed --write                     everything, into docs/ (ten minutes on two cores)
+    python -m benchmarks.speed --write                     everything, into docs/ (over 14 minutes on two cores)
     python -m benchmarks.speed --quick                     tiny backbones, a row a method: a try
     python -m benchmarks.speed --sections published --out build/speed
     python -m benchmarks.speed --against ../before         beside another checkout, in turns (seven minutes)
