@@ -104,6 +104,9 @@ def test_representatives_are_every_method_on_every_kind_and_every_backbone() -> 
     assert set(some) <= set(found) and len(some) < len(found) / 3
     assert {method for method, _ in some} == {method for method, _ in PAIRS}
     assert {backbone.kind for _, backbone in some} == {backbone.kind for _, backbone in PAIRS}
+    each_once = few(found, of=lambda backbone: backbone.name)
+    assert {method for method, _ in each_once} == {method for method, _ in PAIRS}
+    assert {backbone.name for _, backbone in each_once} == {backbone.name for _, backbone in PAIRS}
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------

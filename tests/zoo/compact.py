@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from point_peft.backbones.layers import Encoder, Group
 
 from .inputs import clouds, slice_batch
-from .registry import CLASSES, NARROW, WIDTH, linear_head, register
+from .registry import CLASSES, ENCODER_WIDTHS, WIDTH, linear_head, register
 
 Checkpointing = Literal["inside", "block", "container"]
 """Modules that are run again in the backward pass: the inside of each block, each block with its hooks, all blocks."""
@@ -82,7 +82,7 @@ class Compact(nn.Module):
     def __init__(self, *, again: Checkpointing | None = None, reentrant: bool = False, spare: bool = False) -> None:
         super().__init__()
         self.group_divider = RandomGroup(16, 8)
-        self.encoder = Encoder(WIDTH, widths=NARROW)
+        self.encoder = Encoder(WIDTH, widths=ENCODER_WIDTHS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.pos_embed = nn.Sequential(nn.Linear(3, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))

@@ -10,11 +10,11 @@ from point_peft.backbones import HierarchicalPointTransformer, PointTransformer,
 from point_peft.backbones.layers import Encoder
 
 from .inputs import LABELS, clouds, labelled_clouds, slice_batch
-from .registry import CLASSES, NARROW, WIDTH, linear_head, register
+from .registry import CLASSES, ENCODER_WIDTHS, WIDTH, linear_head, register
 
 
 def transformer(**options: Any) -> PointTransformer:
-    """Make a tiny one: of options that are not given the smallest."""
+    """Make a tiny one; what the options do not say is small."""
     sizes: dict[str, Any] = {
         "trans_dim": WIDTH,
         "depth": 2,
@@ -25,7 +25,7 @@ def transformer(**options: Any) -> PointTransformer:
     }
     sizes |= {"cls_dim": CLASSES, **options}
     model = PointTransformer(**sizes)
-    model.encoder = Encoder(sizes["encoder_dims"], widths=NARROW)
+    model.encoder = Encoder(sizes["encoder_dims"], widths=ENCODER_WIDTHS)
     return model
 
 
@@ -85,5 +85,5 @@ def part_seg() -> nn.Module:
         num_labels=LABELS,
         taps=(0, 2),
     )
-    model.encoder = Encoder(WIDTH, widths=NARROW)
+    model.encoder = Encoder(WIDTH, widths=ENCODER_WIDTHS)
     return model

@@ -9,7 +9,7 @@ from point_peft import geometry
 from point_peft.backbones.layers import Encoder, Group, sine_features
 
 from .inputs import clouds, slice_batch
-from .registry import CLASSES, NARROW, WIDTH, linear_head, register
+from .registry import CLASSES, ENCODER_WIDTHS, WIDTH, linear_head, register
 
 GROUPS = 16
 GROUP_SIZE = 8
@@ -98,7 +98,7 @@ class PointGPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.group_divider = PathGroup(GROUPS, GROUP_SIZE)
-        self.encoder = Encoder(WIDTH, widths=NARROW)
+        self.encoder = Encoder(WIDTH, widths=ENCODER_WIDTHS)
         self.pos_embed = SinePositions()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))

@@ -10,7 +10,7 @@ from point_peft.backbones.layers import Attention, Encoder, Group, Mlp
 
 from .inputs import clouds, slice_batch
 from .parts import HEADS, Positions
-from .registry import CLASSES, NARROW, WIDTH, linear_head, register
+from .registry import CLASSES, ENCODER_WIDTHS, WIDTH, linear_head, register
 
 PREFIX = 3
 
@@ -72,7 +72,7 @@ class ReCon(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.group_divider = Group(16, 8)
-        self.encoder = Encoder(WIDTH, widths=NARROW)
+        self.encoder = Encoder(WIDTH, widths=ENCODER_WIDTHS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.img_token = nn.Parameter(torch.zeros(1, 1, WIDTH))

@@ -19,7 +19,7 @@ from point_peft.anatomy.presets import known_anatomy
 CLASSES = 5
 WIDTH = 24
 """Channels c of most of the backbones."""
-NARROW = (16, 32, 32)
+ENCODER_WIDTHS = (16, 32, 32)
 """Channels inside of the encoder of patches, where it is this library's."""
 
 Args = tuple[Any, ...]

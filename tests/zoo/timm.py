@@ -14,7 +14,7 @@ from point_peft.backbones.layers import Encoder
 from .inputs import clouds, coloured_clouds, slice_batch
 from .operators import supply_torchvision_schemas
 from .parts import HEADS, Positions, Tokenizer
-from .registry import CLASSES, NARROW, WIDTH, linear_head, register
+from .registry import CLASSES, ENCODER_WIDTHS, WIDTH, linear_head, register
 
 NEEDS = ("timm", "torchvision")
 
@@ -38,7 +38,7 @@ class ColourEncoder(Encoder):
     """The usual patch encoder for points with colours, which first become three features."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, widths=NARROW)
+        super().__init__(channels, widths=ENCODER_WIDTHS)
         self.features = nn.Linear(6, 3)
 
     def forward(self, neighborhood: Tensor) -> Tensor:
