@@ -20,6 +20,7 @@ from point_peft.adapting.combining import combine
 from point_peft.adapting.heads import Heads, HeadSource
 from point_peft.adapting.mixed import choosing
 from point_peft.adapting.planning import build_adapter
+from point_peft.adapting.proving import warn_of_silent
 from point_peft.adapting.site import backbone_modules
 from point_peft.adapting.weights import folded, overwrite_weights
 from point_peft.anatomy.description import Anatomy
@@ -60,7 +61,6 @@ class AdapterSet(nn.Module):
         self.default = ()
         self.traced: Forward | None = None
         self.losses: tuple[Tensor, ...] = ()
-        self.unproven: set[str] = set()
         self.anatomy = None if isinstance(anatomy, AnatomyError) else anatomy
         self.why_unknown = str(anatomy) if isinstance(anatomy, AnatomyError) else ""
         self.merged: dict[str, dict[str, Tensor]] = {}
@@ -375,6 +375,8 @@ class AdapterSet(nn.Module):
         return chosen
 
     def _save(self, folder: Path, adapters: Mapping[str, Adapter], format: Format, said: Mapping[str, Any]) -> None:
+        for name, adapter in adapters.items():
+            warn_of_silent(name, adapter)
         save_adapters(folder, adapters, backbone_for(self), format, partial(card_of, self.base_model, said))
 
     def push_to_hub(

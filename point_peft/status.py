@@ -21,6 +21,8 @@ class LayerStatus:
     """Adapter -> the kinds of its parts here."""
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
+    unproven_adapters: tuple[str, ...]
+    """Those whose parts here have not run in any forward, but for compiled ones, which do not tell."""
     requires_grad: Mapping[str, bool]
     devices: Mapping[str, tuple[str, ...]]
 
@@ -55,6 +57,7 @@ def layer_status(
             parts={name: tuple(type(part).__name__ for part in parts) for name, parts in here.items()},
             active_adapters=tuple(name for name in active if name in here),
             merged_adapters=tuple(name for name in merged if name in here),
+            unproven_adapters=tuple(name for name in here if path in adapters[name].silent),
             requires_grad={name: _is_trained(parts) for name, parts in here.items()},
             devices={name: tuple(sorted({str(p.device) for p in parts.parameters()})) for name, parts in here.items()},
         )

@@ -4,6 +4,7 @@ A release of torch may change them without notice; this file is then the only on
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ try:
 except ImportError:  # torch 2.4 and 2.5
     scan = None  # type: ignore[assignment]
 
-__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "overwrite", "scan"]
+__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "leaf_of", "overwrite", "scan"]
 # BatchNorm and NormBase are what batch norms, and all norms with running statistics, are known by: users' own as well.
 # IncompatibleKeys is the type that Module.load_state_dict returns.
 # scan is a loop in an exported graph, where Python's would be unrolled.
@@ -28,6 +29,12 @@ def graph_task() -> int:
         return -1
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node of an autograd graph adds up, None for any other node."""
+    leaf: Tensor | None = node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
+    return leaf
 
 
 def overwrite(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

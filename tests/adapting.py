@@ -359,7 +359,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "tensors": {name: None if tensor is None else _tensor_state(tensor) for name, tensor in own},
         }
         if isinstance(module, AdapterSet):
-            fields = (module.default, sorted(module.unproven), copy.deepcopy(module.frozen))
+            fields = (module.default, copy.deepcopy(module.frozen))
             found[path]["adapters"] = (fields, module.active_adapters, list(module.adapters))
     return found
 

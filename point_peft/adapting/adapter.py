@@ -10,6 +10,7 @@ from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part, SharedState
 from point_peft.running.forward import Forward, Root
+from point_peft.running.proof import Unproven
 
 
 class Adapter(nn.Module):
@@ -28,6 +29,10 @@ class Adapter(nn.Module):
         """Modules of the stem in which it has parts, so that what they compute is not what the backbone would."""
         self.readers: dict[str, list[str]] = {}
         """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
+        self.unproven: Unproven | None = None
+        """The facts that forwards have yet to show of it; None once they have shown all."""
+        self.ran_eagerly = False
+        """True once a forward that was not compiled has run it."""
 
     def sites(self) -> Iterator[tuple[str, nn.ModuleList]]:
         """Pairs (module path, parts)."""
@@ -64,6 +69,11 @@ class Adapter(nn.Module):
     def weight_changes(self) -> dict[str, Part]:
         """The parts that are changes of their modules' tensors, by site."""
         return {path: part for path, part in self.all_parts() if part.mergeable}
+
+    @property
+    def silent(self) -> set[str]:
+        """The sites whose parts have not run in any forward, compiled ones apart."""
+        return set() if self.unproven is None else self.unproven.silent
 
     @property
     def asks_backbone(self) -> bool:

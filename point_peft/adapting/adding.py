@@ -9,6 +9,7 @@ from torch import nn
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
+from point_peft.adapting.proving import to_prove
 from point_peft.adapting.site import CHILD, backbone_modules
 from point_peft.anatomy.checking import check_anatomy
 from point_peft.anatomy.description import Anatomy
@@ -172,7 +173,7 @@ def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
             attach_sites(root, other)
     adapter.train(root.training)
     root.adapters._modules[name] = adapter
-    root.unproven.add(name)
+    adapter.unproven = to_prove(adapter)
     attach_sites(root, adapter)
     if not root.default and len(root.adapters) == 1:
         activate(root, (name,))
@@ -188,7 +189,6 @@ def detach_adapter(root: Root, name: str) -> None:
     """Detach an adapter, and let go of what this thread or task used it for."""
     gone = all_adapters(root.adapters)[name]
     del root.adapters._modules[name]
-    root.unproven.discard(name)
     root.default = tuple(other for other in root.default if other != name)
     chosen = chosen_adapters(root)
     if chosen is not None:

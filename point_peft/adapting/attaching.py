@@ -56,7 +56,8 @@ def attach_sites(root: Root, adapter: Adapter) -> None:
         module = marked(root, path)
         if begin_reading not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(begin_reading)
-            module.register_forward_hook(end_reading, always_call=True)
+            # Where it is the model itself that reads, this has to end before the forward does.
+            module.register_forward_hook(end_reading, always_call=True, prepend=not path)
 
 
 def detach_sites(root: Root, gone: Adapter, others: Sequence[Adapter]) -> None:

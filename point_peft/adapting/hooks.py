@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from point_peft.adapting.adapter import adapters_by_name, calls_at, get_adapter
+from point_peft.adapting.adapter import adapters_by_name, calls_at
+from point_peft.adapting.proving import begin_proof, end_proof, note_run
 from point_peft.adapting.site import CHILD, SITE, Site, here, hook
 from point_peft.adapting.weights import adapted_tensors
 from point_peft.errors import AdapterError
-from point_peft.running.forward import Forward, close_forward, current_forward, open_forward
+from point_peft.running.forward import close_forward, current_forward, open_forward
 from point_peft.running.nested import Args, Kwargs
 from point_peft.running.reading import enter, leave
 from point_peft.running.replay import mark
@@ -29,41 +30,16 @@ def enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     gone = [name for name in forward.active if name not in adapters_by_name(root)]
     if gone:
         raise AdapterError(f"adapter '{gone[0]}' is active in this thread or task, but was deleted: call set_adapter")
-    if torch.compiler.is_compiling() or any(name in root.unproven for name in forward.active):
-        forward.ran = set()
+    begin_proof(forward, module)
 
 
 @hook
 def leave_model(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
     _, forward = here(module)
     close_forward(forward)
-    if output is None:  # an exception is on its way
-        return
-    if forward.ran is not None:
-        _prove(forward)
-    if torch.is_grad_enabled():
+    end_proof(forward, module, output)
+    if output is not None and torch.is_grad_enabled():
         mark(forward.root.key, forward, output)
-
-
-def _prove(forward: Forward) -> None:
-    """After the first forward of an adapter, and whenever a forward is traced: every part must have run."""
-    traced = torch.compiler.is_compiling()
-    for name in forward.active:
-        if forward.ran is None or not (traced or name in forward.root.unproven):
-            continue
-        adapter = get_adapter(forward.root, name)
-        silent = [(path, parts) for path, parts in adapter.sites() if (name, path) not in forward.ran]
-        if silent:
-            path, parts = silent[0]
-            kind = type(forward.root.base_model.get_submodule(path)).__name__
-            more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
-            raise AdapterError(
-                f"adapter '{name}': the {type(parts[0]).__name__} at '{path}'{more} had no effect, because that module "
-                f"({kind}) was not called in the forward; its weights may be read by another module. Leave it out with "
-                "exclude_modules or modules_to_save, or adapt the module that is called"
-            )
-        if not traced:
-            forward.root.unproven.discard(name)
 
 
 @hook
@@ -110,8 +86,13 @@ def after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> A
             continue
         if read is None:
             output = part.after(call, args, kwargs, output)
-        if forward.ran is not None and (read is None or site.path in read):
-            forward.ran.add((call.adapter, site.path))
+        if read is not None and site.path not in read:
+            raise AdapterError(
+                f"'{site.path}' ({type(module).__name__}) did not use its own {' and '.join(part.tuned)}, so the "
+                f"{type(part).__name__} of adapter '{call.adapter}' there has no effect: something else, such as "
+                "pruning or a parametrization, has put another tensor in the place since"
+            )
+        note_run(forward, part, call)
     if forward.inputs is None and not forward.recomputing and torch.is_grad_enabled() and forward.handover.is_empty:
         # A direct call, which no end of a model's forward will mark. Not where blocks hand on tensors: the forward
         # holds those, and the mark would hold the forward in a circle that no garbage collector sees.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import Adapter, calls_at, get_adapter
+from point_peft.adapting.proving import note_run
 from point_peft.adapting.site import SITE, Site, here, hook
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
@@ -34,8 +35,10 @@ def end_reading(module: nn.Module, args: Args, output: Any) -> None:
     if forward.ran is None or output is None:
         return
     for name in forward.active:
-        read = get_adapter(forward.root, name).readers.get(site.path, ())
-        forward.ran.update((name, path) for path in read if path in used)
+        for path in get_adapter(forward.root, name).readers.get(site.path, ()):
+            if path in used:
+                for part, call in calls_at(forward, (name,), path, forward.root.base_model.get_submodule(path)):
+                    note_run(forward, part, call)
 
 
 def _read_weights(forward: Forward, site: Site) -> dict[int, tuple[str, Tensor]]:

@@ -106,8 +106,8 @@ class GroupingPart(Part):
         if self.stage.position == "once":
             tokens = tokens + positions
         else:
-            forward.handover.leave(self.key(call, "positions"), positions)
-        forward.handover.leave(self.key(call, "prompts"), tokens)
+            forward.handover.leave(self.key(call, "positions"), positions, call.path)
+        forward.handover.leave(self.key(call, "prompts"), tokens, call.path)
         return output
 
 
@@ -165,7 +165,7 @@ class CarryingPart(SequencePart):
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         count = call.forward.handover.notes[call.adapter, self.tuner, call.path].shape[1]
         made = self.finish(call, self.returned(call, output, prompts=count))
-        call.forward.handover.leave(self.key(call, "prompts"), made.prompts)
+        call.forward.handover.leave(self.key(call, "prompts"), made.prompts, call.path)
         return self.without_prompts(output, made.prefix, made.patches, prompts=count)
 
     def finish(self, call: Call, tokens: BlockTokens) -> BlockTokens:

@@ -20,6 +20,7 @@ from point_peft.anatomy.description import Anatomy
 from point_peft.running.activation import Key, PerModel, active_adapters
 from point_peft.running.handover import Handover
 from point_peft.running.nested import Args, Kwargs
+from point_peft.running.proof import Ran
 from point_peft.running.replay import resumed
 from point_peft.running.second import Second, Start
 from point_peft.running.stem import Stem
@@ -67,7 +68,6 @@ class Root(Protocol):
     slots: dict[str, nn.Module]
     traced: Forward | None
     losses: tuple[Tensor, ...]
-    unproven: set[str]
     base_model: nn.Module
     adapters: nn.ModuleDict
 
@@ -102,8 +102,10 @@ class Forward:
         """Terms that parts add to the training loss."""
         self.apart = False
         """True while a part runs modules of the backbone for itself: what they are given is not the model's."""
-        self.ran: set[tuple[str, str]] | None = None
-        """The (adapter, site) pairs that ran, while that is still to be proved."""
+        self.ran: dict[tuple[str, str], Ran] | None = None
+        """The (adapter, site) pairs that ran, while something is still to be proved of an adapter."""
+        self.watches = False
+        """True if it is watched whose weights are read by others."""
         self._task = graph_task()
 
     @property

@@ -8,11 +8,6 @@ from torch import Tensor
 from point_peft.errors import AdapterError
 from point_peft.torch_private import graph_task
 
-_NO_GRADIENT = (
-    "a method that hands tensors on beside the tokens needs their gradient, and a part of the model runs without: use "
-    "torch.utils.checkpoint with use_reentrant=False, and no torch.no_grad() inside the model"
-)
-
 
 class Handover:
     """Tensors that the parts of one forward hand on.
@@ -32,12 +27,12 @@ class Handover:
         self._with_gradient = torch.is_grad_enabled()
         self._task = graph_task()
 
-    def leave(self, key: Hashable, value: Tensor) -> None:
-        """Leave a tensor for modules that run later in this forward; it may have a gradient."""
+    def leave(self, key: Hashable, value: Tensor, path: str) -> None:
+        """Leave a tensor for modules that run later in this forward; it may have a gradient. `path` says who leaves."""
         if self._recomputing:
             return  # those that run later have taken theirs
         if self._with_gradient and self.whole and not torch.is_grad_enabled():
-            raise AdapterError(_NO_GRADIENT)
+            raise _without_gradient(path)
         self._left[key] = value
 
     def take(self, key: Hashable, path: str) -> Tensor | None:
@@ -63,10 +58,10 @@ class Handover:
         else:
             self._gradless.add(key)
 
-    def noted(self, key: Hashable) -> Tensor:
-        """The tensor that was noted under a key, once: it need not be kept until the forward ends."""
+    def noted(self, key: Hashable, path: str) -> Tensor:
+        """The tensor that was noted under a key, once: it need not be kept until the forward ends. `path` asks."""
         if key in self._gradless and torch.is_grad_enabled():
-            raise AdapterError(_NO_GRADIENT)
+            raise _without_gradient(path)
         return self.notes.pop(key)
 
     def left(self, adapter: str, name: str) -> list[Tensor]:
@@ -87,3 +82,10 @@ class Handover:
     @property
     def _recomputing(self) -> bool:
         return graph_task() != self._task
+
+
+def _without_gradient(path: str) -> AdapterError:
+    return AdapterError(
+        f"a method that hands tensors on beside the tokens needs their gradient, and at '{path}' a part of the model "
+        "runs without: use torch.utils.checkpoint with use_reentrant=False, and no torch.no_grad() inside the model"
+    )

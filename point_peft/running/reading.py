@@ -12,13 +12,17 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
+"""Functions that look at a tensor and do not use what it holds."""
 
 
 class _State(threading.local):
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, Substitution]] = []
+        self.stack: list[tuple[nn.Module, Substitution | Watch]] = []
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -53,7 +57,31 @@ class Substitution(TorchFunctionMode):
         return adapted
 
 
+class Watch(TorchFunctionMode):
+    """Notes whose tensors functions are given, by the identity of these."""
+
+    def __init__(self, owners: Mapping[int, str]) -> None:
+        super().__init__()
+        self.owners = owners
+        self.used: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # Not in what a model compiles itself, such as its attention, which knows no identities.
+        if not torch.compiler.is_compiling() and func.__name__ not in LOOKS:
+            self.used.update(self.owners[id(value)] for value in arguments(args, kwargs) if id(value) in self.owners)
+        return func(*args, **kwargs)
+
+
 _state = _State()
+
+
+def watch(reader: nn.Module, owners: Mapping[int, str]) -> None:
+    """From now on, until the reader's `leave`, it is noted whose tensors functions called on this thread are given.
+
+    `owners` has modules' paths by the identity of their tensors.
+    """
+    _begin(reader, Watch(owners))
 
 
 def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: Callable[[], bool]) -> None:
@@ -61,7 +89,10 @@ def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: C
 
     `adapted` has them by the identity of the base's, each with the path of the module that it belongs to.
     """
-    mode = Substitution(adapted, alive)
+    _begin(reader, Substitution(adapted, alive))
+
+
+def _begin(reader: nn.Module, mode: Substitution | Watch) -> None:
     mode.__enter__()  # type: ignore[no-untyped-call]
     _state.stack.append((reader, mode))
 

@@ -16,10 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from point_peft.anatomy.description import Steps
 from point_peft.running.nested import all_arguments, leaves
-from point_peft.running.reading import arguments
-
-_LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
-"""Functions that look at a tensor and do not use what it holds."""
+from point_peft.running.reading import LOOKS, arguments
 
 
 @dataclass
@@ -91,7 +88,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in arguments(args, kwargs) if func.__name__ not in _LOOKS else ():
+        for value in arguments(args, kwargs) if func.__name__ not in LOOKS else ():
             if not isinstance(value, nn.Parameter):
                 continue
             self.uses[id(value)] += 1

@@ -194,7 +194,7 @@ class AdapterPart(EntrancePart):
         if self.prompted is not None:
             mean = nn.functional.gelu(batch_first(adapted, self.prompted.layout)).mean(dim=1, keepdim=True)
             # Left and not noted: a model that checkpoints the inside of its blocks may run it without gradient.
-            call.forward.handover.leave(self.key(call, f"adapted tokens of {self.block}"), mean)
+            call.forward.handover.leave(self.key(call, f"adapted tokens of {self.block}"), mean, call.path)
         return output + adapted.to(output.dtype)
 
 
@@ -243,5 +243,5 @@ class PositionOnce(SequencePart):
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         tokens = output_tokens(self.stage, call.path, output)
-        call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), tokens)
+        call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), tokens, call.path)
         return output

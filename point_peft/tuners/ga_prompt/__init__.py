@@ -341,9 +341,9 @@ class CloudPart(Part):
             shape = call.state(f"stage_{stage}", ShapeState).shape
             assert shape is not None
             made = shape(code)
-            call.forward.handover.leave(self.key(call, f"shape for stage {stage}"), made)
+            call.forward.handover.leave(self.key(call, f"shape for stage {stage}"), made, call.path)
             if stage == self.feature:
-                call.forward.handover.leave(self.key(call, "feature"), made)
+                call.forward.handover.leave(self.key(call, "feature"), made, call.path)
 
     def _with_means(self, value: Tensor) -> Tensor:
         assert self.point_prompts is not None
@@ -424,5 +424,5 @@ class ShapedPart(SequencePart):
                 "grouped, and in this forward none was: call the model, or a method that groups the cloud too"
             )
         # Left again, which is refused where a block runs without the gradient that it needs.
-        call.forward.handover.leave(key, taken)
+        call.forward.handover.leave(key, taken, call.path)
         return taken

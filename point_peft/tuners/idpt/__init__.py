@@ -114,7 +114,7 @@ class FeaturePart(SequencePart):
     """At the block before the prompt's first: hands on the patch tokens that it returns."""
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        call.forward.handover.leave(self.key(call, "features"), self.returned(call, output).patches)
+        call.forward.handover.leave(self.key(call, "features"), self.returned(call, output).patches, call.path)
         return output
 
 

@@ -137,7 +137,7 @@ class SidePart(SequencePart):
         added = network.down[self.down](self._tokens(call, self.received(call, args, kwargs).patches, side is None))
         side = added if side is None else side + added
         if self.graph is None:
-            forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side)
+            forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side, call.path)
         else:
             forward.handover.notes[call.adapter, "stag", call.path] = side
         return args, kwargs
@@ -150,12 +150,12 @@ class SidePart(SequencePart):
             assert isinstance(module, GraphModule)
             near = neighbours(call.forward, self.number, self.neighbours)
             side, displaced = module(call.forward.handover.notes.pop((call.adapter, "stag", call.path)), near)
-            call.forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side)
+            call.forward.handover.leave(self.key(call, f"side tokens of stage {self.number}"), side, call.path)
             displaced = displaced.to(patches.dtype)
             prefix, patches = prefix + displaced.mean(dim=1, keepdim=True), patches + displaced
             output = self.without_prompts(output, prefix, patches)
         if self.stage.position == "every_block":
-            call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), patches)
+            call.forward.handover.leave(self.key(call, f"tokens of stage {self.number}"), patches, call.path)
         return output
 
     def _tokens(self, call: Call, received: Tensor, first: bool) -> Tensor:

@@ -86,7 +86,7 @@ class DeepPrompts(SequencePart):
         count = self.embeddings.shape[0]
         got = self.returned(call, output, prompts=count)
         if self.pooled:
-            call.forward.handover.leave(self.key(call, "prompts"), got.prompts)
+            call.forward.handover.leave(self.key(call, "prompts"), got.prompts, call.path)
         return self.without_prompts(output, got.prefix, got.patches, prompts=count)
 
 
