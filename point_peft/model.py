@@ -20,6 +20,7 @@ from point_peft.hub.pulling import Place, Token
 from point_peft.running.forward import close_forward, open_forward, opened, reopen, replica
 from point_peft.running.reading import depth, unwind
 from point_peft.running.replay import mark
+from point_peft.torch_private import is_compiled
 from point_peft.tracing import understand
 
 M = TypeVar("M", bound=nn.Module)
@@ -204,6 +205,21 @@ def _check_plain(model: nn.Module) -> None:
     if isinstance(model, AdapterSet):
         raise AdapterError("the model is adapted already: use add_adapter")
     for path, module in model.named_modules():
+        if is_compiled(module):
+            raise AdapterError(
+                f"'{path or type(model).__name__}' is compiled already, and what is compiled sees no adapter: adapt "
+                "first, then compile, torch.compile(get_peft_model(model, ...))"
+            )
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            raise AdapterError(
+                f"'{path or type(model).__name__}' is a module of TorchScript, in which nothing can be put: adapt "
+                "first, then compile or export"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise AdapterError(
+                f"'{path or type(model).__name__}' is wrapped by DistributedDataParallel already, which would not see "
+                "the tensors of an adapter: adapt first, then wrap"
+            )
         if SITE in module.__dict__ or isinstance(module, AdapterSet):
             raise AdapterError(
                 f"'{path or type(model).__name__}' is part of an adapted model already: use its add_adapter"

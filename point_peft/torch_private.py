@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
@@ -17,7 +17,7 @@ try:
 except ImportError:  # torch 2.4 and 2.5
     scan = None  # type: ignore[assignment]
 
-__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "leaf_of", "overwrite", "scan"]
+__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "is_compiled", "leaf_of", "overwrite", "scan"]
 # BatchNorm and NormBase are what batch norms, and all norms with running statistics, are known by: users' own as well.
 # IncompatibleKeys is the type that Module.load_state_dict returns.
 # scan is a loop in an exported graph, where Python's would be unrolled.
@@ -29,6 +29,12 @@ def graph_task() -> int:
         return -1
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile, or the module's own compile(), has been called on a module."""
+    # What torch.compile returns is of a class that takes seconds to import, and holds the module by this name.
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def leaf_of(node: Any) -> Tensor | None:

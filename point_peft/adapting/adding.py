@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms
+from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms, reattach
 from point_peft.adapting.proving import to_prove
 from point_peft.adapting.site import CHILD, backbone_modules
 from point_peft.anatomy.checking import check_anatomy
@@ -167,10 +167,7 @@ def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
         attach_model(root)
     elif anatomy != root.anatomy:  # the adapters so far, if any, did without one
         root.anatomy = anatomy
-        detach_model(root)
-        attach_model(root)
-        for other in all_adapters(root.adapters).values():
-            attach_sites(root, other)
+        reattach(root)
     adapter.train(root.training)
     root.adapters._modules[name] = adapter
     adapter.unproven = to_prove(adapter)

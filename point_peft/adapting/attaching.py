@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.coordinates import check_tokens, tap_input, tap_output
 from point_peft.adapting.hooks import PLAIN, after_parts, before_parts, enter_model, leave_model
+from point_peft.adapting.replacing import changed_links, follow, links_of
 from point_peft.adapting.second_pass import end_at_last_block, keep_stem, reuse_stem, see_trunk, trunk_of
-from point_peft.adapting.site import CHILD, HOOKS, SITE, backbone_modules, hook, marked, remove_hooks, strip
+from point_peft.adapting.site import CHILD, HOOKS, SITE, Site, backbone_modules, hook, marked, remove_hooks, strip
 from point_peft.adapting.weights import begin_reading, end_reading
 from point_peft.running.forward import Root
 from point_peft.running.nested import Args
@@ -21,6 +23,7 @@ def attach_model(root: Root) -> None:
     base = root.base_model
     marked(root, "")
     base.register_load_state_dict_post_hook(_allow_base_alone)  # type: ignore[no-untyped-call]
+    base.register_forward_pre_hook(follow_modules)
     base.register_forward_pre_hook(enter_model, with_kwargs=True)
     base.register_forward_hook(leave_model, with_kwargs=True, always_call=True)
     for module in frozen_norms(root).values():
@@ -44,6 +47,31 @@ def attach_model(root: Root) -> None:
     marked(root, anatomy.stages[anatomy.queried].blocks[-1].path).register_forward_hook(end_at_last_block)
 
 
+@hook
+def follow_modules(module: nn.Module, args: Args) -> None:
+    """See to it that the modules that are hooked are those that will be called."""
+    if torch.compiler.is_compiling():
+        return
+    site: Site = module.__dict__[SITE]
+    changed = changed_links(site)
+    if changed and follow(site, changed):
+        reattach(site.root)
+
+
+def reattach(root: Root) -> None:
+    """Hook again what every adapter needs, and what those that there are need."""
+    detach_model(root)
+    attach_model(root)
+    for adapter in root.adapters._modules.values():
+        assert isinstance(adapter, Adapter)
+        attach_sites(root, adapter)
+
+
+def note_links(root: Root) -> None:
+    """Note which modules have hooks, to find out if others take their places."""
+    marked(root, "").__dict__[SITE].links[:] = links_of(root)
+
+
 def attach_sites(root: Root, adapter: Adapter) -> None:
     """Hook what an adapter needs hooks at, unless it is hooked already."""
     for path in adapter.called():
@@ -58,6 +86,7 @@ def attach_sites(root: Root, adapter: Adapter) -> None:
             module.register_forward_pre_hook(begin_reading)
             # Where it is the model itself that reads, this has to end before the forward does.
             module.register_forward_hook(end_reading, always_call=True, prepend=not path)
+    note_links(root)
 
 
 def detach_sites(root: Root, gone: Adapter, others: Sequence[Adapter]) -> None:
@@ -71,6 +100,7 @@ def detach_sites(root: Root, gone: Adapter, others: Sequence[Adapter]) -> None:
         left = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {hold_eval}
         if left.isdisjoint(HOOKS):
             module.__dict__.pop(SITE, None)
+    note_links(root)
 
 
 def detach_model(root: Root) -> None:

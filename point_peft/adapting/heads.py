@@ -202,7 +202,7 @@ def make_head(source: HeadSource, path: str, backbone: Backbone) -> nn.Module:
     head = source()
     if not isinstance(head, nn.Module):
         raise AdapterError(f"heads[{path!r}] must give an nn.Module, it gave a {type(head).__name__}")
-    return head
+    return copy.deepcopy(head)  # which may be the base's own, or another adapter's
 
 
 def _named_head(pool: str, path: str, backbone: Backbone) -> PooledHead:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.heads import Heads, make_own_modules, place_head, pools_of
+from point_peft.adapting.memory import Memory
 from point_peft.adapting.site import clean_copy, first_names, floating_parameter
 from point_peft.anatomy.description import Anatomy
 from point_peft.anatomy.structure import Modules
@@ -139,6 +140,13 @@ def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | N
     reader = reader_of(backbone.modules, anatomy, path)
     if reader is None:
         return path if any(part.by_weight for part in parts) else None
+    memory = Memory(backbone.model)
+    others = [name for own in module._parameters for name in memory.others(module, own)]
+    if others:
+        raise AdapterError(
+            f"'{path}' is not called, '{reader}' reads its weights, and they are the same memory as '{others[0]}': what "
+            "is put there would act on both; leave it out"
+        )
     for part in parts:
         part.act_by_weight(path)
     return reader

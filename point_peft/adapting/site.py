@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -27,11 +27,23 @@ def hook(function: F) -> F:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A module's place in another: whoever looks there finds the module, unless somebody has put another there."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    child: nn.Module
+
+
+@dataclass(frozen=True)
 class Site:
     """A module's knowledge of itself: its path in the backbone and who holds the adapters."""
 
     path: str
     root: Root
+    links: list[Link] = field(default_factory=list)
+    """Of the model itself: the links that lead to modules with hooks of this library, as they were found."""
 
 
 def here(module: nn.Module) -> tuple[Site, Forward]:
@@ -81,6 +93,11 @@ def marked(root: Root, path: str) -> nn.Module:
     if SITE not in module.__dict__:
         module.__dict__[SITE] = Site(path, root)
     return module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether this library has put hooks on a module."""
+    return not HOOKS.isdisjoint((*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
 def strip(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapting.adapter import Adapter, calls_at, get_adapter
+from point_peft.adapting.memory import Memory
 from point_peft.adapting.proving import note_run
 from point_peft.adapting.site import SITE, Site, here, hook
 from point_peft.errors import AdapterError
@@ -74,9 +75,22 @@ def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
     if any(adapter.shared_states()):
         raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
     values: dict[str, Tensor] = {}
+    memory = Memory(base)
     for path, part in adapter.all_parts():
-        for own, value in part.weights(base.get_submodule(path)).items():
+        module = base.get_submodule(path)
+        for own, value in part.weights(module).items():
             key = f"{path}.{own}"
+            if module._parameters.get(own) is None:
+                raise AdapterError(
+                    f"adapter '{name}' cannot be merged: '{key}' is no parameter (any more), but made of others, as by "
+                    "pruning or a parametrization"
+                )
+            others = memory.others(module, own)
+            if others:
+                raise AdapterError(
+                    f"adapter '{name}' cannot be merged: '{key}' is the same memory as '{others[0]}', which would change "
+                    "with it"
+                )
             if not bool(torch.isfinite(value).all()):
                 raise AdapterError(f"merging '{name}' would give '{key}' values that are not finite")
             if key in values:

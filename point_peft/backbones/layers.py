@@ -167,7 +167,11 @@ def _linear(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, Ten
     weight = rearrange(conv.weight, "o i 1 -> o i")
     if norm is None:
         return weight, conv.bias
-    assert isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None and norm.running_mean is not None
+    assert (
+        isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm)
+        and norm.running_var is not None
+        and norm.running_mean is not None
+    )
     gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return weight * gain[:, None], (conv.bias - norm.running_mean) * gain + norm.bias
 

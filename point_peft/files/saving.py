@@ -64,12 +64,14 @@ def _with_anatomy(config: PeftConfig, backbone: Backbone) -> PeftConfig:
 
 def base_fingerprint(adapter: Adapter, own: Iterable[str], modules: Modules) -> dict[str, Any]:
     """The fingerprint of what the adapter takes from the base: all but the tensors `own` that it has itself."""
-    own, inside = set(own), tuple(path + "." for path in adapter.saved)
+    # By module and not by name, for a module may have several.
+    inside = {id(module) for path in adapter.saved for module in modules[path].modules()}
+    named = [(path, name) for path, _, name in (full.rpartition(".") for full in own)]
+    replaced = {(id(modules[path]), name) for path, name in named if path in modules}
     tensors: dict[str, Tensor] = {}
     for path, module in modules.items():
         kept = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
-        for name, tensor in (*module._parameters.items(), *kept):
-            full = f"{path}.{name}" if path else name
-            if tensor is not None and full not in own and not full.startswith(inside):
-                tensors[full] = tensor
+        for name, tensor in () if id(module) in inside else (*module._parameters.items(), *kept):
+            if tensor is not None and (id(module), name) not in replaced:
+                tensors[f"{path}.{name}" if path else name] = tensor
     return fingerprint(tensors)

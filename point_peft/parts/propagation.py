@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.parts.batch_norm import BatchNorm
+from point_peft.parts.batch_norm import batch_norm as normalised
 from point_peft.running.forward import Forward
 
 
@@ -53,14 +53,15 @@ class GeometryAwareAdapter(nn.Module):
         super().__init__()
         self.scale = scale
         self.centre_scale = centre_scale
-        self.norm: BatchNorm | nn.LayerNorm = BatchNorm(channels) if batch_norm else nn.LayerNorm(channels)
+        self.norm = nn.BatchNorm1d(channels) if batch_norm else nn.LayerNorm(channels)
         self.gate = nn.Parameter(torch.zeros(())) if gated else None
 
     def forward(
         self, t: Tensor, U: Tensor, near: Neighbourhoods, w: Propagation, m: Tensor, *, recomputing: bool
     ) -> Tensor:
         """t (b, g, c) with what the centres among U (b, l, c) propagate, of m (b, s, c) pooled around them."""
-        normed = self.norm.normalise(m, recomputing=recomputing) if isinstance(self.norm, BatchNorm) else self.norm(m)
+        layer = isinstance(self.norm, nn.LayerNorm)
+        normed = self.norm(m) if layer else normalised(self.norm, m, recomputing=recomputing)
         v = nn.functional.gelu(normed).add(geometry.gather(U, near.centre), alpha=self.centre_scale)
         # Centres are fewer than tokens, so they are scaled and not what they propagate.
         v = (self.scale if self.gate is None else self.scale * self.gate) * v

@@ -61,7 +61,7 @@ from point_peft.config import TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, Part, SharedState
-from point_peft.parts.batch_norm import BatchNorm
+from point_peft.parts.batch_norm import batch_norm
 from point_peft.parts.bottleneck import Bottleneck, quick_bottleneck
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter, neighbourhoods
@@ -99,13 +99,12 @@ class PointMlp(nn.Module):
     def __init__(self, inputs: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(*pair) for pair in pairwise((inputs, *widths)))
-        self.norms = nn.ModuleList(BatchNorm(width) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in widths)
 
     def forward(self, features: Tensor, *, recomputing: bool) -> Tensor:
         rows = rearrange(features, "b n c -> (b n) c")
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            assert isinstance(norm, BatchNorm)
-            rows = nn.functional.relu(norm.normalise(linear(rows), recomputing=recomputing))
+            rows = nn.functional.relu(batch_norm(norm, linear(rows), recomputing=recomputing))
         return rearrange(rows, "(b n) c -> b n c", n=features.shape[1])
 
 

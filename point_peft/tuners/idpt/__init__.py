@@ -41,7 +41,7 @@ from point_peft.config import TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Call, SharedState
-from point_peft.parts.batch_norm import BatchNorm
+from point_peft.parts.batch_norm import batch_norm
 from point_peft.parts.prefix import tune_prefix
 from point_peft.parts.sequence import LastingPrompts, SequencePart, check_takes_prompts, small_normal
 from point_peft.running.nested import Args, Kwargs
@@ -128,7 +128,7 @@ class EdgeConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.edge = nn.Linear(2 * channels, channels, bias=False)
-        self.norm = BatchNorm(channels)
+        self.norm = nn.BatchNorm1d(channels)
 
     def forward(self, tokens: Tensor, k: int, *, recomputing: bool) -> Tensor:
         # W [y_b - y_a ; y_a] = W_1 y_b + (W_2 - W_1) y_a: once for each token, and then gathered.
@@ -137,7 +137,7 @@ class EdgeConv(nn.Module):
         centre = nn.functional.linear(tokens, of_token - of_edge)
         near = geometry.feature_knn(tokens, k)
         edges = geometry.gather(neighbours, near) + centre[:, :, None]
-        normed = self.norm.normalise(edges, recomputing=recomputing)
+        normed = batch_norm(self.norm, edges, recomputing=recomputing)
         pooled: Tensor = reduce(nn.functional.leaky_relu(normed, SLOPE), "b g k c -> b g c", "max")
         return pooled
 
@@ -150,14 +150,14 @@ class PromptGenerator(nn.Module):
         self.neighbours = neighbours
         self.convolutions = nn.ModuleList(EdgeConv(channels) for _ in range(3))
         self.joined = nn.Linear(3 * channels, channels, bias=False)
-        self.norm = BatchNorm(channels)
+        self.norm = nn.BatchNorm1d(channels)
 
     def forward(self, tokens: Tensor, *, recomputing: bool) -> Tensor:
         k = min(self.neighbours, tokens.shape[1])
         levels: list[Tensor] = []
         for convolution in self.convolutions:
             levels.append(convolution(levels[-1] if levels else tokens, k, recomputing=recomputing))
-        joined = self.norm.normalise(self.joined(torch.cat(levels, dim=2)), recomputing=recomputing)
+        joined = batch_norm(self.norm, self.joined(torch.cat(levels, dim=2)), recomputing=recomputing)
         prompt: Tensor = reduce(nn.functional.leaky_relu(joined, SLOPE), "b g c -> b c", "max")
         return prompt
 

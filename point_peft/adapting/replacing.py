@@ -1,0 +1,61 @@
+"""Modules of a backbone that somebody has put others in the place of since hooks were put on them."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from point_peft.adapting.site import Link, Site, backbone_modules, has_hooks
+from point_peft.errors import AdapterError
+from point_peft.running.forward import Root
+from point_peft.torch_private import BatchNorm, is_compiled
+
+
+def links_of(root: Root) -> list[Link]:
+    """The links of the backbone's tree of modules that lead to modules with hooks of this library."""
+    modules = backbone_modules(root)
+    links: dict[str, Link] = {}
+    for path, module in modules.items():
+        steps = path.split(".") if path and has_hooks(module) else []
+        for end, name in enumerate(steps):
+            below = ".".join(steps[: end + 1])
+            links.setdefault(below, Link(below, modules[".".join(steps[:end])], name, modules[below]))
+    return list(links.values())
+
+
+def changed_links(site: Site) -> list[Link]:
+    """Those of the links, noted at the site of the model itself, that lead elsewhere by now, or into compiled code."""
+    return [
+        link for link in site.links if link.parent._modules.get(link.name) is not link.child or is_compiled(link.child)
+    ]
+
+
+def follow(site: Site, changed: list[Link]) -> bool:
+    """Come to terms with changed links; True if there are modules now that have yet to be hooked.
+
+    Raises `AdapterError` where what was attached can act no more. What was only wrapped acts on.
+    """
+    unhooked = False
+    for link in changed:
+        old, new = link.child, link.parent._modules.get(link.name)
+        if new is not None and is_compiled(new):
+            raise AdapterError(
+                f"'{link.path}' ({type(old).__name__}) was compiled since something was attached to it or in it, which "
+                "would not act there as it should: compile the whole adapted model, torch.compile(model)"
+            )
+        converted = _is_converted(old, new)
+        if new is None or not (converted or old in set(new.modules())):
+            what = "taken out" if new is None else f"replaced by a {type(new).__name__}"
+            raise AdapterError(
+                f"'{link.path}' ({type(old).__name__}) was {what} since something was attached to it or in it, which "
+                "acts no more: change the model before an adapter is added to it"
+            )
+        unhooked = unhooked or converted
+    site.links[:] = [replace(link, child=link.parent._modules[link.name] or link.child) for link in site.links]
+    return unhooked
+
+
+def _is_converted(old: nn.Module, new: nn.Module | None) -> bool:
+    """Tell a norm that `convert_sync_batchnorm` has made of another: it has the very tensors."""
+    if not (isinstance(old, BatchNorm) and isinstance(new, nn.SyncBatchNorm)):
+        return False
+    return old.running_mean is new.running_mean and old._parameters.get("weight") is new._parameters.get("weight")
