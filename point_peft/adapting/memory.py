@@ -40,7 +40,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its storage, and that after its last."""
-    begin = tensor.storage_offset()
+    begin = int(tensor.storage_offset())
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = begin + steps + 1 if tensor.numel() else begin
     return begin * tensor.element_size(), end * tensor.element_size()

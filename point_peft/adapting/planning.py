@@ -144,8 +144,8 @@ def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | N
     others = [name for own in module._parameters for name in memory.others(module, own)]
     if others:
         raise AdapterError(
-            f"'{path}' is not called, '{reader}' reads its weights, and they are the same memory as '{others[0]}': what "
-            "is put there would act on both; leave it out"
+            f"'{path}' is not called, '{reader}' reads its weights, and they are the same memory as '{others[0]}', on "
+            "which what is put there would act too: leave it out"
         )
     for part in parts:
         part.act_by_weight(path)

@@ -88,8 +88,8 @@ def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
             others = memory.others(module, own)
             if others:
                 raise AdapterError(
-                    f"adapter '{name}' cannot be merged: '{key}' is the same memory as '{others[0]}', which would change "
-                    "with it"
+                    f"adapter '{name}' cannot be merged: '{key}' is the same memory as '{others[0]}', which would "
+                    "change with it"
                 )
             if not bool(torch.isfinite(value).all()):
                 raise AdapterError(f"merging '{name}' would give '{key}' values that are not finite")
