@@ -111,10 +111,12 @@ class AdapterSet(nn.Module):
         *,
         heads: Mapping[str, HeadSource] | None = None,
         memory_bank: Tensor | None = None,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter beside the others; it is trainable and, unless it is the first, not active.
 
-        `heads` gives it heads of its own shape: module name -> module, or a function that makes one.
+        `heads` gives it heads of its own shape: module name -> module, or a function that makes one. What is trained is
+        float32 where the base is in half precision, or with `autocast_adapter_dtype=False` in the base's type.
         On any error the model is as it was.
 
         >>> from point_peft import BitFitConfig
@@ -123,7 +125,7 @@ class AdapterSet(nn.Module):
         """
         self._check_new(adapter_name)
         config = PeftConfig.of(config)
-        adapter = build_adapter(backbone_for(self, config), config, heads)
+        adapter = build_adapter(backbone_for(self, config), config, heads, widen=autocast_adapter_dtype)
         if memory_bank is not None:
             bank_of(adapter, adapter_name).fill(memory_bank)
         adding.attach_adapter(self, adapter_name, adapter)
@@ -424,6 +426,7 @@ class AdapterSet(nn.Module):
         *,
         is_trainable: bool = False,
         heads: Mapping[str, HeadSource] | None = None,
+        autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
         revision: str | None = None,
         token: Token = None,
@@ -436,18 +439,19 @@ class AdapterSet(nn.Module):
         A folder may be one that the PEFT package has written, of LoRA. Everything is checked first: names, shapes,
         types and values of all tensors, and that the backbone is the one that the adapter was trained on, which PEFT's
         files do not tell. On any error the model is as it was. `heads` gives modules of classes that a
-        file cannot describe. All that follows but `subfolder` is for the Hub.
+        file cannot describe, `autocast_adapter_dtype` is that of `add_adapter`: True widens half precision, False takes
+        the base's types, whatever those of the file. All that follows but `subfolder` is for the Hub.
 
         >>> model.save_pretrained("task")
         >>> model.load_adapter("task", "copy")
         >>> model.set_adapter("copy")
         """
         place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
-        self._load(source, adapter_name, is_trainable, heads, place)
+        self._load(source, adapter_name, is_trainable, heads, autocast_adapter_dtype, place)
 
-    def _load(self, source: str | Path, name: str, is_trainable: bool, heads: Heads, place: Place) -> None:
+    def _load(self, source: str | Path, name: str, is_trainable: bool, heads: Heads, widen: bool, place: Place) -> None:
         self._check_new(name)
-        adapter = restore_adapter(self._read(source, place), heads).requires_grad_(is_trainable)
+        adapter = restore_adapter(self._read(source, place), heads, widen=widen).requires_grad_(is_trainable)
         adding.attach_adapter(self, name, adapter)
 
     def swap_adapter_(

@@ -73,6 +73,7 @@ class PointPeftModel(AdapterSet):
         *,
         heads: Mapping[str, HeadSource] | None = None,
         example_inputs: Any = None,
+        autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
         revision: str | None = None,
         token: Token = None,
@@ -87,7 +88,7 @@ class PointPeftModel(AdapterSet):
         _check_plain(model)
         peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
         place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
-        peft_model._load(source, adapter_name, is_trainable, heads, place)
+        peft_model._load(source, adapter_name, is_trainable, heads, autocast_adapter_dtype, place)
         return peft_model
 
 
@@ -118,13 +119,15 @@ def get_peft_model(
     example_inputs: Any = None,
     memory_bank: Tensor | None = None,
     heads: Mapping[str, HeadSource] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> PointPeftModel:
     """Freeze a backbone and give it a trainable adapter. The given model is changed in place.
 
     `example_inputs` (a tensor, a tuple of positional or a dict of named arguments) lets one forward be traced, for a
     model that no preset describes, or to verify what a preset says. `memory_bank` (rows, c) is the bank of Point-PEFT,
     if it is at hand. `heads` gives the adapter heads of its own shape: module name -> module, or a function that makes
-    one.
+    one. What is trained is float32 where the backbone is in half precision, as an optimizer and a gradient scaler need
+    it; `autocast_adapter_dtype=False` keeps the backbone's type.
 
     On any error the model is as it was, bit for bit.
 
@@ -138,7 +141,9 @@ def get_peft_model(
     """
     _check_plain(model)
     peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
-    peft_model.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+    peft_model.add_adapter(
+        adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
+    )
     return peft_model
 
 
@@ -150,6 +155,7 @@ def inject_adapter(
     example_inputs: Any = None,
     memory_bank: Tensor | None = None,
     heads: Mapping[str, HeadSource] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> M:
     """Like `get_peft_model`, for a model that keeps its own class and forward; returns that model.
 
@@ -165,13 +171,17 @@ def inject_adapter(
     """
     held = model._modules.get(CHILD)
     if isinstance(held, AdapterSet):
-        held.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+        held.add_adapter(
+            adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
+        )
         return model
     _check_plain(model)
     if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise AdapterError(f"a {type(model).__name__} would run its adapters as one of its layers: use get_peft_model")
     adapters = AdapterSet(model, _anatomy(model, example_inputs))
-    adapters.add_adapter(adapter_name, config, heads=heads, memory_bank=memory_bank)
+    adapters.add_adapter(
+        adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
+    )
     model._modules[CHILD] = adapters
     return model
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from point_peft.adapting import border
 from point_peft.adapting.adapter import adapters_by_name, calls_at
 from point_peft.adapting.proving import begin_proof, end_proof, note_run
 from point_peft.adapting.site import CHILD, SITE, Site, here, hook
@@ -62,7 +63,7 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
         return None
     for part, call in calls:
         if not part.by_weight:
-            args, kwargs = part.before(call, args, kwargs)
+            args, kwargs = border.before(part, call, args, kwargs)
     return args, kwargs
 
 
@@ -85,7 +86,7 @@ def after_parts(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> A
         if part.by_weight:
             continue
         if read is None:
-            output = part.after(call, args, kwargs, output)
+            output = border.after(part, call, args, kwargs, output)
         if read is not None and site.path not in read:
             raise AdapterError(
                 f"'{site.path}' ({type(module).__name__}) did not use its own {' and '.join(part.tuned)}, so the "

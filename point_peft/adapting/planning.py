@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.border import HALF
 from point_peft.adapting.heads import Heads, make_own_modules, place_head, pools_of
 from point_peft.adapting.memory import Memory
 from point_peft.adapting.site import clean_copy, first_names, floating_parameter
@@ -21,22 +22,25 @@ from point_peft.parts.base import Part
 from point_peft.parts.tuned import TunedModule
 
 
-def build_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str] | None = None) -> Adapter:
-    """An adapter for a backbone, complete but not attached, with the backbone's device and type.
+def build_adapter(
+    backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str] | None = None, *, widen: bool = True
+) -> Adapter:
+    """An adapter for a backbone, complete but not attached, on the backbone's device.
 
-    `saved` says by full path which modules the adapter has to itself, and `heads` then names them so too.
+    Its tensors have the types of what they adapt, or float32 for half precision if they `widen`. `saved` says by full
+    path which modules the adapter has to itself, and `heads` then names them so too.
     """
     adapter = _assemble(backbone, config, heads, saved)
     like = floating_parameter(backbone.modules)
-    return adapter if like is None else _typed(adapter.to(like.device), like.dtype)
+    return adapter if like is None else _typed(adapter.to(like.device), backbone, like, widen=widen)
 
 
-def plan_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str]) -> Adapter:
+def plan_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str], *, widen: bool) -> Adapter:
     """The same without memory for what is new in it: to see names, shapes and types of its tensors beforehand."""
     with torch.device("meta"), _NoNumbers():
         adapter = _assemble(backbone, config, heads, saved)
     like = floating_parameter(backbone.modules)
-    return adapter if like is None else _typed(adapter, like.dtype)
+    return adapter if like is None else _typed(adapter, backbone, like, widen=widen)
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -161,10 +165,21 @@ def reader_of(modules: Modules, anatomy: Anatomy | None, path: str) -> str | Non
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else None
 
 
-def _typed(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter with all its floating tensors in one type, but for those of its banks, which have their own."""
+def _typed(adapter: Adapter, backbone: Backbone, like: Tensor, *, widen: bool) -> Adapter:
+    """The adapter in the types of what it adapts, or wider ones, but for its banks, which have types of their own."""
     banks = {id(tensor) for state in adapter.shared_states() if state.bank is not None for tensor in state.buffers()}
-    for tensor in (*adapter.parameters(), *adapter.buffers()):
-        if tensor.is_floating_point() and tensor.dtype != dtype and id(tensor) not in banks:
-            tensor.data = tensor.data.to(dtype)
+    anatomy = backbone.anatomy
+    # What all parts of a method share works on the tokens of blocks.
+    first = like if anatomy is None else floating_parameter(backbone.modules, anatomy.blocks[0].path)
+    sited = [(parts, floating_parameter(backbone.modules, path)) for path, parts in adapter.sites()]
+    for own, base in [*sited, (adapter.shared, first)]:
+        dtype = wider((like if base is None else base).dtype) if widen else (like if base is None else base).dtype
+        for tensor in (*own.parameters(), *own.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != dtype and id(tensor) not in banks:
+                tensor.data = tensor.data.to(dtype)
     return adapter
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The type in which tensors of another are trained: float32 for half precision."""
+    return torch.float32 if dtype in HALF else dtype

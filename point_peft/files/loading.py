@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.heads import Heads, HeadSource, make_head, match_heads
-from point_peft.adapting.planning import build_adapter, plan_adapter
+from point_peft.adapting.planning import build_adapter, plan_adapter, wider
 from point_peft.adapting.site import clean_copy, floating_parameter
 from point_peft.anatomy.structure import Modules
 from point_peft.config import PeftConfig, difference
@@ -69,12 +69,12 @@ def read_stated(folder: Path, modules: Modules, backbone_for: Callable[[PeftConf
     return Stated(folder, files, config, heads, adapted, fingerprint, backbone)
 
 
-def restore_adapter(stated: Stated, heads: Heads) -> Adapter:
-    """The adapter that files hold, not attached; `heads` as in `load_adapter`."""
+def restore_adapter(stated: Stated, heads: Heads, *, widen: bool) -> Adapter:
+    """The adapter that files hold, not attached; `heads` as in `load_adapter`, types as `build_adapter` says."""
     backbone = stated.backbone
     given = {path: make_head(source, path, backbone) for path, source in match_heads(heads, list(stated.heads)).items()}
     try:
-        adapter, tensors = _checked(stated, given)
+        adapter, tensors = _checked(stated, given, widen=widen)
     except AdapterFileError:
         raise
     except PointPeftError as error:
@@ -88,7 +88,11 @@ def restore_adapter(stated: Stated, heads: Heads) -> Adapter:
         keep_types = _is_same_base(stated, adapter, tensors)
     like = floating_parameter(backbone.modules)
     device = torch.device("cpu") if like is None else like.device
-    copy_tensors(stated.files.tensors, adapter, tensors, device, keep_types=keep_types)
+    kept = stated.files.tensors if keep_types and widen else tensors
+    types = {name: wider(kept[name].dtype) if widen else kept[name].dtype for name in tensors}
+    # Those of a bank are what the configuration says.
+    types |= {name: (stated.files.tensors if keep_types else tensors)[name].dtype for name in adapter.free_rows()}
+    copy_tensors(stated.files.tensors, adapter, tensors, device, types)
     for shared in adapter.shared_states():
         try:
             shared.check(backbone.model)
@@ -97,7 +101,7 @@ def restore_adapter(stated: Stated, heads: Heads) -> Adapter:
     return adapter
 
 
-def _checked(stated: Stated, given: Mapping[str, nn.Module]) -> tuple[Adapter, Mapping[str, Tensor]]:
+def _checked(stated: Stated, given: Mapping[str, nn.Module], *, widen: bool) -> tuple[Adapter, Mapping[str, Tensor]]:
     """The adapter that a file asks for, and its tensors, once they are known to be those of the file.
 
     What a file asks for may be of any size; so it is first made without memory.
@@ -106,7 +110,7 @@ def _checked(stated: Stated, given: Mapping[str, nn.Module]) -> tuple[Adapter, M
     for path, description in stated.heads.items():
         if path not in own and description != describe_head(clean_copy(backbone.modules[path])):
             own[path] = partial(build_head, description, path)
-    planned = plan_adapter(backbone, stated.config, own, list(stated.heads))
+    planned = plan_adapter(backbone, stated.config, own, list(stated.heads), widen=widen)
     sites = sorted(path for path, _ in planned.sites())
     if stated.adapted not in (None, sites):
         differing = _differing(sites, stated.adapted)
@@ -115,7 +119,7 @@ def _checked(stated: Stated, given: Mapping[str, nn.Module]) -> tuple[Adapter, M
     check_tensors(stated.files.tensors, tensors, planned.free_rows(), f"its {TENSOR_FILE}")
     if planned.holds_only(tensors):
         return planned, tensors  # the file's tensors take the places of those without memory
-    adapter = build_adapter(backbone, stated.config, own, list(stated.heads))
+    adapter = build_adapter(backbone, stated.config, own, list(stated.heads), widen=widen)
     return adapter, adapter.tensors()
 
 

@@ -58,10 +58,12 @@ def unshared(tensors: Tensors) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
-def copy_tensors(source: Tensors, target: nn.Module, names: Tensors, device: torch.device, *, keep_types: bool) -> None:
+def copy_tensors(
+    source: Tensors, target: nn.Module, names: Tensors, device: torch.device, types: Mapping[str, torch.dtype]
+) -> None:
     """Put checked tensors in the place of the tensors `names` of a module that is not attached yet, on a device.
 
-    They keep the types of the file, or take those of the tensors that they replace, which may be without memory.
+    Those that they replace may be without memory.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in target.modules():
@@ -69,7 +71,7 @@ def copy_tensors(source: Tensors, target: nn.Module, names: Tensors, device: tor
             owners.setdefault(id(held), []).append((module, key))
     for name, tensor in source.items():
         wanted = names[name]
-        placed = tensor.to(device, tensor.dtype if keep_types else wanted.dtype)
+        placed = tensor.to(device, types[name])
         if isinstance(wanted, nn.Parameter):
             placed = nn.Parameter(placed, wanted.requires_grad)
         for module, key in owners[id(wanted)]:

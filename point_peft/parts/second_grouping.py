@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from point_peft import geometry
@@ -120,7 +121,9 @@ def run_apart(forward: Forward, paths: Sequence[str], x: Tensor) -> Tensor:
     """Run modules of the backbone, one after another, on x, with whatever the adapters have changed there."""
     with forward.running_apart():
         for path in paths:
-            x = forward.root.base_model.get_submodule(path)(x)
+            module = forward.root.base_model.get_submodule(path)
+            own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+            x = module(x.to(own))
     return x
 
 
@@ -141,6 +144,11 @@ class TokenMlps(SharedState):
         self.prefix = prefix
         self.patches = token_mlp(channels, width, channels, init)
         self.further = token_mlp(channels, width, channels, init)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its tensors."""
+        return next(self.parameters()).dtype
 
 
 class CarryingPart(SequencePart):
@@ -180,4 +188,4 @@ class CarryingPart(SequencePart):
                 f"when '{self.stage.tokenizer[-1]}' runs, and in this forward none were: call the model, or a method "
                 "that runs its tokenizer too"
             )
-        return taken
+        return taken.to(call.state("token_mlps", TokenMlps).dtype)

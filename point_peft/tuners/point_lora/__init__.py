@@ -246,7 +246,7 @@ class SelectedTokens(GroupingPart):
         for one in self.selections:
             middles = farthest[:, : one.num_groups]
             grouped = self.tokens(call.forward, points, middles, one.group_size)
-            scores = self.mask_predictor(grouped)
+            scores = self.mask_predictor(grouped.to(self.mask_predictor.fc1.weight.dtype))
             chosen = scores.topk(min(one.num_selected, scores.shape[1]), dim=1).indices
             kept = geometry.gather(grouped, chosen)
             tokens.append(kept * straight_through(scores.gather(1, chosen))[:, :, None].to(kept.dtype))

@@ -166,7 +166,7 @@ class SidePart(SequencePart):
         elif self.follows and self.stage.position == "every_block":
             tokens = call.forward.handover.take(self.key(call, f"tokens of stage {self.number}"), call.path)
         # What a stage gets need not be its patch embedding as it was: a model may mask tokens.
-        return received if tokens is None or tokens.shape != received.shape else tokens
+        return received if tokens is None or tokens.shape != received.shape else tokens.to(received.dtype)
 
 
 class SideNetwork(SharedState):
