@@ -229,7 +229,9 @@ class AdapterSet(nn.Module):
     def forward_mixed(self, args: Args, kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]) -> Any:
         """The output for a batch, each sample with its own adapter; None is the plain backbone.
 
-        Each output equals that of its adapter alone. Adapters run one after another, each on its samples; the stem runs
+        Each output equals that of its adapter alone. A model that draws random numbers, as for the serial orders of
+        points, draws the same for every adapter, those that come next: what it draws once for a batch is then alike,
+        what it draws for each sample is not. Adapters run one after another, each on its samples; the stem runs
         once, for the whole batch, and the second pass for priors once, for the samples that have one. Where outputs do
         not fit together, as those of heads of different widths, they are a list: for each sample what the model gives
         for it alone.

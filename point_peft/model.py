@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,22 @@ class PointPeftModel(AdapterSet):
 
     def _hold(self, model: nn.Module) -> None:
         self.base_model = model
+        self._state_signature()
+
+    def _state_signature(self) -> None:
+        kind: Any = type(self)
+        model: Any = type(self.base_model)
+        self.__class__ = _with_signature(kind, model)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # The class that was made for this backbone has no name that pickle would find it by; it is made again.
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _blank, type(self).__bases__, *reduced[2:]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._state_signature()
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Run the backbone with the active adapters; arguments and result are the backbone's.
@@ -92,12 +110,36 @@ class PointPeftModel(AdapterSet):
         return peft_model
 
 
+def _blank(kind: type[M]) -> M:
+    """An object of a class, without state: the beginning of a copy."""
+    return kind.__new__(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _with_signature(kind: type[Any], model: type[nn.Module]) -> type[Any]:
+    """The class of adapted models whose forward states the arguments of that of a class of models.
+
+    Trainers ask a model's class which columns of a data set it takes, and whether labels are among them.
+    """
+    signature = inspect.signature(model.forward)
+    own = dict(inspect.signature(kind.forward).parameters)
+    parameters = {**signature.parameters, "adapter_names": own["adapter_names"]}
+    order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+    forward = FunctionType(kind.forward.__code__, kind.forward.__globals__, "forward", kind.forward.__defaults__)
+    functools.update_wrapper(
+        forward, kind.forward, assigned=("__doc__", "__kwdefaults__", "__module__", "__qualname__")
+    )
+    forward.__dict__["__signature__"] = signature.replace(parameters=order)
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
 class _Method:
     """A method of the backbone, run as a forward of the adapted model."""
 
     def __init__(self, root: PointPeftModel, name: str) -> None:
         self.root = root
         self.name = name
+        functools.update_wrapper(self, getattr(root.base_model, name), updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = open_forward(self.root, args, kwargs)

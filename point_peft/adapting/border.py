@@ -77,7 +77,7 @@ def _widened(given: dict[Steps, Tensor], wide: torch.dtype) -> dict[Steps, Tenso
 def _narrowed(
     given: dict[Steps, Tensor], widened: dict[Steps, Tensor], made: dict[Steps, Tensor], wide: torch.dtype
 ) -> dict[Steps, Tensor]:
-    """What a part has made in its own type, in the backbone's; what it has passed on is what was given."""
+    """Tensors that a part has made in its own type, in the backbone's; those that it passes on are those given."""
     passed = {id(value): given[steps] for steps, value in widened.items()}
     kept = {id(value) for value in given.values()}
     half = next(iter(passed.values())).dtype

@@ -17,6 +17,7 @@ from point_peft.running.activation import choose_adapters, chosen_adapters
 from point_peft.running.batching import Batch
 from point_peft.running.forward import Forward, Root, Shared, close_forward, open_forward, opened, reopen
 from point_peft.running.nested import Args, Kwargs
+from point_peft.running.second import RandomNumbers
 
 
 @contextmanager
@@ -33,14 +34,15 @@ def choosing(root: Root, names: tuple[str, ...]) -> Iterator[None]:
 def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> dict[str | None, Any]:
     if len(set(names)) != len(names):
         raise AdapterError(f"a task is named twice in {list(names)}")
+    random = _random_numbers(root)
     with sharing(root, args, kwargs, 0):
-        return {name: _run(root, name, args, kwargs) for name in names}
+        return {name: _run(root, name, args, kwargs, random) for name in names}
 
 
 def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> Any:
-    batch = Batch.of(args, kwargs, len(names))
+    batch, random = Batch.of(args, kwargs, len(names)), _random_numbers(root)
     if len(set(names)) == 1:
-        return _run(root, names[0], args, kwargs)
+        return _run(root, names[0], args, kwargs, random)
     device = next(root.base_model.parameters()).device
     places = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     groups = {name: torch.tensor(rows, device=device) for name, rows in places.items()}
@@ -48,13 +50,13 @@ def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
     with sharing(root, args, kwargs, batch.count) as (whole, parts):
         if root.anatomy is not None and root.anatomy.stem:
             run_plain(root, whole, "stem", None)
-        outputs = _run_groups(root, parts, batch, {name: groups[name] for name in groups if name not in asking})
+        outputs = _run_groups(root, parts, batch, {n: groups[n] for n in groups if n not in asking}, random)
         if asking:
             rows = torch.cat([groups[name] for name in asking]).sort().values
             part, parts.rows = batch.part(rows), rows
             with sharing(root, part.args, part.kwargs, part.count) as (_, shared):
                 own = {name: torch.searchsorted(rows, groups[name]) for name in asking}
-                outputs += [(rows[at], output) for at, output in _run_groups(root, shared, part, own)]
+                outputs += [(rows[at], output) for at, output in _run_groups(root, shared, part, own, random)]
     return batch.joined(outputs)
 
 
@@ -76,17 +78,27 @@ def sharing(root: Root, args: Args, kwargs: Kwargs, count: int) -> Iterator[tupl
         reopen(root, before)
 
 
+def _random_numbers(root: Root) -> RandomNumbers:
+    """The numbers that come next: every forward of one call draws the same, such as the serial orders of its points."""
+    return RandomNumbers.of({parameter.device for parameter in root.base_model.parameters()})
+
+
 def _run_groups(
-    root: Root, shared: Shared, batch: Batch, groups: Mapping[str | None, Tensor] | Mapping[str, Tensor]
+    root: Root,
+    shared: Shared,
+    batch: Batch,
+    groups: Mapping[str | None, Tensor] | Mapping[str, Tensor],
+    random: RandomNumbers,
 ) -> list[tuple[Tensor, Any]]:
     """(samples, output) of adapters, each for its samples of a batch."""
     outputs: list[tuple[Tensor, Any]] = []
     for name, rows in groups.items():
         part, shared.rows = batch.part(rows), rows
-        outputs.append((rows, _run(root, name, part.args, part.kwargs)))
+        outputs.append((rows, _run(root, name, part.args, part.kwargs, random)))
     return outputs
 
 
-def _run(root: Root, name: str | None, args: Args, kwargs: Kwargs) -> Any:
+def _run(root: Root, name: str | None, args: Args, kwargs: Kwargs, random: RandomNumbers) -> Any:
+    random.restore()
     with choosing(root, () if name is None else (name,)):
         return root.base_model(*args, **kwargs)
