@@ -16,11 +16,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from point_peft import PeftConfig, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
+from point_peft.errors import AdapterFileError
+from point_peft.files.format import TENSOR_FILE
 from tests.adapting import METHOD_NAMES, adapt, banks, build_bank, distance, in_groups, rescramble, run
 from tests.methods import config
 from tests.zoo import BACKBONES
@@ -154,15 +157,13 @@ def timm_average(name: str, **options: Any) -> Callable[[nn.Module], tuple[nn.Mo
 AVERAGES = {
     "parameters": torch_average(),
     "buffers too": torch_average(use_buffers=True),
-    "exponential": torch_average(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     "exponential, rounded": torch_average(use_buffers=True, avg_fn=get_ema_avg_fn(0.9)),
 }
 if find_spec("timm") is not None and find_spec("torchvision") is not None:
     AVERAGES |= {
         "timm's ModelEmaV2, rounded": timm_average("ModelEmaV2"),
         "timm's ModelEmaV3": timm_average("ModelEmaV3"),
-        "timm's ModelEmaV3, buffers copied": timm_average("ModelEmaV3", exclude_buffers=True, foreach=False),
-        "timm's ModelEmaV3 on a device": timm_average("ModelEmaV3", device=torch.device("cpu")),
+        "timm's ModelEmaV3, copying": timm_average("ModelEmaV3", exclude_buffers=True, device=torch.device("cpu")),
     }
 """Ways of averaging: each makes, of a model, the module that holds the average and what is called to go on."""
 
@@ -236,3 +237,27 @@ def test_a_copy_in_another_type_gets_the_rows_in_the_bank_s() -> None:
     fill(model)
     assert rows(copied)["rows"].dtype == torch.float16
     assert torch.equal(rows(copied)["rows"], rows(model)["rows"])
+
+
+# ---- files of version 0.1.0 ------------------------------------------------------------------------------------------
+
+
+@in_groups(METHOD_NAMES)
+def test_files_with_scalar_gates_are_read_as_before(methods: Sequence[str], tmp_path: Path) -> None:
+    """Gates have one dimension since, as sharding (FSDP2) takes no scalar parameters."""
+    model = adapt(TINY, composed(methods))
+    assert all(parameter.ndim for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / TENSOR_FILE
+    tensors = load_file(file)
+    gates = [name for name in tensors if name.endswith(".gate")]
+    assert gates
+    save_file({name: t.reshape(()) if name in gates else t for name, t in tensors.items()}, file)
+    loaded = PointPeftModel.from_pretrained(TINY.build(), tmp_path).eval()
+    assert_alike(loaded, model)
+    swapped = adapt(TINY, composed(methods), seed=3)
+    swapped.swap_adapter_(tmp_path)
+    assert_alike(swapped, model)
+    save_file({**tensors, gates[0]: torch.zeros(2)}, file)
+    with pytest.raises(AdapterFileError, match=r"gate' is \(2\), this model needs \(1\)"):
+        PointPeftModel.from_pretrained(TINY.build(), tmp_path)
