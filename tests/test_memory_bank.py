@@ -256,6 +256,13 @@ def test_an_input_of_the_model_is_no_label(method: str, backbone: TinyBackbone) 
         model.build_memory_bank([backbone.inputs(3, i) for i in range(4)], to_inputs=copy.deepcopy, size=9)
 
 
+def test_numbers_of_clouds_that_are_the_whole_batch_are_no_labels(of_one_class: Tensor) -> None:
+    model = labelled()
+    with pytest.warns(UserWarning, match="no tensor of every batch can be theirs"):
+        model.build_memory_bank(torch.arange(16).split(5), to_inputs=lambda numbers: POINTS[numbers], size=8)
+    assert torch.equal(bank_of(model).rows, of_one_class)
+
+
 WRONG_LABELS: list[tuple[Any, str]] = [
     (None, "it gave None"),
     (LABELS.float(), r"a Tensor of shape \(16,\) and type torch.float32"),
