@@ -24,7 +24,7 @@ from point_peft.adapting.proving import warn_of_silent
 from point_peft.adapting.site import backbone_modules
 from point_peft.adapting.weights import folded, overwrite_weights
 from point_peft.anatomy.description import Anatomy
-from point_peft.bank import bank_of, build_bank
+from point_peft.bank import bank_of, build_bank, fill_bank
 from point_peft.config import Combination, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.files.loading import Stated, read_stated, restore_adapter, swap_values
@@ -127,7 +127,7 @@ class AdapterSet(nn.Module):
         config = PeftConfig.of(config)
         adapter = build_adapter(backbone_for(self, config), config, heads, widen=autocast_adapter_dtype)
         if memory_bank is not None:
-            bank_of(adapter, adapter_name).fill(memory_bank)
+            fill_bank(bank_of(adapter, adapter_name), memory_bank)
         adding.attach_adapter(self, adapter_name, adapter)
 
     def _check_new(self, name: str) -> None:
@@ -331,15 +331,20 @@ class AdapterSet(nn.Module):
         batches: Iterable[Any],
         *,
         to_inputs: Callable[[Any], Any] | None = None,
+        to_labels: Callable[[Any], Any] | None = None,
         size: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
         """Fill the memory bank of an adapter (default: the active one) with features of training clouds.
 
-        A batch is a tensor, or a tuple whose first item goes to the model and whose second, if it is a tensor of b
-        integers, holds the labels; otherwise `to_inputs(batch)` gives the model's arguments: one argument, a tuple of
-        positional or a dict of named ones. `size` reduces the bank to as many rows by k-means in each class; None: to
-        as many as the configuration says.
+        A batch is a tensor, or a tuple whose first item goes to the model; otherwise `to_inputs(batch)` gives the
+        model's arguments: one argument, a tuple of positional or a dict of named ones. `size` reduces the bank to as
+        many rows by k-means in each class; None: to as many as the configuration says.
+
+        `to_labels(batch)` gives the classes, one integer a cloud: a tensor, an array or a list. Without it they are
+        the only tensor in the batch, at whatever depth, that holds one integer a cloud and is no input of the model;
+        the progress bar names it. Where none or several are such, rows are reduced without classes and a warning says
+        so.
 
         The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
         Under accelerate, or torch.distributed alone, each process goes through its own batches and all end with the
@@ -352,7 +357,7 @@ class AdapterSet(nn.Module):
         name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)
         bank = bank_of(adapter, name)
         check_unmerged(self.merged, "the active adapters cannot be changed")
-        build_bank(self, bank, name, batches, to_inputs, size)
+        build_bank(self, bank, name, batches, to_inputs, to_labels, size)
 
     # ---- files ----
 

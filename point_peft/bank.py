@@ -1,7 +1,8 @@
 """A memory bank built from batches of training clouds, by one process or several."""
 
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.mixed import choosing
+from point_peft.anatomy.description import Steps
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.parts.base import Bank
 from point_peft.running.forward import Root, close_forward, open_forward
-from point_peft.running.nested import Args, Kwargs, call_arguments
+from point_peft.running.nested import Args, Kwargs, all_arguments, call_arguments, leaves
 from point_peft.running.second import eval_mode
 
 
@@ -29,25 +31,44 @@ def bank_of(adapter: Adapter, name: str) -> Bank:
     )
 
 
+def fill_bank(bank: Bank, rows: Tensor) -> None:
+    """Fill a bank with rows (rows, c) that a user has given."""
+    kept = bank.fill(rows)
+    if kept < len(rows):
+        _warn_unlabelled(len(rows), kept, "memory_bank= has none; build_memory_bank(batches) takes labels too")
+
+
 def build_bank(
-    root: Root, bank: Bank, name: str, batches: Iterable[Any], to_inputs: Callable[[Any], Any] | None, size: int | None
+    root: Root,
+    bank: Bank,
+    name: str,
+    batches: Iterable[Any],
+    to_inputs: Callable[[Any], Any] | None,
+    to_labels: Callable[[Any], Any] | None,
+    size: int | None,
 ) -> None:
     """Fill a bank with the frozen backbone's features of batches, as `AdapterSet.build_memory_bank` says."""
     if size is not None and (type(size) is not int or size < 1):
         raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
     ranks = _ranks()
     features: list[Tensor] = []
-    labels: list[Tensor] = []
+    labels: list[dict[Steps, Tensor]] = []
+    places: list[Steps] = []
     # One process of several draws a bar, and none does where stderr is no terminal: that is what None means.
     hidden = ranks is not None and torch.distributed.get_rank() > 0
     progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
     with eval_mode(root.base_model.modules()):
         for batch in progress:
-            tokens = _frozen_tokens(root, *_model_inputs(batch, to_inputs), bank.source, name)
+            inputs = _model_inputs(batch, to_inputs)
+            tokens = _frozen_tokens(root, *inputs, bank.source, name)
             features.append(bank.query(tokens).float().cpu())
-            label = _labels(batch, len(features[-1]))
-            if label is not None:
-                labels.append(label.cpu())
+            count = len(features[-1])
+            if to_labels is None:
+                labels.append(_possible_labels(batch, inputs, count))
+            else:
+                labels.append({(): _checked_labels(to_labels(batch), count)})
+            places = _common([dict.fromkeys(places), labels[-1]] if labels[1:] else labels)
+            progress.set_description(f"memory bank (labels: {_shown(places)})", refresh=False)
     if ranks is not None:
         gathered: list[Any] = [None] * ranks
         torch.distributed.all_gather_object(gathered, (features, labels))
@@ -55,13 +76,24 @@ def build_bank(
         labels = [entry for _, part in gathered for entry in part]
     if not features:
         raise AdapterError("build_memory_bank got no batches")
-    rows = torch.cat(features)
-    classes = torch.cat(labels) if sum(map(len, labels)) == len(rows) else None
     # Sorted rows do not depend on the order of batches and processes, and a cloud seen twice counts once.
-    rows, member = torch.unique(rows, dim=0, return_inverse=True)
-    if classes is not None:
+    rows, member = torch.unique(torch.cat(features), dim=0, return_inverse=True)
+    classes, places = None, _common(labels)  # of all processes
+    if len(places) == 1:
+        classes = torch.cat([found[places[0]] for found in labels])
         classes = torch.zeros(len(rows), dtype=classes.dtype).scatter_(0, member, classes)
-    bank.fill(rows, classes, size)
+    kept = bank.fill(rows, classes, size)
+    if classes is None and kept < len(rows):
+        why = f"those of the batches may be {_shown(places)}" if places else "no tensor of every batch can be theirs"
+        _warn_unlabelled(len(rows), kept, f"{why}; to_labels=function that turns a batch into its labels gives them")
+
+
+def _warn_unlabelled(count: int, kept: int, why: str) -> None:
+    warnings.warn(
+        f"{count} rows of the memory bank were reduced to {kept} without labels, so classes may have lost all of "
+        f"theirs: {why}",
+        stacklevel=4,  # where the user has called a method of the model
+    )
 
 
 def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
@@ -99,9 +131,46 @@ def _ranks() -> int | None:
     return None
 
 
-def _labels(batch: Any, count: int) -> Tensor | None:
-    """The labels of a batch: a second item that is a tensor of `count` integers."""
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-        return None
-    labels = batch[1].reshape(-1)
-    return labels if len(labels) == count and not labels.is_floating_point() else None
+def _possible_labels(batch: Any, inputs: tuple[Args, Kwargs], count: int) -> dict[Steps, Tensor]:
+    """The tensors in a batch that hold one integer for each of `count` clouds and are no input of the model."""
+    given = [tensor for _, tensor in all_arguments(*inputs)]
+    return {
+        steps: tensor.reshape(-1).cpu().long()
+        for steps, tensor in leaves(batch)
+        if steps and _one_integer_each(tensor, count) and not any(_equal(tensor, other) for other in given)
+    }
+
+
+def _one_integer_each(tensor: Tensor, count: int) -> bool:
+    integers = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return integers and tensor.numel() == count and tensor.shape[:1] in ((), (count,))
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether they are the same; on another device too, as what a model is given may have been moved."""
+    return tensor is other or (tensor.shape == other.shape and bool((tensor.cpu() == other.cpu()).all()))
+
+
+def _checked_labels(labels: Any, count: int) -> Tensor:
+    """The labels (b,) that a function of the user's gives, as a tensor, an array or a list."""
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        shown = "None" if labels is None else f"a {type(labels).__name__} that is no tensor"
+    else:
+        if _one_integer_each(tensor, count):
+            return tensor.reshape(-1).cpu().long()
+        shown = f"a {type(labels).__name__} of shape {tuple(tensor.shape)} and type {tensor.dtype}"
+    raise AdapterError(
+        f"to_labels must give one integer for each of the {count} clouds of a batch, but it gave {shown}"
+    )
+
+
+def _common(labels: Sequence[Mapping[Steps, Tensor | None]]) -> list[Steps]:
+    """The places where every batch has what may be labels; () stands for what `to_labels` gives."""
+    return [steps for steps in labels[0] if all(steps in found for found in labels)] if labels else []
+
+
+def _shown(places: Sequence[Steps]) -> str:
+    names = ["batch" + "".join(f"[{step!r}]" for step in steps) if steps else "to_labels" for steps in places]
+    return " or ".join(names) or "none"

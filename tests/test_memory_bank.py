@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from torch import Tensor, nn
 from point_peft import AdapterError, PointPEFTConfig, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.files.format import TENSOR_FILE
+from point_peft.running.nested import leaves
 from point_peft.tuners.point_peft.prior import MemoryBank, prototypes
-from tests.adapting import banks, full_point_mae, run
-from tests.zoo import BACKBONES
+from tests.adapting import PAIRS, adapt, banks, each, full_point_mae, run
+from tests.zoo import BACKBONES, TinyBackbone
 
 
 def unit_rows(count: int, channels: int = 24, seed: int = 0) -> Tensor:
@@ -73,7 +78,8 @@ def bank_of(model: PointPeftModel) -> MemoryBank:
 
 def test_a_bank_is_reduced_to_the_size_of_the_configuration() -> None:
     backbone, rows = BACKBONES["point_mae"], 3 * unit_rows(50)
-    model = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=20), memory_bank=rows)
+    with pytest.warns(UserWarning, match=r"50 rows of the memory bank were reduced to 20 without labels.*memory_bank="):
+        model = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=20), memory_bank=rows)
     bank = bank_of(model)
     assert torch.equal(bank.rows, prototypes(rows, None, 20).half())
     labels = torch.arange(50) % 5
@@ -95,10 +101,10 @@ def test_building_a_bank_reduces_it_too() -> None:
     backbone = BACKBONES["point_mae"]
     model = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=12))
     batches = [backbone.inputs(8, seed)[0] for seed in (1, 2)]
-    model.build_memory_bank(batches)
-    assert len(bank_of(model).rows) == 12
-    model.build_memory_bank(batches, size=14)
-    assert len(bank_of(model).rows) == 14
+    for size in (None, 14):
+        with pytest.warns(UserWarning, match=f"16 rows of the memory bank were reduced to {size or 12} without labels"):
+            model.build_memory_bank(batches, size=size)
+        assert len(bank_of(model).rows) == (size or 12)
 
 
 def test_a_file_with_more_rows_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -133,3 +139,169 @@ def test_the_file_of_an_adapter_is_a_small_part_of_the_base_s(
         bank_of(model).fill(unit_rows(rows, 384), torch.arange(rows) % 15)
     model.save_pretrained(tmp_path)
     assert (tmp_path / TENSOR_FILE).stat().st_size < share * (tmp_path / "base.safetensors").stat().st_size
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+POINTS, LABELS = BACKBONES["point_mae"].inputs(16, 3)[0], torch.arange(16) % 4
+NAMES, INDEX = [f"cloud {number}" for number in range(16)], torch.arange(100, 116)
+
+
+@dataclass
+class Sample:
+    """A batch as a record: without a first item, so what goes to the model has to be said."""
+
+    points: Tensor
+    y: Tensor
+
+
+FORMS: dict[str, tuple[Callable[[slice], Any], Callable[[Any], Any] | None, Callable[[Any], Any]]] = {
+    "taxonomy, id, (points, label)": (
+        lambda s: (NAMES[s], NAMES[s], (POINTS[s], LABELS[s])),
+        lambda b: b[2][0],
+        lambda b: b[2][1],
+    ),
+    "dict": (lambda s: {"x": POINTS[s], "y": LABELS[s]}, lambda b: b["x"], lambda b: b["y"]),
+    "record": (lambda s: Sample(POINTS[s], LABELS[s]), lambda b: b.points, lambda b: b.y),
+    "column": (lambda s: [POINTS[s], LABELS[s, None].int()], None, lambda b: b[1]),
+    "array": (lambda s: (POINTS[s], LABELS[s]), None, lambda b: b[1].numpy().astype("uint8")),
+    "list": (lambda s: (POINTS[s], LABELS[s]), None, lambda b: b[1].tolist()),
+    "index before": (lambda s: (POINTS[s], INDEX[s], LABELS[s]), None, lambda b: b[2]),
+    "index after": (lambda s: (POINTS[s], LABELS[s], INDEX[s]), None, lambda b: b[1]),
+    "also an input": (lambda s: (POINTS[s], LABELS[s], INDEX[s]), lambda b: (b[0],), lambda b: b[1]),
+}
+"""Batches of some clouds, what gives the model's arguments, and what gives the labels."""
+AMBIGUOUS = ("index before", "index after", "also an input")
+
+
+def labelled(seed: int = 0) -> PointPeftModel:
+    torch.manual_seed(seed)
+    return get_peft_model(BACKBONES["point_mae"].build(), PointPEFTConfig())
+
+
+def in_three(batch: Callable[[slice], Any]) -> list[Any]:
+    """Batches, the last with one cloud, of which any integer may be the label."""
+    return [batch(slice(0, 8)), batch(slice(8, 15)), batch(slice(15, 16))]
+
+
+@pytest.fixture(scope="module")
+def balanced() -> Tensor:
+    """The bank that the clouds and their labels make."""
+    model = labelled()
+    model.build_memory_bank([(POINTS, LABELS)], size=8)
+    return bank_of(model).rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_are_what_to_labels_gives_wherever_they_lie(form: str, balanced: Tensor) -> None:
+    batch, to_inputs, to_labels = FORMS[form]
+    model = labelled()
+    model.build_memory_bank(in_three(batch), to_inputs=to_inputs, to_labels=to_labels, size=8)
+    assert torch.equal(bank_of(model).rows, balanced)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_are_guessed_only_where_there_is_one_reading(form: str, balanced: Tensor, of_one_class: Tensor) -> None:
+    batch, to_inputs, _ = FORMS[form]
+    model = labelled()
+    if form in AMBIGUOUS:
+        with pytest.warns(UserWarning, match=r"batch\[1\] or batch\[2\]; to_labels=function"):
+            model.build_memory_bank(in_three(batch), to_inputs=to_inputs, size=8)
+        assert torch.equal(bank_of(model).rows, of_one_class)
+    else:
+        model.build_memory_bank(in_three(batch), to_inputs=to_inputs, size=8)
+        assert torch.equal(bank_of(model).rows, balanced)
+
+
+@pytest.fixture(scope="module")
+def of_one_class() -> Tensor:
+    """The bank of the same clouds that labels which are all alike make."""
+    model = labelled()
+    model.build_memory_bank([POINTS], to_labels=lambda batch: [0] * len(batch), size=8)
+    return bank_of(model).rows
+
+
+UNLABELLED: dict[str, list[Any]] = {
+    "tensors": in_three(lambda s: POINTS[s]),
+    "floats": in_three(lambda s: (POINTS[s], LABELS[s].float())),
+    "masks": in_three(lambda s: (POINTS[s], LABELS[s] > 1)),
+    "of points": in_three(lambda s: (POINTS[s], POINTS[s, :, 0].long())),
+    "in some batches": [(POINTS[:8], LABELS[:8]), (POINTS[8:],)],
+    "in other places": [(POINTS[:8], LABELS[:8]), (POINTS[8:], NAMES[8:], LABELS[8:])],
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_a_warning_says_that_rows_were_reduced_without_labels(name: str, of_one_class: Tensor) -> None:
+    model = labelled()
+    with pytest.warns(UserWarning, match=r"reduced to 8 without labels.*no tensor of every batch.*to_labels=") as told:
+        model.build_memory_bank(UNLABELLED[name], size=8)
+    assert [warning.filename for warning in told] == [__file__]
+    assert torch.equal(bank_of(model).rows, of_one_class)
+    for size in (None, 16, 20):
+        model.build_memory_bank(UNLABELLED[name], size=size)
+        assert len(bank_of(model).rows) == 16
+
+
+def counts_clouds(backbone: TinyBackbone) -> bool:
+    """Tell whether one of the model's own inputs is an integer a cloud, such as where the clouds end."""
+    return any(not t.is_floating_point() and t.shape == (3,) for _, t in leaves(backbone.inputs(3, 1)))
+
+
+@each([(method, backbone) for method, backbone in PAIRS if method == "POINT_PEFT" and counts_clouds(backbone)])
+def test_an_input_of_the_model_is_no_label(method: str, backbone: TinyBackbone) -> None:
+    """Moved to another device it is another tensor of the same values."""
+    model = adapt(backbone, method)
+    with pytest.warns(UserWarning, match="12 rows .* reduced to 9 without labels.*no tensor of every batch can be"):
+        model.build_memory_bank([backbone.inputs(3, i) for i in range(4)], to_inputs=copy.deepcopy, size=9)
+
+
+def test_numbers_of_clouds_that_are_the_whole_batch_are_no_labels(of_one_class: Tensor) -> None:
+    model = labelled()
+    with pytest.warns(UserWarning, match="no tensor of every batch can be theirs"):
+        model.build_memory_bank(torch.arange(16).split(5), to_inputs=lambda numbers: POINTS[numbers], size=8)
+    assert torch.equal(bank_of(model).rows, of_one_class)
+
+
+WRONG_LABELS: list[tuple[Any, str]] = [
+    (None, "it gave None"),
+    (LABELS.float(), r"a Tensor of shape \(16,\) and type torch.float32"),
+    (LABELS > 1, r"type torch.bool"),
+    (LABELS[:5], r"shape \(5,\)"),
+    (LABELS.reshape(4, 4), r"shape \(4, 4\)"),
+    (POINTS, r"shape \(16, 96, 3\)"),
+    ([0.5] * 16, r"a list of shape \(16,\) and type torch.float32"),
+    (NAMES, "a list that is no tensor"),
+    ({"y": LABELS}, "a dict that is no tensor"),
+    (3, r"a int of shape \(\)"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_LABELS)
+def test_what_is_no_label_of_each_cloud_is_refused_and_the_bank_kept(given: Any, message: str) -> None:
+    model = labelled()
+    before = bank_of(model).rows
+    with pytest.raises(AdapterError, match=f"to_labels must give one integer for each of the 16 clouds.*{message}"):
+        model.build_memory_bank([POINTS], to_labels=lambda batch: given)
+    assert bank_of(model).rows is before
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "told"),
+    [
+        ([(POINTS, LABELS)], {}, "batch[1]"),
+        ([(NAMES, (POINTS, LABELS))], {"to_inputs": lambda batch: batch[1][0]}, "batch[1][1]"),
+        ([{"x": POINTS, "y": LABELS}], {"to_inputs": lambda batch: batch["x"]}, "batch['y']"),
+        ([(POINTS, LABELS)], {"to_labels": lambda batch: batch[1]}, "to_labels"),
+        ([(POINTS, INDEX, LABELS)], {}, "batch[1] or batch[2]"),
+        ([POINTS], {}, "none"),
+    ],
+)
+def test_the_progress_line_says_what_is_taken_for_labels(
+    batches: list[Any], options: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    labelled().build_memory_bank(batches, **options)
+    assert f"memory bank (labels: {told})" in terminal.getvalue()

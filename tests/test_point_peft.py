@@ -787,7 +787,8 @@ def test_a_bank_can_be_reduced_per_class() -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     model.build_memory_bank(zip(points[order].split(4), labels[order].split(4), strict=True), size=6)
     torch.testing.assert_close(bank_of(model).rows, first)
-    model.build_memory_bank([points], size=4)
+    with pytest.warns(UserWarning, match="12 rows of the memory bank were reduced to 4 without labels"):
+        model.build_memory_bank([points], size=4)
     assert bank_of(model).rows.shape == (4, 24)
 
 

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
+from torch.optim.swa_utils import AveragedModel
 
-from point_peft import AdapterError, get_peft_model
+from point_peft import AdapterError, PeftConfig, PointPeftModel, TunerConfig, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from tests.adapting import (
+    METHOD_NAMES,
     PAIRS,
     adapt,
     assert_same_values,
@@ -29,16 +35,19 @@ from tests.adapting import (
     gradients,
     loss_of,
     rescramble,
+    run,
     values,
 )
 from tests.methods import config
-from tests.zoo import TinyBackbone
+from tests.zoo import BACKBONES, TinyBackbone
 
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
 SPREAD = list(
     {method: (method, backbone) for method, backbone in PAIRS if backbone.name in ("point_mae", "compact")}.values()
 )
 """Every method in every form, each on one backbone, as starting and two training steps are alike on all."""
+GROUPS = [METHOD_NAMES[first::2] for first in range(2)]
+"""All methods, in two adapters."""
 
 
 def _two_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
@@ -71,6 +80,7 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
     process = PartialState(cpu=True)
     torch.set_num_threads(1)  # which accelerate has set otherwise; sums in one order, as in tests/conftest.py
     assert process.num_processes == 2 and process.process_index == rank
+    mesh = init_device_mesh("cpu", (2,))
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for method, backbone in SPREAD:
         torch.manual_seed(0)
@@ -94,9 +104,75 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
             "gradients": averaged,
             "trained": {key: parameter.detach() for key, parameter in adapter.named_parameters()},
             "base": values(model.base_model),
+            "around a bank": _built_within(method, backbone, rank, mesh) if bank else [],
         }
+    for methods in GROUPS:
+        assert _sharded(methods, rank, mesh) < 1e-5
     torch.save(found, Path(folder) / f"{rank}.pt")
     process.destroy_process_group()
+
+
+def _begun(how: TunerConfig | PeftConfig, backbone: TinyBackbone) -> PointPeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(backbone.build(), how).eval()
+
+
+def _shard(model: PointPeftModel, mesh: DeviceMesh) -> None:
+    """Shard each block and the rest, as one does; the second pass calls a block while it is being called."""
+    assert model.anatomy is not None
+    for block in model.anatomy.blocks:
+        fully_shard(model.base_model.get_submodule(block.path), mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+
+
+def _sharded(methods: Sequence[str], rank: int, mesh: DeviceMesh) -> float:
+    """How far the gradients of a sharded model are from those of one that was given all clouds."""
+    backbone, how = BACKBONES["point_mae"], PeftConfig(tuners=tuple(map(config, methods)))
+    found: list[dict[str, Tensor]] = []
+    for shard in (False, True):
+        model = _begun(how, backbone)
+        adapter = get_adapter(model, "default")
+        if banks(adapter):
+            build_bank(model, backbone, "default", slice(rank, None, 2))
+        rescramble(model)
+        if shard:
+            _shard(model, mesh)
+        losses = [loss_of(backbone.select(model(*backbone.inputs(3, 40 + i)))) for i in ([rank] if shard else [0, 1])]
+        torch.stack(losses).mean().backward()
+        found.append(gradients(adapter))
+    alone, shared = found
+    assert list(alone) == list(shared)
+    whole = {name: share.full_tensor() for name, share in shared.items() if isinstance(share, DTensor)}
+    return max(distance(whole[name], gradient) for name, gradient in alone.items())
+
+
+def _built_within(method: str, backbone: TinyBackbone, rank: int, mesh: DeviceMesh) -> list[Tensor]:
+    """The banks of a model wrapped before, of its average, and of a sharded model; and the outputs of the three."""
+    model, sharded = (_begun(config(method), backbone) for _ in range(2))
+    for held in (model, sharded):
+        rescramble(held)
+    averaged, spread = AveragedModel(model), nn.parallel.DistributedDataParallel(model)
+    found: list[Tensor] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the memory bank is empty")
+        spread(*backbone.inputs(2, 5))  # with gradients: without them, no buffers are sent
+    _shard(sharded, mesh)
+    register_fsdp_forward_method(sharded, "build_memory_bank")
+    for held in (model, sharded):
+        # Of one class more in one process than in the other, and fewer rows than clouds.
+        batches = [(backbone.inputs(4, seed), [0, 1, 2 + rank, 0]) for seed in (21, 22, 23, 24)[rank::2]]
+        held.build_memory_bank(batches, to_inputs=lambda b: b[0], to_labels=lambda b: b[1], size=12)
+    if rank == 1:  # which the buffers of the first process put right
+        for state in banks(get_adapter(model, "default")):
+            for tensor in state.buffers():
+                tensor.zero_()
+    found.append(backbone.select(spread(*backbone.inputs(2, 5))).detach())
+    averaged.update_parameters(model)
+    found += [run(averaged, backbone), run(sharded, backbone)]
+    for whole in (model, averaged.module, sharded):
+        assert isinstance(whole, PointPeftModel)
+        found += [tensor for state in banks(get_adapter(whole, "default")) for tensor in state.buffers()]
+    return found
 
 
 @needs_processes
@@ -107,6 +183,14 @@ def test_two_processes_train_and_build_banks_as_one(tmp_path: Path) -> None:
         found = [rank[method, backbone.name] for rank in ranks]
         _check_training(method, backbone, *found)
         _check_bank(method, backbone, *found)
+        _check_around(*(rank["around a bank"] for rank in found))
+
+
+def _check_around(*ranks: Sequence[Tensor]) -> None:
+    for found in ranks:
+        for outputs_or_rows, rows in ((found[:3], 2), (found[3:], 12)):
+            for tensor in outputs_or_rows:
+                assert torch.equal(tensor, ranks[0][0 if rows == 2 else 3]) and len(tensor) == rows
 
 
 def _check_training(method: str, backbone: TinyBackbone, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:

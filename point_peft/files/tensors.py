@@ -15,7 +15,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str], where: str) -> None:
-    """Every name, shape, type and value must fit; the first that does not is named."""
+    """Every name, shape, type and value must fit; the first that does not is named.
+
+    A scalar fits where one value (1,) is asked for: gates are scalars in files of version 0.1.0.
+    """
     if missing := [name for name in expected if name not in tensors]:
         raise AdapterFileError(f"{where} lacks the tensor {_first(missing)}")
     if unexpected := [name for name in tensors if name not in expected]:
@@ -25,7 +28,7 @@ def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str]
         wanted = expected[name]
         shape, wanted_shape = tuple(tensor.shape), tuple(wanted.shape)
         free = name in free_rows and tensor.ndim == wanted.ndim > 0
-        if shape[free:] != wanted_shape[free:]:
+        if shape[free:] != wanted_shape[free:] and (shape, wanted_shape) != ((), (1,)):
             shown = ("any", *wanted_shape[1:]) if name in free_rows else wanted_shape
             raise AdapterFileError(f"{where}: '{name}' is {_shape(shape)}, this model needs {_shape(shown)}")
         if tensor.dtype != wanted.dtype and not (tensor.dtype in _FLOATS and wanted.dtype in _FLOATS):
@@ -72,6 +75,8 @@ def copy_tensors(
     for name, tensor in source.items():
         wanted = names[name]
         placed = tensor.to(device, types[name])
+        if tensor.ndim == 0:
+            placed = placed.reshape(wanted.shape)  # a scalar may fill a place of one value (1,)
         if isinstance(wanted, nn.Parameter):
             placed = nn.Parameter(placed, wanted.requires_grad)
         for module, key in owners[id(wanted)]:
@@ -82,7 +87,7 @@ def why_not_in_place(source: Tensors, target: Tensors, *, keep_types: bool) -> s
     """Why checked tensors, in their types or others, cannot be put into the memory of others; None if they can."""
     for name, tensor in source.items():
         there = target[name]
-        if tensor.shape != there.shape:
+        if tensor.ndim and tensor.shape != there.shape:
             return f"its '{name}' has {len(tensor)} rows, and the memory that is there is for {len(there)}"
         if keep_types and tensor.dtype != there.dtype:
             return f"its '{name}' is {dtype_name(tensor)}, what is there {dtype_name(there)}"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.running.forward import Forward
 from point_peft.running.nested import Args, Kwargs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,6 +112,56 @@ class SharedState(nn.Module):
     tuned_tokens: frozenset[str] = frozenset()
     """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: WeakSet[SharedState] = WeakSet()
+        """Copies that were made while it had no rows, such as a running average: they get the first with it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "waiting": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "waiting": WeakSet()})  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if self._lacks_rows():
+            self.waiting.add(copied)
+        return copied
+
+    def _lacks_rows(self) -> bool:
+        return any(len(self.get_buffer(name)) == 0 for name in self.free_rows)
+
+    def hand_on(self) -> None:
+        """Give the rows that it now has to the copies that wait for some and have none of their own."""
+        if self._lacks_rows():
+            return
+        copies, self.waiting = list(self.waiting), WeakSet()
+        for copied in copies:
+            if copied._lacks_rows():
+                for name in self.free_rows:
+                    rows = self.get_buffer(name)
+                    setattr(copied, name, copied.new_buffer(name, rows.shape).copy_(rows))
+                copied.hand_on()
+
+    def new_buffer(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of that shape for a buffer, which can be written to later even if it is made in inference mode."""
+        with torch.inference_mode(False):
+            return self.get_buffer(name).new_empty(tuple(shape))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Load what torch would, and of buffers with free rows as many as there are."""
+        for name in self.free_rows:
+            there: Tensor = self.get_buffer(name)
+            loaded: Any = state_dict.get(prefix + name)
+            # Another width is left to torch, which refuses it.
+            fits = isinstance(loaded, Tensor) and loaded.ndim == there.ndim and loaded.shape[1:] == there.shape[1:]
+            if fits and len(loaded) != len(there):
+                setattr(self, name, self.new_buffer(name, loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.hand_on()
+
     @property
     def bank(self) -> Bank | None:
         """Itself, where it is a bank; None for other state."""
@@ -137,10 +194,10 @@ class Bank(SharedState):
         """The features (b, c) of clouds with patch tokens (b, g, c)."""
         raise NotImplementedError
 
-    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
+    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:
         """Take features (rows, c); more than `size` are reduced, None: as the configuration says.
 
-        Labels (rows,) say which class each is of.
+        Labels (rows,) say which class each is of. Returns the number of rows that it keeps.
         """
         raise NotImplementedError
 

@@ -54,7 +54,7 @@ class GeometryAwareAdapter(nn.Module):
         self.scale = scale
         self.centre_scale = centre_scale
         self.norm = nn.BatchNorm1d(channels) if batch_norm else nn.LayerNorm(channels)
-        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
 
     def forward(
         self, t: Tensor, U: Tensor, near: Neighbourhoods, w: Propagation, m: Tensor, *, recomputing: bool

@@ -55,7 +55,7 @@ class MemoryBank(Bank):
     def query(self, tokens: Tensor) -> Tensor:
         return query_of(tokens)
 
-    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> None:
+    def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:
         """Take features (rows, c) as the bank, scaled to unit length; more than `size` are reduced to prototypes.
 
         `size` None is the size that the bank was made with, labels (rows,) say which class each row is of.
@@ -73,11 +73,13 @@ class MemoryBank(Bank):
         if limit is not None:
             features = prototypes(features, labels, limit)
         self._check_rows(features)
-        rows = self.rows.new_empty(features.shape)
+        rows = self.new_buffer("rows", features.shape)
         for part, into in zip(torch.split(features, CHUNK_ROWS), torch.split(rows, CHUNK_ROWS), strict=True):
             wide = part.float()
             into.copy_(wide / wide.norm(dim=1, keepdim=True))
         self.rows = rows
+        self.hand_on()
+        return len(rows)
 
     def check(self, base_model: nn.Module) -> None:
         if len(self.rows):

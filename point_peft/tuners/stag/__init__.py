@@ -190,7 +190,7 @@ class GraphModule(nn.Module):
         self.neighbour = nn.Linear(width, width)
         self.mix = nn.Linear(width, width)
         self.up = nn.Linear(width, channels)
-        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
 
     def forward(self, side: Tensor, neighbour: Tensor) -> tuple[Tensor, Tensor]:
         """Side tokens (b, g, w) after the step, and displacements (b, g, c); `neighbour` (b, g, k) are indices."""
