@@ -1,4 +1,4 @@
-"""What only a forward can show: that parts run, that their tensors learn, and that nobody has replaced their modules."""
+"""What only a forward can show: that parts run, that their tensors learn, that nobody has replaced their modules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from point_peft import AdapterError, LoraConfig, PointPeftModel, get_peft_model, inject_adapter
 from point_peft.adapting.adapter import get_adapter
@@ -50,7 +51,7 @@ def wrapped(method: str, how: str) -> PointPeftModel:
 
 def trained_in_encoder(model: PointPeftModel) -> int:
     adapter = get_adapter(model, "default")
-    return sum(p.requires_grad for p in adapter.parameters()) - len(list(model.base_model.head.parameters()))
+    return sum(p.requires_grad for p in adapter.parameters()) - 2  # of the head
 
 
 @pytest.mark.parametrize("how", ["no_grad", "detached"])
@@ -61,23 +62,21 @@ def test_what_gets_no_gradient_is_told_in_the_first_training_forward(method: str
     if not count:  # nothing but the head is trained, and that learns
         model(points)
         return
-    said = r"at '?encoder\..*no_grad|'encoder\..* no torch\.no_grad\(\) inside"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             output = model(points)
         except AdapterError as error:
             assert how == "no_grad"
-            pytest.raises(AdapterError, model, points).match(said)
-            assert "'encoder." in str(error)
+            assert "at 'encoder." in str(error) and "no torch.no_grad() inside the model" in str(error)
             return
     (warning,) = caught
     text = str(warning.message)
-    assert f"{count} of {count + 2} trained tensors get no gradient" in text
-    assert "'encoder." in text
+    (loss_of(output) + model.auxiliary_loss()).backward()
+    learns = sum(p.grad is not None for p in get_adapter(model, "default").parameters())
+    assert learns == 2 or method == "POINT_LORA"  # whose loss has a gradient of its own
+    assert f"{count + 2 - learns} of {count + 2} trained tensors get no gradient" in text and "'encoder." in text
     assert ("ran under torch.no_grad()" if how == "no_grad" else "detached on its way") in text
-    loss_of(output).backward()
-    assert sum(p.grad is not None for p in get_adapter(model, "default").parameters()) == 2
     model(points)  # once is enough, and a warning would be an error here
 
 
@@ -95,7 +94,9 @@ def test_the_inputs_of_a_block_that_were_detached() -> None:
     base = COMPACT.build()
     base.get_submodule("blocks.blocks.1").register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
     model = get_peft_model(base, LoraConfig(r=2, modules_to_save=["cls_head_finetune"])).train()
-    with pytest.warns(UserWarning, match=r"12 of 28 .* at 'blocks\.blocks\.0\.attention\.q' to 'blocks\.blocks\.0\.mlp"):
+    with pytest.warns(
+        UserWarning, match=r"6 of 16 .* at 'blocks\.blocks\.0\.attention\.q' to .* \(3 modules\) ran, but"
+    ):
         model(*COMPACT.inputs(2, 5))
 
 
@@ -157,9 +158,9 @@ class TwoHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
+        logits: Tensor = self.one(x) if len(x) > 2 or self.reads else self.two(x)
         if self.reads:
-            return self.one(x) + nn.functional.linear(x, self.two.weight)
-        logits: Tensor = self.one(x) if len(x) > 2 else self.two(x)
+            logits = logits + nn.functional.linear(x, self.two.weight)
         return logits
 
 
@@ -290,10 +291,10 @@ def test_a_layer_that_was_pruned_or_quantised_since_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["BITFIT", "LORA"])
 def test_a_layer_whose_weight_was_parametrised_by_pruning(method: str) -> None:
-    model = adapt(COMPACT, config(method, target_modules=[r"blocks.blocks.1.mlp.0"]))
+    model = adapt(COMPACT, config(method, target_modules=["blocks.blocks.1.mlp.0"], modules_to_save=[]))
     layer = model.get_submodule("base_model.blocks.blocks.1.mlp.0")
     for name in ("weight", "bias"):
-        nn.utils.prune.l1_unstructured(layer, name, amount=0.5)
+        prune.l1_unstructured(layer, name, amount=0.5)
     if method == "LORA":  # which adds to what the layer gives, whatever its weight
         run(model, COMPACT)
     else:
@@ -344,7 +345,8 @@ def test_what_is_compiled_already_is_refused_untouched() -> None:
 
 
 def test_torchscript_is_refused() -> None:
-    scripted: Any = torch.jit.trace(nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3))
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        scripted: Any = torch.jit.trace(nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3))
     with pytest.raises(AdapterError, match="TorchScript.*: adapt first, then compile or export"):
         get_peft_model(scripted, LoraConfig(target_modules=["0"]))
 
@@ -363,8 +365,9 @@ def test_norms_that_are_converted_for_several_processes(method: str) -> None:
     loss_of(backbone.select(model.train()(*backbone.inputs(2, 5)))).backward()
     assert all(torch.equal(v, held[k]) for k, v in model.base_model.named_buffers())
     assert all(p.grad is not None for p in get_adapter(model, "default").parameters() if p.requires_grad)
-    unloaded = model.unload()
-    assert distance(backbone.select(unloaded.eval()(*backbone.inputs(2, 5))), plain(backbone)) < 1e-6
+    with torch.no_grad():
+        unloaded = backbone.select(model.unload().eval()(*backbone.inputs(2, 5)))
+    assert distance(unloaded, plain(backbone)) < 1e-6
 
 
 def test_random_is_not_needed_for_a_skip() -> None:

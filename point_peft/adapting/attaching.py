@@ -54,8 +54,8 @@ def follow_modules(module: nn.Module, args: Args) -> None:
         return
     site: Site = module.__dict__[SITE]
     changed = changed_links(site)
-    if changed and follow(site, changed):
-        reattach(site.root)
+    if changed:
+        follow(site, changed)
 
 
 def reattach(root: Root) -> None:

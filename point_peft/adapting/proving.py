@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
-from point_peft.running.forward import Forward
+from point_peft.running.forward import Forward, current_forward
 from point_peft.running.nested import leaves
 from point_peft.running.proof import Graph, Ran, Unproven
 from point_peft.running.reading import leave, watch
@@ -59,7 +59,8 @@ def begin_proof(forward: Forward, model: nn.Module) -> None:
     silent = [path for unproven in open_ends if model.training not in unproven.watched for path in unproven.silent]
     if silent:
         forward.watches = True
-        watch(model, _readable(forward.root.base_model, silent))
+        # In a second pass the plain modules run, and read their own.
+        watch(model, _readable(forward.root.base_model, silent), lambda: current_forward(forward.root) is forward)
 
 
 def _readable(base: nn.Module, silent: list[str]) -> dict[int, str]:
@@ -136,15 +137,19 @@ def _prove_learning(forward: Forward, name: str, unproven: Unproven, ran: Mappin
     if not results or not any(trained.values()):
         return
     graph = Graph(results)
-    unproven.unlearned = unproven.unlearned.difference(trained)
     # What the reentrant kind of checkpointing runs is not in the graph until the backward pass.
     hidden = {id(t) for path, own in trained.items() if graph.replays and not ran[path].with_gradient for t in own}
     missed = {path: [t for t in own if id(t) not in hidden and not graph.reaches(t)] for path, own in trained.items()}
     cut = {path for path, own in missed.items() if own and not ran[path].with_gradient}
+    lost = {path for path, own in missed.items() if own} - cut
+    unproven.patience -= 1
+    if unproven.patience > 0 and len(ran) < len(get_adapter(forward.root, name).parts):
+        trained, lost = {path: own for path, own in trained.items() if path not in lost}, set()
+    unproven.unlearned = unproven.unlearned.difference(trained)
     for paths, why in (
         (cut, "ran under torch.no_grad() or in inference mode: call the module that holds them with gradients enabled"),
         (
-            {path for path, own in missed.items() if own} - cut,
+            lost,
             "ran, but what they gave was detached on its way to what the model returns, as by .detach(), .data or "
             "torch.no_grad(), or did not go there",
         ),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from point_peft.adapting.site import Link, Site, backbone_modules, has_hooks
+from point_peft.adapting.site import Link, Site, backbone_modules, has_hooks, move_hooks
 from point_peft.errors import AdapterError
 from point_peft.running.forward import Root
 from point_peft.torch_private import BatchNorm, is_compiled
@@ -29,12 +29,12 @@ def changed_links(site: Site) -> list[Link]:
     ]
 
 
-def follow(site: Site, changed: list[Link]) -> bool:
-    """Come to terms with changed links; True if there are modules now that have yet to be hooked.
+def follow(site: Site, changed: list[Link]) -> None:
+    """Come to terms with changed links: a norm that was converted takes over what was attached to the one before.
 
     Raises `AdapterError` where what was attached can act no more. What was only wrapped acts on.
     """
-    unhooked = False
+    converted: list[tuple[nn.Module, nn.Module]] = []
     for link in changed:
         old, new = link.child, link.parent._modules.get(link.name)
         if new is not None and is_compiled(new):
@@ -42,20 +42,19 @@ def follow(site: Site, changed: list[Link]) -> bool:
                 f"'{link.path}' ({type(old).__name__}) was compiled since something was attached to it or in it, which "
                 "would not act there as it should: compile the whole adapted model, torch.compile(model)"
             )
-        converted = _is_converted(old, new)
-        if new is None or not (converted or old in set(new.modules())):
+        if isinstance(new, nn.SyncBatchNorm) and _is_converted(old, new):
+            converted.append((old, new))
+        elif new is None or old not in set(new.modules()):
             what = "taken out" if new is None else f"replaced by a {type(new).__name__}"
             raise AdapterError(
                 f"'{link.path}' ({type(old).__name__}) was {what} since something was attached to it or in it, which "
                 "acts no more: change the model before an adapter is added to it"
             )
-        unhooked = unhooked or converted
+    for old, new in converted:
+        move_hooks(old, new)
     site.links[:] = [replace(link, child=link.parent._modules[link.name] or link.child) for link in site.links]
-    return unhooked
 
 
-def _is_converted(old: nn.Module, new: nn.Module | None) -> bool:
+def _is_converted(old: nn.Module, new: nn.SyncBatchNorm) -> bool:
     """Tell a norm that `convert_sync_batchnorm` has made of another: it has the very tensors."""
-    if not (isinstance(old, BatchNorm) and isinstance(new, nn.SyncBatchNorm)):
-        return False
-    return old.running_mean is new.running_mean and old._parameters.get("weight") is new._parameters.get("weight")
+    return isinstance(old, BatchNorm) and old.running_mean is new.running_mean and old.weight is new.weight

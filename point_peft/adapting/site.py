@@ -106,12 +106,29 @@ def strip(module: nn.Module) -> None:
     remove_hooks(module, HOOKS)
 
 
-def remove_hooks(module: nn.Module, hooks: Collection[Callable[..., Any]]) -> None:
-    """Take hooks off a module, by function and not by handle: a handle knows one model, and models are copied."""
-    for registered, flags in (
+def move_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Take every hook and reference of this library off a module and put them on another, which runs in its place."""
+    if SITE in module.__dict__:
+        other.__dict__[SITE] = module.__dict__[SITE]
+    for (registered, flags), (there, marks) in zip(_hooks(module), _hooks(other), strict=True):
+        own = {number: hook for number, hook in registered.items() if hook in HOOKS}
+        there.update(own)
+        for flag, mark in zip(flags, marks, strict=True):
+            mark.update({number: True for number in own if number in flag})
+    strip(module)
+
+
+def _hooks(module: nn.Module) -> tuple[tuple[dict[int, Any], tuple[dict[int, bool], ...]], ...]:
+    """The hooks of a module by number, ahead of its forward and after it, each kind with what marks some of them."""
+    return (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-    ):
+    )
+
+
+def remove_hooks(module: nn.Module, hooks: Collection[Callable[..., Any]]) -> None:
+    """Take hooks off a module, by function and not by handle: a handle knows one model, and models are copied."""
+    for registered, flags in _hooks(module):
         for number in [number for number, hook in registered.items() if hook in hooks]:
             del registered[number]
             for flag in flags:

@@ -20,6 +20,8 @@ class Unproven:
     """The sites of which it is not known that a gradient comes to their parts."""
     watched: set[bool] = field(default_factory=set)
     """Modes, True for training, of the forwards in which it was watched who reads the weights of silent sites."""
+    patience: int = 10
+    """Forwards that may pass until what gets no gradient is told, though it may be that its reader did not run."""
 
 
 @dataclass

@@ -58,30 +58,33 @@ class Substitution(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Notes whose tensors functions are given, by the identity of these."""
+    """Notes whose tensors functions are given, by the identity of these, while it is `alive`."""
 
-    def __init__(self, owners: Mapping[int, str]) -> None:
+    def __init__(self, owners: Mapping[int, str], alive: Callable[[], bool]) -> None:
         super().__init__()
         self.owners = owners
+        self.alive = alive
         self.used: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Not in what a model compiles itself, such as its attention, which knows no identities.
         if not torch.compiler.is_compiling() and func.__name__ not in LOOKS:
-            self.used.update(self.owners[id(value)] for value in arguments(args, kwargs) if id(value) in self.owners)
+            used = {self.owners[id(value)] for value in arguments(args, kwargs) if id(value) in self.owners}
+            if used and self.alive():
+                self.used |= used
         return func(*args, **kwargs)
 
 
 _state = _State()
 
 
-def watch(reader: nn.Module, owners: Mapping[int, str]) -> None:
+def watch(reader: nn.Module, owners: Mapping[int, str], alive: Callable[[], bool]) -> None:
     """From now on, until the reader's `leave`, it is noted whose tensors functions called on this thread are given.
 
-    `owners` has modules' paths by the identity of their tensors.
+    `owners` has modules' paths by the identity of their tensors; nothing is noted while it is not `alive`.
     """
-    _begin(reader, Watch(owners))
+    _begin(reader, Watch(owners, alive))
 
 
 def enter(reader: nn.Module, adapted: Mapping[int, tuple[str, Tensor]], alive: Callable[[], bool]) -> None:
