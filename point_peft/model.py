@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.adapter_set import AdapterSet
+from point_peft.adapting.attaching import follow_modules
 from point_peft.adapting.heads import HeadSource
+from point_peft.adapting.proving import begin_proof, end_proof
 from point_peft.adapting.site import CHILD, SITE
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig, TunerConfig
@@ -142,12 +144,16 @@ class _Method:
         functools.update_wrapper(self, getattr(root.base_model, name), updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        base, output = self.root.base_model, None
+        follow_modules(base, args)
         forward = open_forward(self.root, args, kwargs)
         forward.method = self.name
+        begin_proof(forward, base)
         try:
-            output = getattr(self.root.base_model, self.name)(*args, **kwargs)
+            output = getattr(base, self.name)(*args, **kwargs)
         finally:
             close_forward(forward)
+            end_proof(forward, base, output)
         if torch.is_grad_enabled():
             mark(self.root.key, forward, output)
         return output

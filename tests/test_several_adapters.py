@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from point_peft import METHODS, AdapterError, LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from tests.adapting import adapt, add, complete, rescramble
-from tests.zoo import BACKBONES, TinyBackbone, clouds
+from tests.zoo import BACKBONES, TinyBackbone, clouds, pointcept
 from tools import capabilities
 
 
@@ -225,3 +225,43 @@ def test_an_error_in_one_adapter_leaves_nothing_behind() -> None:
 
 def stop(module: nn.Module, args: Any, output: Any) -> None:
     raise KeyboardInterrupt
+
+
+# ---- models that draw random numbers ---------------------------------------------------------------------------------
+
+
+def shuffled(backbone: TinyBackbone, monkeypatch: pytest.MonkeyPatch) -> PointPeftModel:
+    """A model of Point Transformer V3 that draws its serial orders at random in every forward, in eval mode too."""
+    code = pointcept._z_code
+    monkeypatch.setattr(pointcept, "_z_code", lambda cell: code(cell[:, torch.randperm(3)]))
+    model = mixed_model(backbone, "LORA", "IA3", "BITFIT")
+    for module in model.base_model.modules():
+        if "shuffle_serialization_orders" in vars(module):
+            module.__dict__["shuffle_serialization_orders"] = True
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "ptv3" in name])
+@torch.no_grad()
+def test_every_adapter_of_a_batch_gets_the_same_random_orders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = BACKBONES[name]
+    model = shuffled(backbone, monkeypatch)
+    names = [*model.adapters, None, *model.adapters]
+    args = backbone.inputs(len(names), 0)
+
+    def seeded(run: Callable[[], Any], seed: int) -> Any:
+        torch.manual_seed(seed)
+        return run()
+
+    expected = {
+        kind: backbone.select(seeded(lambda kind=kind: alone(model, kind, backbone.inputs(len(names), 0)), 3))  # type: ignore[misc]
+        for kind in set(names)
+    }
+    others = [backbone.select(seeded(lambda: alone(model, None, args), seed)) for seed in (4, 5, 6)]
+    assert any(not torch.allclose(other, expected[None], atol=1e-4) for other in others)
+    found = backbone.select(seeded(lambda: model(*args, adapter_names=names), 3))
+    for i, kind in enumerate(names):
+        assert torch.allclose(found[i], expected[kind][i], atol=2e-5, rtol=1e-4), kind
+    tasks = seeded(lambda: model.forward_tasks(args, [*model.adapters, None]), 3)
+    for kind, output in tasks.items():
+        assert torch.allclose(backbone.select(output), expected[kind], atol=2e-5, rtol=1e-4), kind

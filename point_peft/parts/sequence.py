@@ -139,7 +139,7 @@ def note_stream(block: Block, method: str) -> tuple[str, InputNote]:
 def noted_stream(call: Call, part: SequencePart, like: BlockTokens) -> Tensor:
     """The stream that was noted for a part in this call of a block, batch first, of those tokens that `like` has."""
     key = (call.adapter, part.tuner, "stream", call.path)
-    noted = batch_first(call.forward.handover.noted(key, call.path), part.stage.layout)
+    noted = batch_first(call.forward.handover.noted(key, call.path), part.stage.layout).to(like.tokens.dtype)
     # Methods that act closer to the block may have had prompts in it: they lay before the patch tokens.
     ahead = like.prefix.shape[1] + like.prompts.shape[1]
     g = like.patches.shape[1]
@@ -159,9 +159,10 @@ class EntrancePart(Part):
 
     def entrance(self, call: Call, args: Args, kwargs: Kwargs) -> Tensor:
         """The input of the MLP, in this call of the block."""
-        if self.noted:
-            return call.forward.handover.noted((call.adapter, self.tuner, "entrance", self.block), call.path)
         given: Tensor = (*args, *kwargs.values())[0]
+        if self.noted:
+            key = call.adapter, self.tuner, "entrance", self.block
+            return call.forward.handover.noted(key, call.path).to(given.dtype)
         return given
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
@@ -98,7 +99,8 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.RMSNorm):
         return nn.functional.rms_norm(x, norm.normalized_shape, eps=norm.eps)
     assert isinstance(norm, BatchNorm)
-    mean, var = norm.running_mean, norm.running_var
+    stats = norm.running_mean, norm.running_var
+    mean, var = (None if s is None else s.to(torch.promote_types(s.dtype, x.dtype)) for s in stats)
     return nn.functional.batch_norm(x, mean, var, training=mean is None, eps=norm.eps)
 
 

@@ -1,0 +1,170 @@
+"""Adapters on backbones in half precision: trained in float32, the output in the backbone's type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from point_peft import PointPeftModel, describe, get_peft_model, inject_adapter
+from point_peft.adapting.adapter import get_adapter
+from tests.adapting import (
+    Config,
+    adapt,
+    banks,
+    complete,
+    distance,
+    every_method,
+    frozen,
+    loss_of,
+    plain,
+    rescramble,
+    run,
+    stated,
+    tensors,
+)
+from tests.methods import config
+from tests.test_inputs import assert_learns, cast
+from tests.test_representatives import a_few
+from tests.zoo import BACKBONES, TinyBackbone
+
+POINT_MAE = BACKBONES["point_mae"]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def in_half(backbone: TinyBackbone, method: str, dtype: torch.dtype, **options: Any) -> PointPeftModel:
+    """An adapter, with the values of the one of `adapt`, made on a backbone that is in half precision already."""
+    return valued(get_peft_model(backbone.build().to(dtype), stated(method, backbone), **options), backbone, method)
+
+
+def valued(model: PointPeftModel, backbone: TinyBackbone, method: str | Config) -> PointPeftModel:
+    exact = adapt(backbone, method)
+    own, source = get_adapter(model, "default"), get_adapter(exact, "default")
+    for bank, other in zip(banks(own), banks(source), strict=True):
+        bank._buffers.update(other._buffers)
+    with torch.no_grad():
+        for name, tensor in own.tensors().items():
+            tensor.copy_(source.tensors()[name])
+    return model.eval()
+
+
+def types(model: PointPeftModel) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.adapters.parameters()}
+
+
+@a_few
+def test_on_a_backbone_in_half_precision(method: str, backbone: TinyBackbone) -> None:
+    args, base = cast(backbone.inputs(2, 5), torch.bfloat16), frozen(backbone).to(torch.bfloat16)
+    try:
+        rounded = distance(run(base, backbone, args).float(), plain(backbone))
+    except (RuntimeError, KeyError):
+        pytest.skip(f"{backbone.name} itself does not run in bfloat16")
+    model = in_half(backbone, method, torch.bfloat16)
+    assert types(model) == {torch.float32}
+    output = run(model, backbone, args)
+    assert output.dtype == torch.bfloat16
+    assert distance(output.float(), run(adapt(backbone, method), backbone)) < 0.05 + 5 * rounded
+    assert_learns(model, backbone, args)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@every_method
+def test_every_method_in_half_precision(method: str, dtype: torch.dtype) -> None:
+    model, args = in_half(POINT_MAE, method, dtype), cast(POINT_MAE.inputs(2, 5), dtype)
+    output = run(model, POINT_MAE, args)
+    assert output.dtype == dtype and distance(output.float(), run(adapt(POINT_MAE, method), POINT_MAE)) < 0.06
+    assert_learns(model, POINT_MAE, args)
+    kept = in_half(POINT_MAE, method, dtype, autocast_adapter_dtype=False)
+    assert types(kept) == {dtype}
+
+
+@every_method
+def test_blocks_in_another_type_than_the_rest(method: str) -> None:
+    """As where a user has cast the blocks: each gets its tokens in its type, and they come out in float32."""
+    base = POINT_MAE.build()
+    for block in describe(base).blocks:
+        module = base.get_submodule(block.path).to(torch.bfloat16)
+        module.register_forward_pre_hook(lambda _, args: tuple(value.to(torch.bfloat16) for value in args))
+        module.register_forward_hook(lambda _, args, output: output.float())
+    model = valued(get_peft_model(base, config(method)), POINT_MAE, method)
+    assert types(model) == {torch.float32}
+    output = run(model, POINT_MAE)
+    assert output.dtype == torch.float32 and distance(output, run(adapt(POINT_MAE, method), POINT_MAE)) < 0.06
+    assert_learns(model, POINT_MAE, POINT_MAE.inputs(2, 5))
+
+
+@every_method
+def test_small_steps_are_not_lost(method: str) -> None:
+    """Every value that has a gradient moves in a step of AdamW at 1e-4, in a loop with a gradient scaler."""
+    model, args = in_half(POINT_MAE, method, torch.float16), cast(POINT_MAE.inputs(4, 5), torch.float16)
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0), torch.amp.GradScaler("cpu", 64.0)
+    scaler.scale(loss_of(POINT_MAE.select(model(*args)).float())).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    moving = [p.grad.abs() > 1e-6 for p in trained if p.grad is not None]
+    scaler.step(optimizer)
+    scaler.update()
+    assert len(moving) == len(trained) and scaler.get_scale() == 64.0
+    for parameter, old, moves in zip(trained, before, moving, strict=True):
+        assert bool((parameter.detach() != old)[moves].all())
+
+
+@every_method
+def test_files_say_their_types_and_loading_keeps_the_rule(method: str, tmp_path: Path) -> None:
+    model, args = in_half(POINT_MAE, method, torch.bfloat16), cast(POINT_MAE.inputs(2, 5), torch.bfloat16)
+    model.save_pretrained(tmp_path / "wide")
+    with safe_open(tmp_path / "wide" / "adapter_model.safetensors", framework="pt") as file:
+        said = {str(file.get_tensor(name).dtype) for name in file.keys() if "memory_bank" not in name}  # noqa: SIM118
+    assert said <= {"torch.float32", "torch.int64"}
+    assert "bfloat16" in (tmp_path / "wide" / "adapter_config.json").read_text() or method == "LORA"  # in PEFT's format
+
+    def again(folder: str, **options: Any) -> PointPeftModel:
+        torch.manual_seed(3)
+        return PointPeftModel.from_pretrained(POINT_MAE.build().bfloat16(), tmp_path / folder, **options).eval()
+
+    loaded, narrow = again("wide"), again("wide", autocast_adapter_dtype=False)
+    assert types(loaded) == {torch.float32} and types(narrow) == {torch.bfloat16}
+    assert torch.equal(run(loaded, POINT_MAE, args), run(model, POINT_MAE, args))
+    narrow.save_pretrained(tmp_path / "narrow")
+    widened, kept = again("narrow"), again("narrow", autocast_adapter_dtype=False)
+    assert types(widened) == {torch.float32} and types(kept) == {torch.bfloat16}
+    for name, tensor in tensors(widened).items():
+        assert torch.equal(tensor, tensors(narrow)[name].to(tensor.dtype)), name
+    assert torch.equal(run(kept, POINT_MAE, args), run(narrow, POINT_MAE, args))
+
+
+def test_every_door_has_the_rule() -> None:
+    def base() -> nn.Module:
+        return POINT_MAE.build().bfloat16()
+
+    for keeps, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        held: Any = inject_adapter(base(), config("LORA"), autocast_adapter_dtype=keeps)
+        held.point_peft.add_adapter("second", config("IA3"), autocast_adapter_dtype=not keeps)
+        own = {p.dtype for p in held.point_peft.adapters["default"].parameters()}
+        other = {p.dtype for p in held.point_peft.adapters["second"].parameters()}
+        assert own == {dtype} and own | other == {torch.float32, torch.bfloat16}
+    assert types(get_peft_model(POINT_MAE.build().double(), config("LORA"))) == {torch.float64}
+
+
+def test_points_that_overflow_in_the_method_alone() -> None:
+    """GAPrompt squares and exponentiates in its own type: it is finite wherever the backbone is."""
+    (points,) = POINT_MAE.inputs(2, 5)
+    model = in_half(POINT_MAE, "GA_PROMPT", torch.float16)
+    args: tuple[Tensor, ...] = ((300 * points).half(),)
+    with model.disable_adapter():
+        assert torch.isfinite(run(model, POINT_MAE, args)).all()
+    assert torch.isfinite(run(model, POINT_MAE, args)).all()
+
+
+def test_autocast_needs_no_border() -> None:
+    model = adapt(POINT_MAE, "LORA")
+    rescramble(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert distance(run(model, POINT_MAE).float(), run(model, POINT_MAE)) < 0.05
+    complete(model, POINT_MAE, "default", 0, fresh=False)
