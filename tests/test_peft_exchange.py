@@ -485,9 +485,10 @@ def test_a_dilated_convolution_of_peft_is_refused(written: Path) -> None:
         PointPeftModel.from_pretrained(base, written)
 
 
-def test_an_adapter_in_another_type_takes_that_of_the_base(written: Path) -> None:
-    model = PointPeftModel.from_pretrained(net().bfloat16(), written)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("widens", [True, False])
+def test_an_adapter_in_another_type_takes_that_of_the_base_if_asked_to(written: Path, widens: bool) -> None:
+    model = PointPeftModel.from_pretrained(net().bfloat16(), written, autocast_adapter_dtype=widens)
+    assert {p.dtype for p in model.adapters.parameters()} == {torch.float32 if widens else torch.bfloat16}
     assert torch.isfinite(model(clouds().bfloat16())).all()
 
 

@@ -31,6 +31,7 @@ from tests.adapting import (
     assert_same_values,
     banks,
     build_bank,
+    complete,
     distance,
     gradients,
     loss_of,
@@ -108,6 +109,8 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
         }
     for methods in GROUPS:
         assert _sharded(methods, rank, mesh) < 1e-5
+    for method in METHOD_NAMES:
+        assert _synchronised(method, rank) < 1e-4, method
     torch.save(found, Path(folder) / f"{rank}.pt")
     process.destroy_process_group()
 
@@ -144,6 +147,27 @@ def _sharded(methods: Sequence[str], rank: int, mesh: DeviceMesh) -> float:
     assert list(alone) == list(shared)
     whole = {name: share.full_tensor() for name, share in shared.items() if isinstance(share, DTensor)}
     return max(distance(whole[name], gradient) for name, gradient in alone.items())
+
+
+def _synchronised(method: str, rank: int) -> float:
+    """How far converted norms, in training, are from those of one process that was given all clouds."""
+    backbone = BACKBONES["point_mae"]
+    whole, shared = (_begun(config(method), backbone) for _ in range(2))
+    for model in (whole, shared):
+        complete(model, backbone, "default", 0, fresh=False)
+        adapter = get_adapter(model, "default")
+        own = [part for _, part in adapter.all_parts() if part.own_module is None]
+        # Modules of the base, such as heads, that have norms are trained on GPUs alone once torch has converted them.
+        for part in (*own, *adapter.shared_states()):
+            for module in part.modules():
+                module.training = isinstance(module, nn.BatchNorm1d)  # and nothing that is random
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(shared)
+    (points,), before, mine = backbone.inputs(4, 40), values(whole.base_model), slice(2 * rank, 2 * rank + 2)
+    far = distance(shared(points[mine]).detach(), whole(points).detach()[mine])
+    assert_same_values(values(shared.base_model), before, "frozen statistics")
+    statistics = dict(get_adapter(shared, "default").named_buffers())
+    pairs = [(statistics[name], tensor) for name, tensor in get_adapter(whole, "default").named_buffers()]
+    return max([far, *(distance(one.float(), other.float()) for one, other in pairs if len(one.shape))])
 
 
 def _built_within(method: str, backbone: TinyBackbone, rank: int, mesh: DeviceMesh) -> list[Tensor]:

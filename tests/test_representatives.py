@@ -844,22 +844,6 @@ def test_a_model_that_no_preset_describes_is_refused_untouched() -> None:
     assert fingerprint(model) == before
 
 
-@every_method
-def test_a_module_that_is_never_called_is_reported(method: str) -> None:
-    backbone = BACKBONES["compact"]
-    base = compact_like(backbone.build(), spare=True)
-    message = r"'spare'.* had no effect, because that module \(Linear\) was not called"
-    model = get_peft_model(base, config(method, modules_to_save=["spare", "cls_head_finetune"]))
-    complete(model, backbone, "default", 0, fresh=False)
-    for _ in range(2):
-        with pytest.raises(AdapterError, match=message):
-            run(model, backbone)
-    with model.disable_adapter():
-        assert torch.equal(run(model, backbone), plain(backbone))
-    with pytest.raises(AdapterError, match="'spares' is a ModuleList, which is never called: name what it holds"):
-        model.add_adapter("second", config(method, modules_to_save=["spares"]))
-
-
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

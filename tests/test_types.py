@@ -12,21 +12,7 @@ from torch import Tensor, nn
 
 from point_peft import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.adapting.adapter import get_adapter
-from tests.adapting import (
-    Config,
-    adapt,
-    banks,
-    complete,
-    distance,
-    every_method,
-    frozen,
-    loss_of,
-    plain,
-    rescramble,
-    run,
-    stated,
-    tensors,
-)
+from tests.adapting import Config, adapt, banks, distance, every_method, frozen, loss_of, plain, run, stated, tensors
 from tests.methods import config
 from tests.test_inputs import assert_learns, cast
 from tests.test_representatives import a_few
@@ -160,11 +146,3 @@ def test_points_that_overflow_in_the_method_alone() -> None:
     with model.disable_adapter():
         assert torch.isfinite(run(model, POINT_MAE, args)).all()
     assert torch.isfinite(run(model, POINT_MAE, args)).all()
-
-
-def test_autocast_needs_no_border() -> None:
-    model = adapt(POINT_MAE, "LORA")
-    rescramble(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert distance(run(model, POINT_MAE).float(), run(model, POINT_MAE)) < 0.05
-    complete(model, POINT_MAE, "default", 0, fresh=False)
