@@ -1,7 +1,7 @@
 """Blocks found by their structure: an attention, a norm and a linear layer outside the attention."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -70,6 +70,21 @@ def is_norm(module: nn.Module) -> bool:
 def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     """Tell whether a module has parameters; without `recurse`, of its own."""
     return next(module.parameters(recurse), None) is not None
+
+
+def unclaimed(module: nn.Module, known: Set[nn.Module], path: str = "") -> Iterator[str]:
+    """The outermost modules with parameters that neither are, nor hold, nor lie in one of the known ones.
+
+    Of a list of modules, which is never called, it is its items.
+    """
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if child in known or isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or not known.isdisjoint(child.modules()):
+            yield from unclaimed(child, known, inner)
+        elif has_parameters(child):
+            yield inner
 
 
 def _attentions(modules: Modules) -> Iterator[tuple[str, tuple[str, ...]]]:
