@@ -26,8 +26,8 @@ class PointTransformer(nn.Module):
     - ACT: none; its `reduce_dim` has no parameters because the widths are equal.
     - Point-BERT: `encoder_dims=256, num_group=64, head_norm=False`. A `reduce_dim` layer exists exactly when
       `encoder_dims != trans_dim`.
-    - PCP-MAE: `pos_features="sine"`: the positional embedding reads sine features of width `trans_dim`. The order of
-      the sines and cosines and the hidden width 128 are our reading and were not compared with the official model.
+    - PCP-MAE: `pos_features="sine"`: the positional embedding reads as many sine features as `trans_dim`, which is its
+      hidden width too.
     - ReCon: `prefix_tokens=("cls", "img", "text")`. Its contrast branch is left out: its weights are read into the
       plain transformer, as is the custom in the field, and those of the branch are reported as unexpected.
     - Points with features, such as normals or colours: `in_channels=3 + f`, for clouds `(b, n, 3 + f)`.
@@ -70,9 +70,8 @@ class PointTransformer(nn.Module):
         for name in self.prefix_tokens:
             self.register_parameter(f"{name}_token", nn.Parameter(torch.empty(1, 1, trans_dim)))
             self.register_parameter(f"{name}_pos", nn.Parameter(torch.empty(1, 1, trans_dim)))
-        self.pos_embed = nn.Sequential(
-            nn.Linear(3 if pos_features == "xyz" else trans_dim, 128), nn.GELU(), nn.Linear(128, trans_dim)
-        )
+        read, hidden = (3, 128) if pos_features == "xyz" else (trans_dim, trans_dim)
+        self.pos_embed = nn.Sequential(nn.Linear(read, hidden), nn.GELU(), nn.Linear(hidden, trans_dim))
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, drop_path_rate)
         self.norm = nn.LayerNorm(trans_dim)
         self.cls_head_finetune = _head(trans_dim * (len(self.prefix_tokens) + 1), cls_dim, head_norm)
