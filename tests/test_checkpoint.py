@@ -141,6 +141,9 @@ def test_a_checkpoint_of_pcp_mae_in_its_official_shapes(tmp_path: Path, trans_di
     report = load_checkpoint(target, tmp_path / "a.pth")
     assert report.encoder_share == 1 and report.unexpected == ("MAE_encoder.mask_pos_token",)
     assert_equal(target.state_dict(), source, source)
+    segmenting = PointTransformerPartSeg(**{**SIZES, **sizes}, taps=(0,)).eval()
+    assert load_checkpoint(segmenting, tmp_path / "a.pth").encoder_share == 1
+    assert segmenting(torch.rand(1, 32, 3), torch.eye(16)[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize(
