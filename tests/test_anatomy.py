@@ -228,6 +228,9 @@ EXPECTED: dict[str, E] = {
         heads="blocks.cls_norm blocks.cls_head_finetune",
         **GPT,
     ),
+    "pointgpt_part_seg": expect(
+        vit("blocks.layers.0", 2, 2, GROUPED, layout="gbc", attention=TORCH), heads=PARTS, **{**GPT, "norms": "norm"}
+    ),
     "pointcept_ptv3": expect(
         point("enc.enc0.block0", 2, 16),
         point("enc.enc1.block0", 2, 24),

@@ -5,13 +5,13 @@ The layouts are those of the official segmentation code by their names; what is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from point_peft import Anatomy, LinearProbeConfig, describe, get_peft_model, inject_adapter
+from point_peft import Anatomy, LinearProbeConfig, PointPEFTConfig, describe, get_peft_model, inject_adapter
 from point_peft.adapting.adapter import get_adapter
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.backbones import HierarchicalPointTransformerPartSeg, PointTransformer
@@ -21,6 +21,7 @@ from tests.adapting import every_method
 from tests.methods import config
 from tests.zoo import BACKBONES, CLASSES, LABELS, WIDTH, clouds, labelled_clouds
 from tests.zoo.library import transformer
+from tests.zoo.pointgpt import PointGPTPartSeg
 
 LAYOUTS = {
     "Point-BERT part": "propagation_2 propagation_1 propagation_0 dgcnn_pro_1 dgcnn_pro_2 conv1 bn1 conv2",
@@ -162,3 +163,24 @@ def test_adapters_in_a_model_are_no_heads() -> None:
     before = describe(model)
     assert describe(inject_adapter(model, LinearProbeConfig())) == before
     assert describe(get_peft_model(BACKBONES["point_mae"].build(), LinearProbeConfig())) == before
+
+
+class RenamedHead(PointGPTPartSeg):
+    """By structure it is a classifying PointGPT, whose final norm is `blocks.ln_f`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carry = self._modules.pop("propagation_0")
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__("carry" if name == "propagation_0" else name)
+
+
+@pytest.mark.parametrize("make", [PointGPTPartSeg, RenamedHead])
+def test_a_norm_that_nothing_reads_is_not_the_final_one(make: Callable[[], nn.Module]) -> None:
+    args = labelled_clouds(3, 1)
+    adapted = get_peft_model(make(), PointPEFTConfig(memory_bank=False), example_inputs=args).eval()
+    assert adapted.anatomy is not None and adapted.anatomy.final_norms == ("norm",)
+    adapted(*args).square().sum().backward()
+    without = [name for name, p in adapted.adapters.named_parameters() if p.grad is None]
+    assert without == []

@@ -126,6 +126,16 @@ _POINT_GPT = Preset(
     # Neither the generator nor `norm` has a part in the prediction.
     encoder=r"pos_embed|generator_blocks|blocks\.increase_dim|norm",
 )
+# Its part segmentation taps blocks, which make their masks themselves; nothing reads what `blocks.ln_f` makes.
+_POINT_GPT_SEGMENTATION = variant(
+    _POINT_GPT,
+    name="PointGPT part segmentation",
+    requires=(*_POINT_GPT.requires, "norm", "propagation_0"),
+    absent=("blocks.cls_norm", "cls_norm"),
+    stage={"masks": ()},
+    final_norms=("norm",),
+    encoder=r"pos_embed|generator_blocks|blocks\.(?:increase_dim|ln_f)",
+)
 # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
 _POINT_M2AE = Preset(
     name="Point-M2AE family",
@@ -179,6 +189,7 @@ _PTV1 = Preset(
 )
 PRESETS: tuple[Preset, ...] = (
     _POINT_MAE,
+    _POINT_GPT_SEGMENTATION,
     _POINT_GPT,
     _POINT_M2AE,
     # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
