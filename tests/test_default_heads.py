@@ -5,19 +5,31 @@ The layouts are those of the official segmentation code by their names; what is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from point_peft import Anatomy, LinearProbeConfig, PointPEFTConfig, describe, get_peft_model, inject_adapter
+from point_peft import (
+    Anatomy,
+    LinearProbeConfig,
+    LoraConfig,
+    PeftConfig,
+    PointPEFTConfig,
+    PointPeftModel,
+    describe,
+    get_peft_model,
+    inject_adapter,
+)
 from point_peft.adapting.adapter import get_adapter
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.backbones import HierarchicalPointTransformerPartSeg, PointTransformer
 from point_peft.backbones.part_segmentation import FeaturePropagation
 from point_peft.tracing.understanding import trace
-from tests.adapting import every_method
+from tests.adapting import assert_same_values, every_method, fingerprint, move, tensors
 from tests.methods import config
 from tests.zoo import BACKBONES, CLASSES, LABELS, WIDTH, clouds, labelled_clouds
 from tests.zoo.library import transformer
@@ -184,3 +196,59 @@ def test_a_norm_that_nothing_reads_is_not_the_final_one(make: Callable[[], nn.Mo
     adapted(*args).square().sum().backward()
     without = [name for name, p in adapted.adapters.named_parameters() if p.grad is None]
     assert without == []
+
+
+# ---- what stays frozen though nothing has filled it ------------------------------------------------------------------
+
+
+PART = LAYOUTS["Point-MAE part"].split()
+
+
+@every_method
+def test_a_head_that_is_left_out_is_named_in_one_warning_and_in_the_report(method: str) -> None:
+    *left, last = PART
+    some, all_of_them = (PeftConfig(tuners=(config(method),), modules_to_save=names) for names in ([last], PART))
+    with pytest.warns(UserWarning, match="stay frozen, and no pre-training fills them") as caught:
+        model = get_peft_model(Official(PART), some)
+    assert len(caught) == 1 and str(caught[0].message).startswith(", ".join(f"'{name}'" for name in left) + " stay")
+    assert f"frozen, and no pre-training fills: {', '.join(left)}" in model.trainable_parameters_report()
+    with pytest.warns(UserWarning, match="'bns2' stay frozen"):
+        model.add_adapter("second", some)
+    whole = get_peft_model(Official(PART), all_of_them)
+    assert "no pre-training fills" not in whole.trainable_parameters_report()
+
+
+def test_an_empty_list_says_that_no_head_is_to_be_trained() -> None:
+    model = get_peft_model(Official(PART), LoraConfig(modules_to_save=[]))
+    assert f"frozen, and no pre-training fills: {', '.join(PART)}" in model.trainable_parameters_report()
+
+
+def test_of_a_head_that_is_trained_in_part_the_rest_is_named() -> None:
+    base = BACKBONES["point_mae"].build
+    with pytest.warns(UserWarning, match=r"^'cls_head_finetune.0', .*'cls_head_finetune.5' stay frozen"):
+        get_peft_model(base(), LoraConfig(modules_to_save=["cls_head_finetune.8"]))
+    for whole in (["cls_head_finetune"], ["cls_head_finetune", "norm"], None):
+        get_peft_model(base(), LoraConfig(modules_to_save=whole))
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_and_a_file_does_not_warn(tmp_path: Path) -> None:
+    base = Official(PART)
+    other, before = copy.deepcopy(base), fingerprint(base)
+    with pytest.raises(UserWarning, match="stay frozen"):
+        get_peft_model(base, LoraConfig(modules_to_save=["convs3"]))
+    assert fingerprint(base) == before
+    with pytest.warns(UserWarning, match="stay frozen"):
+        model = get_peft_model(base, LoraConfig(modules_to_save=["convs3"]))
+    move(model)
+    model.save_pretrained(tmp_path)
+    again = PointPeftModel.from_pretrained(other, tmp_path)
+    assert_same_values(tensors(again), tensors(model))
+
+
+@every_method
+def test_a_prefix_token_that_stays_frozen_is_in_the_report(method: str) -> None:
+    """Point-MAE's pre-training leaves out the class token and its position."""
+    model = get_peft_model(BACKBONES["point_mae"].build(), config(method))
+    tuned = {name for state in get_adapter(model, "default").shared_states() for name in state.tuned_tokens}
+    line = "frozen, and some pre-trainings leave out: cls_token, cls_pos"
+    assert (line in model.trainable_parameters_report()) == (not tuned)
