@@ -37,9 +37,10 @@ from point_peft.schema import to_json
 from point_peft.tracing import understand
 from point_peft.tracing.understanding import trace
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
-from tests.zoo.inputs import offset_list
+from tests.zoo.inputs import offset_dict, offset_list
 from tests.zoo.parts import GROUP_SIZE, GROUPS, Layer, PatchNet, Positions, first_and_largest
 from tests.zoo.pointcept import PointTransformerV3
+from tests.zoo.vector_attention import PointceptV1Classifier
 
 FUSED, SPLIT, TORCH = "one fused projection", "split projections", "nn.MultiheadAttention"
 
@@ -238,6 +239,9 @@ EXPECTED: dict[str, E] = {
         heads="seg_head",
     ),
     "official_ptv1": expect(
+        listed("enc1.1", 1, 16), listed("enc2.1", 2, 24), listed("dec2.1", 1, 24), listed("dec1.1", 1, 16), heads="cls"
+    ),
+    "pointcept_ptv1": expect(
         listed("enc1.1", 1, 16), listed("enc2.1", 2, 24), listed("dec2.1", 1, 24), listed("dec1.1", 1, 16), heads="cls"
     ),
     "official_ptv2": expect(
@@ -781,6 +785,17 @@ def test_a_preset_fits_under_a_prefix(backbone: TinyBackbone) -> None:
     check_anatomy(Wrapper(backbone.build()), wrapped)
     assert all(block.path.startswith("backbone.") for block in wrapped.blocks)
     assert anatomy_from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
+
+
+def test_stages_that_are_lists_and_one_without_a_block():
+    model, args = PointceptV1Classifier().eval(), offset_dict(3, 1)
+    known = known_anatomy(model)
+    assert known is not None and known.source == "preset Pointcept PTv1"
+    assert describe(model, *args) == known and known.heads == ("cls",)
+    assert [[block.path for block in stage.blocks] for stage in known.stages] == [["enc2.1", "enc2.2"]]
+    adapted = get_peft_model(model, PointPEFTConfig(num_prompts=0, adapter_scale=0.0, memory_bank=False))
+    adapted(*args).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.adapters.parameters())
 
 
 def test_a_part_of_a_name_is_no_prefix():

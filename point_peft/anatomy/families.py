@@ -174,7 +174,8 @@ _POINT_VIT = Preset(
 # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
 _PTV1 = Preset(
     name="PTv1",
-    requires=("enc1.1.transformer2", "enc1.0"),
+    # The first stage of those that classify has no block.
+    requires=("enc2.1.transformer2", "enc1.0"),
     stages=(
         StagePreset(
             blocks=r"(?:enc|dec)\d+\.\d+",
@@ -265,6 +266,7 @@ PRESETS: tuple[Preset, ...] = (
         encoder=r"enc|dec",
     ),
     _PTV1,
+    variant(_PTV1, name="Pointcept PTv1", requires=("enc2.1.transformer", "enc1.0"), stage={}),
     variant(
         _PTV1,
         name="PTv2",
