@@ -232,6 +232,15 @@ EXPECTED: dict[str, E] = {
     "pointgpt_part_seg": expect(
         vit("blocks.layers.0", 2, 2, GROUPED, layout="gbc", attention=TORCH), heads=PARTS, **{**GPT, "norms": "norm"}
     ),
+    # The second stage are queries.
+    "recon_plus": expect(
+        vit("encoder.blocks.local_blocks.0", 2, 1, GROUPED),
+        S("encoder.blocks.global_blocks.0", 2, "bgc", WIDTH, None, "None", attention=SPLIT, prompts=False),
+        heads="cls_head_finetune",
+        norms="encoder.ln_f2",
+        tokens="encoder.sos",
+        positions="encoder.sos_pos",
+    ),
     "pointcept_ptv3": expect(
         point("enc.enc0.block0", 2, 16),
         point("enc.enc1.block0", 2, 24),
@@ -343,7 +352,8 @@ def test_preset_and_traced_forward_agree(backbone: TinyBackbone) -> None:
     # Presets leave it to the shapes of arguments which of them are masks.
     apart: dict[str, Any] = {**dict.fromkeys(names), "masks": (), "padding_masks": ()}
     # What a preset says of the stem it must say rightly, but it need not say all.
-    apart |= {"points": None, "tokenizer": (), "position_embedding": None}
+    apart |= {"points": None, "tokenizer": (), "position_embedding": None, "unknown": ""}
+    assert [bool(stage.unknown) for stage in known.stages] == [bool(stage.unknown) for stage in traced.stages]
     assert [replace(stage, **apart) for stage in known.stages] == [replace(stage, **apart) for stage in traced.stages]
     for one, two in zip(known.stages, traced.stages, strict=True):
         for name in names:
@@ -787,6 +797,19 @@ def test_a_preset_fits_under_a_prefix(backbone: TinyBackbone) -> None:
     assert anatomy_from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
 
 
+def test_where_a_start_token_takes_the_place_of_the_last_patch_its_coordinates_are_left_out():
+    """As in ReCon++: as many tokens as centres, each with the centre of the one before."""
+    backbone, config = BACKBONES["recon_plus"], PointPEFTConfig(memory_bank=False, target_modules=r".*local_blocks.*")
+    model, args = backbone.build(), backbone.inputs(3, 1)
+    for anatomy in (known_anatomy(model), describe(model, *args), traced_alone(backbone)):
+        assert anatomy is not None and [stage.dropped for stage in anatomy.stages] == [1, 0]
+        assert "output[1] of 'group_divider', without the last 1" in str(anatomy)
+        get_peft_model(backbone.build(), replace(config, anatomy=anatomy))(*args)
+    unshifted = changed(described("recon_plus"), dropped=0)
+    with pytest.raises(AnatomyError, match=r"should get 1 prefix tokens and one token for each of the coordinates"):
+        get_peft_model(backbone.build(), replace(config, anatomy=unshifted))(*args)
+
+
 def test_stages_that_are_lists_and_one_without_a_block():
     model, args = PointceptV1Classifier().eval(), offset_dict(3, 1)
     known = known_anatomy(model)
@@ -865,6 +888,7 @@ def described(name: str) -> Anatomy:
         (("stages", 0, "width"), True, "True where int"),
         (("stages", 0, "width"), None, "None where int"),
         (("stages", 0, "prompts"), 1, "1 where bool"),
+        (("stages", 0, "dropped"), "1", "'1' where int"),
         (("stages", 0, "blocks"), {}, "{} where tuple"),
         (("stages", 0, "blocks", 0, "path"), 3, "3 where str"),
         (("stages", 0, "blocks", 0, "norms"), "norm1", "'norm1' where tuple"),

@@ -16,7 +16,10 @@ class StagePreset:
 
     blocks: str
     """A regular expression for the paths of the blocks."""
-    coordinates: Tap
+    coordinates: Tap | None = None
+    dropped: int = 0
+    unknown: str = ""
+    """The reason why there are no coordinates."""
     embedding: str | None = None
     """A positional embedding. If it is made from coordinates, it gets them in the order of the tokens, and they are
     seen there."""
@@ -136,6 +139,31 @@ _POINT_GPT_SEGMENTATION = variant(
     final_norms=("norm",),
     encoder=r"pos_embed|generator_blocks|blocks\.(?:increase_dim|ln_f)",
 )
+# ShapeLLM's ReCon++: a start token takes the place of the last patch; queries of images and text look at the patches
+# after every block, in blocks of their own.
+_RECON_PLUS = Preset(
+    name="ReCon++",
+    requires=("encoder.blocks.local_blocks.0", "encoder.blocks.global_blocks.0", "group_divider", "embed"),
+    absent=("decoder_pos_embed",),
+    stages=(
+        StagePreset(
+            blocks=r"encoder\.blocks\.local_blocks\.\d+",
+            coordinates=_made("group_divider", 1),
+            dropped=1,
+            points=_given("group_divider"),
+            masks=((1,),),
+        ),
+        StagePreset(
+            blocks=r"encoder\.blocks\.global_blocks\.\d+",
+            unknown="their tokens are queries, which lie nowhere in space",
+        ),
+    ),
+    stem=("group_divider", "embed"),
+    tokens=("encoder.sos",),
+    positions=("encoder.sos_pos",),
+    final_norms=("encoder.ln_f2",),
+    encoder=r"encoder|decoder|pos_embed|norm",
+)
 # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
 _POINT_M2AE = Preset(
     name="Point-M2AE family",
@@ -192,6 +220,7 @@ PRESETS: tuple[Preset, ...] = (
     _POINT_MAE,
     _POINT_GPT_SEGMENTATION,
     _POINT_GPT,
+    _RECON_PLUS,
     _POINT_M2AE,
     # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
     variant(

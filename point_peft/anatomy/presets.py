@@ -58,7 +58,12 @@ def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str)
     norms = [path for path in norms if not isinstance(modules[path], nn.Identity)]
     return Anatomy(
         source=f"preset {preset.name}",
-        stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
+        stages=tuple(
+            replace(stage, prompts=False)
+            if stage.unknown
+            else replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed")
+            for stage in stages
+        ),
         stem=tuple(prefix + path for path in preset.stem if prefix + path in modules),
         prefix_parameters=tuple(parameters),
         final_norms=tuple(norms),
@@ -93,7 +98,7 @@ def _stage(
     def tap(entry: Tap) -> Tap:
         return replace(entry, module=path(entry.module))
 
-    where = tap(entry.coordinates)
+    where = None if entry.coordinates is None else tap(entry.coordinates)
     embedding = path(entry.embedding) if entry.embedding is not None else None
     if embedding is not None and embedding in modules and _made_from_coordinates(modules[embedding]):
         where = Tap(module=embedding, side="input")
@@ -110,6 +115,8 @@ def _stage(
         tokens=entry.tokens,
         outputs=entry.outputs,
         coordinates=where,
+        dropped=entry.dropped,
+        unknown=entry.unknown,
         samples=samples[-1] if samples else None,
         # Where the grouping is a function, the clouds are what the model gets.
         points=tap(entry.points) if entry.points is not None and path(entry.points.module) in modules else None,

@@ -227,13 +227,20 @@ def block_width(model: nn.Module, block: Block) -> int:
 
 
 def stage_groups(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    """Blocks in order, grouped into stages: neighbours of one container, class and width."""
+    """Blocks in order, grouped into stages: neighbours of one container, class and width.
+
+    The blocks of two containers may run in turn.
+    """
+
+    def container(block: Block) -> str:
+        return re.sub(r"\d+$", "", block.path)
 
     def kind(block: Block) -> tuple[str, type[nn.Module], int]:
-        container = re.sub(r"\d+$", "", block.path)
-        return container, type(model.get_submodule(block.path)), block_width(model, block)
+        return container(block), type(model.get_submodule(block.path)), block_width(model, block)
 
-    return [tuple(group) for _, group in groupby(blocks, kind)]
+    containers = list(dict.fromkeys(map(container, blocks)))
+    in_order = sorted(blocks, key=lambda block: containers.index(container(block)))
+    return [tuple(group) for _, group in groupby(in_order, kind)]
 
 
 def prefix_rows(tensor: Tensor) -> int:

@@ -101,7 +101,8 @@ class PointceptBlock(PointTransformerBlock):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.transformer = self._modules.pop("transformer2")
+        del self.transformer2
+        self.transformer = PointTransformerLayer(width)
 
     def attend(self, pxo: Points) -> Tensor:
         mixed: Tensor = self.transformer(pxo)
