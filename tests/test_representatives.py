@@ -849,7 +849,8 @@ def test_a_module_that_is_never_called_is_reported(method: str) -> None:
     backbone = BACKBONES["compact"]
     base = compact_like(backbone.build(), spare=True)
     message = r"'spare'.* had no effect, because that module \(Linear\) was not called"
-    model = get_peft_model(base, config(method, modules_to_save=["spare", "cls_head_finetune"]))
+    with pytest.warns(UserWarning, match=r"^'spares.0' stay frozen"):
+        model = get_peft_model(base, config(method, modules_to_save=["spare", "cls_head_finetune"]))
     complete(model, backbone, "default", 0, fresh=False)
     for _ in range(2):
         with pytest.raises(AdapterError, match=message):
