@@ -183,7 +183,7 @@ def _skeleton(stage: Stage) -> tuple[Any, ...]:
     """Facts about a stage that must be right for anything to be put into it."""
     blocks = tuple(block.path for block in stage.blocks)
     position = stage.position if stage.prefix_tokens and len(blocks) > 1 else None
-    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
+    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.dropped, stage.tokens, stage.outputs, position
 
 
 def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
