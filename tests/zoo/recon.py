@@ -191,7 +191,7 @@ class PatchGenerator(nn.Module):
 
 
 class ReConPlus(nn.Module):
-    """Logits of clouds (b, n, 3), and the error of the patches that it generates."""
+    """Logits of clouds (b, n, 3), and the patches (b, g, k, 3) that it generates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class ReConPlus(nn.Module):
         generated = self.decoder(encoded, self.pos_embed(step), mask)
         img, text, cls = query[:, :2].amax(1), query[:, 2:4].amax(1), query[:, 4]
         logits = self.cls_head_finetune(torch.cat([cls, img, text, encoded.amax(1)], dim=1))
-        return logits, (generated - patches).square().mean()
+        return logits, generated
 
 
 @register(
