@@ -17,7 +17,7 @@ from point_peft.adapting import adding, mixed, second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import all_adapters, backbone_for, check_unmerged, meant_adapters, single_adapter
 from point_peft.adapting.combining import combine
-from point_peft.adapting.heads import Heads, HeadSource
+from point_peft.adapting.heads import Heads, HeadSource, warn_of_frozen_heads
 from point_peft.adapting.mixed import choosing
 from point_peft.adapting.planning import build_adapter
 from point_peft.adapting.proving import warn_of_silent
@@ -125,9 +125,11 @@ class AdapterSet(nn.Module):
         """
         self._check_new(adapter_name)
         config = PeftConfig.of(config)
-        adapter = build_adapter(backbone_for(self, config), config, heads, widen=autocast_adapter_dtype)
+        backbone = backbone_for(self, config)
+        adapter = build_adapter(backbone, config, heads, widen=autocast_adapter_dtype)
         if memory_bank is not None:
             fill_bank(bank_of(adapter, adapter_name), memory_bank)
+        warn_of_frozen_heads(backbone.anatomy, self.base_model, adapter)
         adding.attach_adapter(self, adapter_name, adapter)
 
     def _check_new(self, name: str) -> None:
@@ -265,8 +267,11 @@ class AdapterSet(nn.Module):
         print(self.trainable_parameters_report())
 
     def trainable_parameters_report(self) -> str:
-        """The table that `print_trainable_parameters` prints."""
-        return status.trainable_parameters_report(self.base_model, all_adapters(self.adapters))
+        """The table that `print_trainable_parameters` prints.
+
+        It ends with what stays frozen though no pre-training fills it, or some do not: heads and prefix tokens.
+        """
+        return status.trainable_parameters_report(self.base_model, all_adapters(self.adapters), self.anatomy)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """One row for every module of the backbone that something is attached to."""

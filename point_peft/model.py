@@ -238,7 +238,7 @@ def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     """The library's understanding of a backbone; `str()` of the result is readable.
 
     Without example inputs only what structure and presets tell; with them, a forward is traced, which also verifies
-    what a preset says.
+    what a preset says. Of an adapted model it is what its adapters go by.
 
     >>> from point_peft import describe
     >>> from point_peft.backbones import PointTransformer
@@ -246,6 +246,9 @@ def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     >>> [block.path for block in describe(backbone).blocks]
     ['blocks.blocks.0', 'blocks.blocks.1']
     """
+    held = model if isinstance(model, AdapterSet) else model._modules.get(CHILD)
+    if isinstance(held, AdapterSet) and held.anatomy is not None:
+        return held.anatomy
     return understand(model, example_inputs or None)
 
 

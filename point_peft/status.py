@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.heads import frozen_heads
+from point_peft.anatomy.description import Anatomy
 
 Adapters = Mapping[str, Adapter]
 
@@ -89,7 +91,7 @@ def count_parameters(base: nn.Module, adapters: Adapters) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def trainable_parameters_report(base: nn.Module, adapters: Adapters) -> str:
+def trainable_parameters_report(base: nn.Module, adapters: Adapters, anatomy: Anatomy | None) -> str:
     counts: Counter[tuple[str, str]] = Counter()
     for name, adapter in adapters.items():
         for label, parameter in _labelled(adapter):
@@ -100,7 +102,20 @@ def trainable_parameters_report(base: nn.Module, adapters: Adapters) -> str:
     names = max([len(name) for name, _ in counts], default=0)
     labels = max([len(label) for _, label in counts], default=0)
     lines = [f"{name:<{names}}  {label:<{labels}}  {count:>13,}" for (name, label), count in counts.items()]
+    for name, adapter in adapters.items():
+        left = {
+            "no pre-training fills": frozen_heads(anatomy, base, adapter),
+            "some pre-trainings leave out": _frozen_tokens(anatomy, adapter),
+        }
+        lines += [f"{name:<{names}}  frozen, and {why}: {', '.join(paths)}" for why, paths in left.items() if paths]
     return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
+
+
+def _frozen_tokens(anatomy: Anatomy | None, adapter: Adapter) -> list[str]:
+    """Prefix tokens and their positions that an adapter does not train."""
+    trained = {name for state in adapter.shared_states() for name in state.tuned_tokens}
+    prefix = () if anatomy is None else anatomy.prefix_parameters
+    return [parameter.name for parameter in prefix if parameter.name not in trained]
 
 
 def _labelled(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:

@@ -37,9 +37,10 @@ from point_peft.schema import to_json
 from point_peft.tracing import understand
 from point_peft.tracing.understanding import trace
 from tests.zoo import BACKBONES, CLASSES, WIDTH, Compact, TinyBackbone, clouds
-from tests.zoo.inputs import offset_list
+from tests.zoo.inputs import offset_dict, offset_list
 from tests.zoo.parts import GROUP_SIZE, GROUPS, Layer, PatchNet, Positions, first_and_largest
 from tests.zoo.pointcept import PointTransformerV3
+from tests.zoo.vector_attention import PointceptV1Classifier
 
 FUSED, SPLIT, TORCH = "one fused projection", "split projections", "nn.MultiheadAttention"
 
@@ -174,8 +175,8 @@ EXPECTED: dict[str, E] = {
     ),
     "torch_pointcloud_point_m2ae_part_seg": expect(
         *levels("h_encoder.encoder_blocks", (12, 24, 48), "input[1][{}] of 'h_encoder'"),
-        heads="h_encoder.encoder_norms.0 h_encoder.encoder_norms.1 propagations.0 propagations.1 propagations.2 "
-        "label_conv head",
+        # The norms of the lower stages are the encoder's, as the last is.
+        heads="propagations.0 propagations.1 propagations.2 label_conv head",
         norms="h_encoder.encoder_norms.2",
     ),
     "torch_pointcloud_ptv1": expect(
@@ -228,6 +229,18 @@ EXPECTED: dict[str, E] = {
         heads="blocks.cls_norm blocks.cls_head_finetune",
         **GPT,
     ),
+    "pointgpt_part_seg": expect(
+        vit("blocks.layers.0", 2, 2, GROUPED, layout="gbc", attention=TORCH), heads=PARTS, **{**GPT, "norms": "norm"}
+    ),
+    # The second stage are queries.
+    "recon_plus": expect(
+        vit("encoder.blocks.local_blocks.0", 2, 1, GROUPED),
+        S("encoder.blocks.global_blocks.0", 2, "bgc", WIDTH, None, "None", attention=SPLIT, prompts=False),
+        heads="cls_head_finetune",
+        norms="encoder.ln_f2",
+        tokens="encoder.sos",
+        positions="encoder.sos_pos",
+    ),
     "pointcept_ptv3": expect(
         point("enc.enc0.block0", 2, 16),
         point("enc.enc1.block0", 2, 24),
@@ -235,6 +248,9 @@ EXPECTED: dict[str, E] = {
         heads="seg_head",
     ),
     "official_ptv1": expect(
+        listed("enc1.1", 1, 16), listed("enc2.1", 2, 24), listed("dec2.1", 1, 24), listed("dec1.1", 1, 16), heads="cls"
+    ),
+    "pointcept_ptv1": expect(
         listed("enc1.1", 1, 16), listed("enc2.1", 2, 24), listed("dec2.1", 1, 24), listed("dec1.1", 1, 16), heads="cls"
     ),
     "official_ptv2": expect(
@@ -336,7 +352,8 @@ def test_preset_and_traced_forward_agree(backbone: TinyBackbone) -> None:
     # Presets leave it to the shapes of arguments which of them are masks.
     apart: dict[str, Any] = {**dict.fromkeys(names), "masks": (), "padding_masks": ()}
     # What a preset says of the stem it must say rightly, but it need not say all.
-    apart |= {"points": None, "tokenizer": (), "position_embedding": None}
+    apart |= {"points": None, "tokenizer": (), "position_embedding": None, "unknown": ""}
+    assert [bool(stage.unknown) for stage in known.stages] == [bool(stage.unknown) for stage in traced.stages]
     assert [replace(stage, **apart) for stage in known.stages] == [replace(stage, **apart) for stage in traced.stages]
     for one, two in zip(known.stages, traced.stages, strict=True):
         for name in names:
@@ -780,6 +797,30 @@ def test_a_preset_fits_under_a_prefix(backbone: TinyBackbone) -> None:
     assert anatomy_from_json(json.loads(json.dumps(to_json(wrapped)).replace('"backbone.', '"'))) == known
 
 
+def test_where_a_start_token_takes_the_place_of_the_last_patch_its_coordinates_are_left_out():
+    """As in ReCon++: as many tokens as centres, each with the centre of the one before."""
+    backbone, config = BACKBONES["recon_plus"], PointPEFTConfig(memory_bank=False, target_modules=r".*local_blocks.*")
+    model, args = backbone.build(), backbone.inputs(3, 1)
+    for anatomy in (known_anatomy(model), describe(model, *args), traced_alone(backbone)):
+        assert anatomy is not None and [stage.dropped for stage in anatomy.stages] == [1, 0]
+        assert "output[1] of 'group_divider', without the last 1" in str(anatomy)
+        get_peft_model(backbone.build(), replace(config, anatomy=anatomy))(*args)
+    unshifted = changed(described("recon_plus"), dropped=0)
+    with pytest.raises(AnatomyError, match=r"should get 1 prefix tokens and one token for each of the coordinates"):
+        get_peft_model(backbone.build(), replace(config, anatomy=unshifted))(*args)
+
+
+def test_stages_that_are_lists_and_one_without_a_block():
+    model, args = PointceptV1Classifier().eval(), offset_dict(3, 1)
+    known = known_anatomy(model)
+    assert known is not None and known.source == "preset Pointcept PTv1"
+    assert describe(model, *args) == known and known.heads == ("cls",)
+    assert [[block.path for block in stage.blocks] for stage in known.stages] == [["enc2.1", "enc2.2"]]
+    adapted = get_peft_model(model, PointPEFTConfig(num_prompts=0, adapter_scale=0.0, memory_bank=False))
+    adapted(*args).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.adapters.parameters())
+
+
 def test_a_part_of_a_name_is_no_prefix():
     model = Made({"myblocks": BACKBONES["point_mae"].build().get_submodule("blocks")})
     assert known_anatomy(model) is None
@@ -847,6 +888,7 @@ def described(name: str) -> Anatomy:
         (("stages", 0, "width"), True, "True where int"),
         (("stages", 0, "width"), None, "None where int"),
         (("stages", 0, "prompts"), 1, "1 where bool"),
+        (("stages", 0, "dropped"), "1", "'1' where int"),
         (("stages", 0, "blocks"), {}, "{} where tuple"),
         (("stages", 0, "blocks", 0, "path"), 3, "3 where str"),
         (("stages", 0, "blocks", 0, "norms"), "norm1", "'norm1' where tuple"),

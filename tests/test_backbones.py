@@ -82,7 +82,8 @@ def test_the_order_of_the_points_does_not_matter_beyond_the_first() -> None:
             54,
             {"reduce_dim.weight": (48, 32), "cls_head_finetune.0.weight": (256, 96), "cls_head_finetune.3.bias": (5,)},
         ),
-        ({"pos_features": "sine"}, 64, {"pos_embed.0.weight": (128, 48), "pos_embed.2.weight": (48, 128)}),
+        # PCP-MAE, in the shapes of its official checkpoints
+        ({"pos_features": "sine"}, 64, {"pos_embed.0.weight": (48, 48), "pos_embed.2.weight": (48, 48)}),
         (
             {"prefix_tokens": ("cls", "img", "text")},  # ReCon
             68,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.backbones import (
+    HierarchicalPointTransformer,
     PointTransformer,
     PointTransformerPartSeg,
     checkpoint,
@@ -48,7 +50,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], names: A
     assert [name for name in names if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("container", [None, "base_model", "model", "state_dict"])
+@pytest.mark.parametrize("container", [None, "base_model", "model", "state_dict", "model_state_dict"])
 @pytest.mark.parametrize("wrapper", ["", "module.", "base_model.", "module.base_model."])
 def test_a_whole_model_comes_back(tmp_path: Path, container: str | None, wrapper: str) -> None:
     source, target = snapshot(model(1)), model(2)
@@ -124,6 +126,59 @@ def test_a_part_segmentation_model_reads_a_classification_backbone(tmp_path: Pat
         "label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3",
     }  # fmt: skip
     assert report.unexpected == ()
+
+
+@pytest.mark.parametrize("trans_dim", [24, 96])
+def test_a_checkpoint_of_pcp_mae_in_its_official_shapes(tmp_path: Path, trans_dim: int) -> None:
+    """Both layers of its positional embedding are square."""
+    sizes: dict[str, Any] = {"trans_dim": trans_dim, "encoder_dims": trans_dim, "pos_features": "sine"}
+    source = without(snapshot(model(1, **sizes)), PRETRAINED_NOT)
+    square = torch.randn(trans_dim, trans_dim)
+    source |= {"pos_embed.0.weight": square, "pos_embed.2.weight": 2 * square, "pos_embed.0.bias": square[0]}
+    content = {**prefixed(source, "MAE_encoder."), "MAE_encoder.mask_pos_token": torch.zeros(1, 1, trans_dim)}
+    torch.save({"base_model": content}, tmp_path / "a.pth")
+    target = model(2, **sizes)
+    report = load_checkpoint(target, tmp_path / "a.pth")
+    assert report.encoder_share == 1 and report.unexpected == ("MAE_encoder.mask_pos_token",)
+    assert_equal(target.state_dict(), source, source)
+    segmenting = PointTransformerPartSeg(**{**SIZES, **sizes}, taps=(0,)).eval()
+    assert load_checkpoint(segmenting, tmp_path / "a.pth").encoder_share == 1
+    assert segmenting(torch.rand(1, 32, 3), torch.eye(16)[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: model(2), lambda: PointTransformerPartSeg(**SIZES, taps=(0,)), lambda: hierarchical()]
+)
+def test_an_encoder_filled_by_less_than_half_is_refused(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    """A head that is filled does not count; what is refused leaves the model as it was, `strict=False` takes it."""
+    target = make()
+    before = snapshot(target)
+    full = {name: torch.randn(tensor.shape) for name, tensor in before.items()}
+    encoder = sorted(name for name in full if name.startswith(("encoder.", "pos_embed.", "blocks.", "norm.", "h_enc")))
+    count = len(encoder)
+    few = {name: full[name] for name in full if name not in encoder[(count - 1) // 2 :]}
+    torch.save({"model_state_dict": few}, tmp_path / "few.pth")
+    share = rf"of the encoder {(count - 1) // 2} of {count}, 4\d%"
+    with pytest.raises(PointPeftError, match=rf"fills less than half of the encoder, .* strict=False .*(?s:.*){share}"):
+        load_checkpoint(target, tmp_path / "few.pth")
+    assert_equal(target.state_dict(), before, before)
+    report = load_checkpoint(target, tmp_path / "few.pth", strict=False)
+    assert report.loaded == tuple(sorted(few)) and f"of the encoder {(count - 1) // 2} of {count}" in str(report)
+    half = {name: full[name] for name in encoder[: (count + 1) // 2]}
+    torch.save({"model_state_dict": half}, tmp_path / "half.pth")
+    assert load_checkpoint(target, tmp_path / "half.pth").encoder_share >= 0.5
+
+
+def hierarchical() -> HierarchicalPointTransformer:
+    sizes: dict[str, Any] = {"num_groups": (8, 4), "group_sizes": (4, 4), "encoder_depths": (1, 1), "num_heads": 2}
+    return HierarchicalPointTransformer(**sizes, encoder_dims=(12, 24), local_radius=(1.0, 2.0))
+
+
+def test_of_a_model_of_others_all_tensors_count(tmp_path: Path) -> None:
+    target = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Linear(2, 2), "three": nn.Linear(2, 2)})
+    torch.save({f"one.{name}": tensor for name, tensor in target["one"].state_dict().items()}, tmp_path / "a.pth")
+    with pytest.raises(PointPeftError, match=r"of the encoder 2 of 6, 33%"):
+        load_checkpoint(target, tmp_path / "a.pth")
 
 
 def test_any_other_shape_is_refused_and_the_model_is_as_before(tmp_path: Path) -> None:

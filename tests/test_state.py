@@ -800,7 +800,8 @@ def test_a_saved_module_whose_name_ends_another(tmp_path: Path) -> None:
         return made
 
     config = PointPEFTConfig(memory_bank=False, tuned_norms=[], modules_to_save="norm")
-    model = adapted(base=base(), config=config)
+    with pytest.warns(UserWarning, match="'cls_head_finetune', 'extra' stay frozen"):
+        model = adapted(base=base(), config=config)
     model.save_pretrained(tmp_path / "x")
     again = PointPeftModel.from_pretrained(base(), tmp_path / "x")
     assert torch.equal(logits(again), logits(model))

@@ -28,12 +28,17 @@ from tests.zoo import BACKBONES, TinyBackbone
 
 PAGE = Path(__file__).parent.parent / "docs" / "capabilities.md"
 
+ON_PATCHES: Mapping[str, Any] = {"target_modules": r".*\.local_blocks\.\d+"}
+"""For a backbone that has further blocks, on queries."""
 ALTERNATIVES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "DAPT": ({"internal_prompts": False},),
-    "GA_PROMPT": ({"shift": False, "point_prompts": 0},),
+    "GA_PROMPT": ({"shift": False, "point_prompts": 0}, ON_PATCHES),
+    "GEM": (ON_PATCHES,),
     "IA3": ({"scale_mlp": False},),
+    "POINT_GST": (ON_PATCHES,),
     "POINT_LORA": ({"shared_mlp_width": 0},),
-    "POINT_PEFT": ({"num_prompts": 0}, {"num_prompts": 0, "adapter_scale": 0.0}),
+    "POINT_PEFT": ({"num_prompts": 0}, {"num_prompts": 0, "adapter_scale": 0.0}, ON_PATCHES),
+    "VPT": (ON_PATCHES,),
 }
 """Changes of a method's defaults that are tried, in this order, where the defaults are refused."""
 

@@ -99,6 +99,7 @@ def _see_coordinates(forward: Forward, index: int, value: Any, tap: Tap, stage: 
         return
     # Whole numbers are cells of a grid.
     value = value if value.is_floating_point() else value.float()
+    value = value[:, : value.shape[1] - stage.dropped] if stage.dropped else value
     known = forward.seen.coordinates.setdefault(index, value)
     again = index in forward.seen.begun and not forward.recomputing
     if again and known is not value and (known.shape != value.shape or not torch.equal(known, value)):

@@ -1,15 +1,17 @@
 """Modules that an adapter has to itself: a trained copy of a module of the base, or a head of another shape."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.site import clean_copy, first_names
-from point_peft.anatomy.description import Stage
-from point_peft.anatomy.structure import linear_shape
+from point_peft.anatomy.description import Anatomy, Stage
+from point_peft.anatomy.structure import linear_shape, unclaimed
 from point_peft.config import PeftConfig
 from point_peft.errors import AdapterError, AnatomyError, quoted
 from point_peft.matching import match_names
@@ -175,6 +177,32 @@ def _saved_paths(backbone: Backbone, config: PeftConfig, heads: Heads) -> tuple[
         meant = match_names(stated, names, field="modules_to_save")
     chosen = dict.fromkeys([*meant, *match_names(list(heads or ()), names, field="heads")])
     return tuple(p for p in chosen if not any(p.startswith(other + ".") for other in chosen))
+
+
+def frozen_heads(anatomy: Anatomy | None, base: nn.Module, adapter: Adapter) -> list[str]:
+    """Heads that stay as the base has them, or parts of heads: no pre-training fills them, the adapter trains none."""
+    trained = {base.get_submodule(path) for path, part in adapter.all_parts() if part.own_module is not None}
+    trained |= {base.get_submodule(path) for path in adapter.saved}
+    whole = {inner for module in trained for inner in module.modules()}
+    left: list[str] = []
+    for path in () if anatomy is None else anatomy.heads:
+        head = base.get_submodule(path)
+        if head not in whole:
+            left += [path] if trained.isdisjoint(head.modules()) else unclaimed(head, trained, path)
+    return left
+
+
+def warn_of_frozen_heads(anatomy: Anatomy | None, base: nn.Module, adapter: Adapter) -> None:
+    """Warn of heads that the configuration leaves out where it names others; an empty list says that it is meant."""
+    left = frozen_heads(anatomy, base, adapter)
+    if left and adapter.config.saved_modules != ():
+        listed = ", ".join(f"'{path}'" for path in left)
+        warnings.warn(
+            f"{listed} stay frozen, and no pre-training fills them: if the base was not trained to its end, they are "
+            "noise. Name them in modules_to_save too, or leave it out, which takes all heads; [] says that none is to "
+            "be trained",
+            stacklevel=4,  # where the user has called get_peft_model
+        )
 
 
 def match_heads(heads: Heads, saved: Sequence[str]) -> dict[str, HeadSource]:

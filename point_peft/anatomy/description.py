@@ -84,6 +84,8 @@ class Stage:
     """Tokens before the patch tokens (CLS and the like); None: the token count less the number of coordinates."""
     coordinates: Tap | None = None
     """Where the coordinates of the patch tokens, (b, g, 3) or packed (n, 3), are seen, at the latest by a block."""
+    dropped: int = 0
+    """The number of coordinates, the last ones of those seen, whose token the model drops ahead of the blocks."""
     samples: Tap | None = None
     """For packed tokens: where it is seen which sample each belongs to, as numbers (n,) or as ends of samples (b,)."""
     points: Tap | None = None
@@ -203,7 +205,8 @@ class Anatomy:
                 f"  tokens:      ({shape}), c = {stage.width}, prefix tokens: {prefix}",
                 f"  found in:    input{spell_steps(stage.tokens)}, "
                 + " and ".join(f"output{spell_steps(steps)}" for steps in stage.outputs),
-                f"  coordinates: {stage.coordinates or 'unknown: ' + (stage.unknown or 'not stated')}",
+                f"  coordinates: {stage.coordinates or 'unknown: ' + (stage.unknown or 'not stated')}"
+                + (f", without the last {stage.dropped}" if stage.dropped else ""),
                 *([f"  samples:     {stage.samples or 'unknown'}"] if stage.layout == "packed" else []),
                 f"  points:      {stage.points or 'unknown'}; made into tokens by {_list(stage.tokenizer)}",
                 f"  patches:     {stage.patch_tokens or 'unknown'}",

@@ -16,7 +16,10 @@ class StagePreset:
 
     blocks: str
     """A regular expression for the paths of the blocks."""
-    coordinates: Tap
+    coordinates: Tap | None = None
+    dropped: int = 0
+    unknown: str = ""
+    """The reason why there are no coordinates."""
     embedding: str | None = None
     """A positional embedding. If it is made from coordinates, it gets them in the order of the tokens, and they are
     seen there."""
@@ -54,7 +57,9 @@ class Preset:
     positions: tuple[str, ...] = ()
     """Parameters of their positions, in the order of their rows."""
     final_norms: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
+    encoder: str = ""
+    """A regular expression for further modules that a pre-training checkpoint of the family fills, such as its decoder.
+    What else has parameters, blocks, stem, embeddings and final norms apart, is a head."""
     patches_read: bool = True
     """True if the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
     reads: str | None = None
@@ -79,13 +84,7 @@ def _on_graphs(blocks: str, *samples: Tap) -> StagePreset:
     return StagePreset(blocks=blocks, coordinates=_given("{first}", 1), samples=samples, layout="packed")
 
 
-_PART_SEGMENTATION = ("label_conv", "propagation_0", "convs1", "bns1", "convs2", "bns2", "convs3")
-_HIERARCHICAL_PARTS = (
-    *("label_conv", "propagations.0", "propagations.1", "propagations.2"),
-    *("convs1", "bns1", "convs2", "bns2", "convs3", "bns3", "convs4"),
-)
 _GRAPH_ENCODER = _on_graphs(r"encoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 2), _made("{above}.downsample", 2))
-_SCENE_HEADS = ("seg_head", "cls_head")
 # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
 _POINT_MAE = Preset(
     name="Point-MAE family",
@@ -105,10 +104,7 @@ _POINT_MAE = Preset(
     tokens=("cls_token", "img_token", "text_token"),
     positions=("cls_pos", "img_pos", "text_pos"),
     final_norms=("norm",),
-    heads=(
-        *("cls_head_finetune", *_PART_SEGMENTATION),
-        *("convs1_cls", "bns1_cls", "convs2_cls", "bns2_cls", "convs3_cls"),
-    ),
+    encoder=r"lm_head",
 )
 # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
 _POINT_GPT = Preset(
@@ -130,7 +126,43 @@ _POINT_GPT = Preset(
     tokens=("blocks.sos", "cls_token"),
     positions=("cls_pos", "sos_pos"),
     final_norms=("blocks.ln_f",),
-    heads=("blocks.cls_norm", "blocks.cls_head_finetune", "cls_norm", "cls_head_finetune", *_PART_SEGMENTATION),
+    # Neither the generator nor `norm` has a part in the prediction.
+    encoder=r"pos_embed|generator_blocks|blocks\.increase_dim|norm",
+)
+# Its part segmentation taps blocks, which make their masks themselves; nothing reads what `blocks.ln_f` makes.
+_POINT_GPT_SEGMENTATION = variant(
+    _POINT_GPT,
+    name="PointGPT part segmentation",
+    requires=(*_POINT_GPT.requires, "norm", "propagation_0"),
+    absent=("blocks.cls_norm", "cls_norm"),
+    stage={"masks": ()},
+    final_norms=("norm",),
+    encoder=r"pos_embed|generator_blocks|blocks\.(?:increase_dim|ln_f)",
+)
+# ShapeLLM's ReCon++: a start token takes the place of the last patch; queries of images and text look at the patches
+# after every block, in blocks of their own.
+_RECON_PLUS = Preset(
+    name="ReCon++",
+    requires=("encoder.blocks.local_blocks.0", "encoder.blocks.global_blocks.0", "group_divider", "embed"),
+    absent=("decoder_pos_embed",),
+    stages=(
+        StagePreset(
+            blocks=r"encoder\.blocks\.local_blocks\.\d+",
+            coordinates=_made("group_divider", 1),
+            dropped=1,
+            points=_given("group_divider"),
+            masks=((1,),),
+        ),
+        StagePreset(
+            blocks=r"encoder\.blocks\.global_blocks\.\d+",
+            unknown="their tokens are queries, which lie nowhere in space",
+        ),
+    ),
+    stem=("group_divider", "embed"),
+    tokens=("encoder.sos",),
+    positions=("encoder.sos_pos",),
+    final_norms=("encoder.ln_f2",),
+    encoder=r"encoder|decoder|pos_embed|norm",
 )
 # Point-M2AE and I2P-MAE: three stages of their own widths, without prefix tokens.
 _POINT_M2AE = Preset(
@@ -148,7 +180,7 @@ _POINT_M2AE = Preset(
     ),
     stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
     final_norms=("norm", "h_encoder.encoder_norms.2"),
-    heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", "cls_head_finetune", *_HIERARCHICAL_PARTS),
+    encoder=r"h_encoder|h_decoder|decoder_pos_embeds|token_prop|decoder_norm|rec_head",
 )
 _POINT_VIT = Preset(
     name="openpoints PointViT",
@@ -165,12 +197,13 @@ _POINT_VIT = Preset(
     tokens=("encoder.cls_token",),
     positions=("encoder.cls_pos",),
     final_norms=("encoder.norm",),
-    heads=("prediction",),
+    encoder=r"encoder",
 )
 # Blocks of PTv1 and PTv2 in their authors' code get [coordinates, features, ends of samples].
 _PTV1 = Preset(
     name="PTv1",
-    requires=("enc1.1.transformer2", "enc1.0"),
+    # The first stage of those that classify has no block.
+    requires=("enc2.1.transformer2", "enc1.0"),
     stages=(
         StagePreset(
             blocks=r"(?:enc|dec)\d+\.\d+",
@@ -181,11 +214,13 @@ _PTV1 = Preset(
             outputs=((1,),),
         ),
     ),
-    heads=("cls",),
+    encoder=r"(?:enc|dec)\d+",
 )
 PRESETS: tuple[Preset, ...] = (
     _POINT_MAE,
+    _POINT_GPT_SEGMENTATION,
     _POINT_GPT,
+    _RECON_PLUS,
     _POINT_M2AE,
     # Uni3D: timm's blocks, called by the model itself; EVA attention reads the weight of its fused projection.
     variant(
@@ -203,7 +238,7 @@ PRESETS: tuple[Preset, ...] = (
         tokens=("cls_token",),
         positions=("cls_pos",),
         final_norms=("visual.norm", "visual.fc_norm"),
-        heads=("trans2embed",),
+        encoder=r"visual",
         patches_read=False,
         reads=r"visual\.blocks\.\d+\.attn\.qkv",
     ),
@@ -216,7 +251,6 @@ PRESETS: tuple[Preset, ...] = (
         absent=("group_divider",),
         stage={"coordinates": _given("pos_embed")},
         final_norms=("norm_f",),
-        heads=("label_conv", "propagation_0", "head"),
     ),
     variant(
         _POINT_VIT,
@@ -228,7 +262,6 @@ PRESETS: tuple[Preset, ...] = (
             "neighbourhoods": True,
         },
         stem=("encoder.encoder", "encoder.reduce_dim"),
-        heads=("head",),
     ),
     variant(
         _POINT_GPT,
@@ -236,7 +269,6 @@ PRESETS: tuple[Preset, ...] = (
         requires=("blocks.layers.0", "blocks.ln_f", "encoder", "pos_embed", "head"),
         absent=("group_divider",),
         stage={"coordinates": _given("pos_embed")},
-        heads=("cls_norm", "head"),
     ),
     variant(
         _POINT_M2AE,
@@ -244,7 +276,6 @@ PRESETS: tuple[Preset, ...] = (
         requires=("h_encoder.encoder_blocks.0.blocks.0", "h_encoder.encoder_pos_embeds.0", "head"),
         absent=("group_dividers",),
         stage={"coordinates": _given("h_encoder.encoder_pos_embeds.{stage}"), "embedding": None},
-        heads=("h_encoder.encoder_norms.0", "h_encoder.encoder_norms.1", *_HIERARCHICAL_PARTS, "head"),
     ),
     # PTv3 and Sonata of Pointcept: a mutable mapping goes from module to module.
     Preset(
@@ -261,15 +292,16 @@ PRESETS: tuple[Preset, ...] = (
             ),
         ),
         stem=("embedding",),
-        heads=_SCENE_HEADS,
+        encoder=r"enc|dec",
     ),
     _PTV1,
+    variant(_PTV1, name="Pointcept PTv1", requires=("enc2.1.transformer", "enc1.0"), stage={}),
     variant(
         _PTV1,
         name="PTv2",
         requires=("patch_embed.blocks.blocks.0", "enc_stages.0.blocks.blocks.0"),
         stage={"blocks": r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+"},
-        heads=_SCENE_HEADS,
+        encoder=r"patch_embed|enc_stages|dec_stages",
     ),
     Preset(
         name="torch-pointcloud PTv3",
@@ -284,13 +316,13 @@ PRESETS: tuple[Preset, ...] = (
                 mlp_norm="norm2",
             ),
         ),
-        heads=("head",),
+        encoder=r"encoder|decoder",
     ),
     Preset(
         name="torch-pointcloud PTv2",
         requires=("encoder.blocks.0.blocks.0.attn.q", "stem", "head"),
         stages=(_GRAPH_ENCODER, _on_graphs(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 3))),
-        heads=("head",),
+        encoder=r"stem|encoder|decoder",
     ),
     Preset(
         name="torch-pointcloud PTv1",
@@ -300,6 +332,6 @@ PRESETS: tuple[Preset, ...] = (
             _on_graphs(r"decoder\.global_block", _given("decoder.global_transition", 1)),
             _on_graphs(r"decoder\.blocks\.\d+\.blocks\.\d+", _given("{above}.upsample", 5)),
         ),
-        heads=("head",),
+        encoder=r"embeddings|encoder|decoder",
     ),
 )

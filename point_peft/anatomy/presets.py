@@ -1,7 +1,7 @@
 """The anatomy of a model of a known family."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,10 +13,10 @@ from point_peft.anatomy.structure import (
     Modules,
     block_width,
     find_blocks,
-    has_parameters,
     linear_shape,
     prefix_rows,
     stage_groups,
+    unclaimed,
 )
 
 
@@ -53,18 +53,21 @@ def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str)
                 parameters.append(PrefixParameter(name=prefix + name, role=role, row=row))
                 row += prefix_rows(known[prefix + name])
     rows = sum(prefix_rows(known[parameter.name]) for parameter in parameters if parameter.role == "token")
-    heads = [prefix + name for name in preset.heads if prefix + name in modules] + _beside(modules, prefix)
-    heads = heads or _unclaimed(modules, preset, prefix, every_block)
     # Some models have an identity in the place of a final norm.
     norms = [path for path in (prefix + norm for norm in preset.final_norms) if path in modules]
     norms = [path for path in norms if not isinstance(modules[path], nn.Identity)]
     return Anatomy(
         source=f"preset {preset.name}",
-        stages=tuple(replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed") for stage in stages),
+        stages=tuple(
+            replace(stage, prompts=False)
+            if stage.unknown
+            else replace(stage, prefix_tokens=rows, prompts=stage.layout != "packed")
+            for stage in stages
+        ),
         stem=tuple(prefix + path for path in preset.stem if prefix + path in modules),
         prefix_parameters=tuple(parameters),
         final_norms=tuple(norms),
-        heads=tuple(heads),
+        heads=tuple(unclaimed(model, _encoder_side(modules, preset, prefix, stages))),
         patches_read=preset.patches_read,
         reads=tuple(
             Read(module=path, reader=path.rpartition(".")[0])
@@ -74,29 +77,13 @@ def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str)
     )
 
 
-def _beside(modules: Modules, prefix: str) -> list[str]:
-    """The modules with parameters that a model has beside the backbone that it wraps: heads of its own."""
-    beside: list[str] = []
-    inner = prefix.rstrip(".")
-    while inner:
-        outer, _, name = inner.rpartition(".")
-        named = [child for child, m in modules[outer].named_children() if child != name and has_parameters(m)]
-        beside += [f"{outer}.{child}" if outer else child for child in named]
-        inner = outer
-    return beside
-
-
-def _unclaimed(modules: Modules, preset: Preset, prefix: str, blocks: Iterable[str]) -> list[str]:
-    """For a head by another name: what a backbone has with parameters that is neither blocks nor what feeds them."""
+def _encoder_side(modules: Modules, preset: Preset, prefix: str, stages: Sequence[Stage]) -> set[nn.Module]:
+    """The modules that a pre-training checkpoint of the family fills; whatever lies in one of them it fills too."""
     embeddings = [entry.embedding for entry in preset.stages if entry.embedding is not None]
-    claimed = {name.split(".")[0] for name in (*preset.requires, *preset.stem, *preset.final_norms, *embeddings)}
-    return [
-        prefix + name
-        for name, module in modules[prefix.rstrip(".")].named_children()
-        if name not in claimed
-        and has_parameters(module)
-        and not any(block.startswith(f"{prefix}{name}.") for block in blocks)
-    ]
+    named = {prefix + name for name in (*preset.stem, *preset.final_norms, *embeddings)}
+    named |= {block.path for stage in stages for block in stage.blocks}
+    further = re.compile(re.escape(prefix) + f"(?:{preset.encoder})")
+    return {module for path, module in modules.items() if path and (path in named or further.fullmatch(path))}
 
 
 def _stage(
@@ -111,7 +98,7 @@ def _stage(
     def tap(entry: Tap) -> Tap:
         return replace(entry, module=path(entry.module))
 
-    where = tap(entry.coordinates)
+    where = None if entry.coordinates is None else tap(entry.coordinates)
     embedding = path(entry.embedding) if entry.embedding is not None else None
     if embedding is not None and embedding in modules and _made_from_coordinates(modules[embedding]):
         where = Tap(module=embedding, side="input")
@@ -128,6 +115,8 @@ def _stage(
         tokens=entry.tokens,
         outputs=entry.outputs,
         coordinates=where,
+        dropped=entry.dropped,
+        unknown=entry.unknown,
         samples=samples[-1] if samples else None,
         # Where the grouping is a function, the clouds are what the model gets.
         points=tap(entry.points) if entry.points is not None and path(entry.points.module) in modules else None,

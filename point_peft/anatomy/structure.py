@@ -1,7 +1,7 @@
 """Blocks found by their structure: an attention, a norm and a linear layer outside the attention."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -70,6 +70,21 @@ def is_norm(module: nn.Module) -> bool:
 def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     """Tell whether a module has parameters; without `recurse`, of its own."""
     return next(module.parameters(recurse), None) is not None
+
+
+def unclaimed(module: nn.Module, known: Set[nn.Module], path: str = "") -> Iterator[str]:
+    """The outermost modules with parameters that neither are, nor hold, nor lie in one of the known ones.
+
+    Of a list of modules, which is never called, it is its items.
+    """
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if child in known or isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or not known.isdisjoint(child.modules()):
+            yield from unclaimed(child, known, inner)
+        elif has_parameters(child):
+            yield inner
 
 
 def _attentions(modules: Modules) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -212,13 +227,20 @@ def block_width(model: nn.Module, block: Block) -> int:
 
 
 def stage_groups(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    """Blocks in order, grouped into stages: neighbours of one container, class and width."""
+    """Blocks in order, grouped into stages: neighbours of one container, class and width.
+
+    The blocks of two containers may run in turn.
+    """
+
+    def container(block: Block) -> str:
+        return re.sub(r"\d+$", "", block.path)
 
     def kind(block: Block) -> tuple[str, type[nn.Module], int]:
-        container = re.sub(r"\d+$", "", block.path)
-        return container, type(model.get_submodule(block.path)), block_width(model, block)
+        return container(block), type(model.get_submodule(block.path)), block_width(model, block)
 
-    return [tuple(group) for _, group in groupby(blocks, kind)]
+    containers = list(dict.fromkeys(map(container, blocks)))
+    in_order = sorted(blocks, key=lambda block: containers.index(container(block)))
+    return [tuple(group) for _, group in groupby(in_order, kind)]
 
 
 def prefix_rows(tensor: Tensor) -> int:

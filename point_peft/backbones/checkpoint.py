@@ -17,7 +17,7 @@ from point_peft.backbones.point_transformer import PointTransformer
 from point_peft.errors import PointPeftError
 
 # Where training scripts put the weights inside of what they save; the first that is there counts.
-CONTAINERS = ("model", "base_model", "state_dict")
+CONTAINERS = ("model", "base_model", "state_dict", "model_state_dict")
 # What wraps a whole model: distributed training, and a container that was flattened into the names.
 WRAPPERS = ("module.", "base_model.")
 # Pre-training models keep the backbone under a name of their own, beside decoders and teachers. If one of these is
@@ -26,6 +26,9 @@ WRAPPERS = ("module.", "base_model.")
 ENCODERS = (("MAE_encoder.", None), ("ACT_encoder.", None), ("transformer_q.", "transformer_q.cls_head"))
 # The layers whose shape depends on the number of classes: from another data set they are left out, not refused.
 HEADS = ("cls_head_finetune.", "convs3.", "convs4.")
+# The parts of a model that every pre-training fills; prefix tokens, which some leave out, are not among them. A model
+# that has none of these is counted as a whole.
+ENCODER_PARTS = ("encoder.", "reduce_dim.", "pos_embed.", "blocks.", "norm.", "h_encoder.")
 
 EMBEDDED = Path(__file__).parent / "point_mae_small"
 
@@ -42,8 +45,23 @@ class CheckpointReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
+    @property
+    def encoder_share(self) -> float:
+        """The share of the encoder's tensors that were filled, 0 to 1."""
+        filled, total = self._encoder
+        return filled / total
+
+    @property
+    def _encoder(self) -> tuple[int, int]:
+        """The number of the encoder's tensors that were filled, and of all that it has."""
+        names = (*self.loaded, *self.missing)
+        encoder = {name for name in names if name.startswith(ENCODER_PARTS)} or set(names)
+        return len(encoder.intersection(self.loaded)), len(encoder)
+
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} tensors"]
+        if self.encoder_share < 1:
+            lines[0] += ", of the encoder {} of {}, {:.0%}".format(*self._encoder, self.encoder_share)
         if self.missing:
             lines.append(f"not in the file: {', '.join(self.missing)}")
         if self.unexpected:
@@ -64,11 +82,12 @@ class _Ignored:
 _METRICS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> CheckpointReport:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> CheckpointReport:
     """Fill `model` from a `.safetensors` file or a pickled checkpoint, and report what was and was not filled.
 
     Names lose the prefixes of the public pre-training code. A head for another number of classes is left out and
-    reported as missing; any other difference in shape is an error, and then the model is as it was.
+    reported as missing; any other difference in shape is an error, and so is, unless `strict=False`, an encoder of
+    which less than half would be filled. After an error the model is as it was.
     """
     path = Path(path)
     source, unexpected = _strip(path, _read(path))
@@ -84,14 +103,20 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
             fitting[name] = tensor
     if not fitting:
         raise PointPeftError(f"{path}: no tensor fits the model. {_nearest(source, own)}")
-    with torch.no_grad():
-        for name, tensor in fitting.items():
-            own[name].copy_(tensor)
-    return CheckpointReport(
+    report = CheckpointReport(
         loaded=tuple(sorted(fitting)),
         missing=tuple(sorted(own.keys() - fitting.keys())),
         unexpected=tuple(sorted(unexpected)),
     )
+    if strict and report.encoder_share < 0.5:
+        raise PointPeftError(
+            f"{path} fills less than half of the encoder, so that most of it would stay noise; pass strict=False if "
+            f"that is meant: {report}"
+        )
+    with torch.no_grad():
+        for name, tensor in fitting.items():
+            own[name].copy_(tensor)
+    return report
 
 
 def default_backbone(cls_dim: int) -> PointTransformer:

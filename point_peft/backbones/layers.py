@@ -302,6 +302,16 @@ def sine_features(center: Tensor, channels: int) -> Tensor:
     return features.to(center.dtype)
 
 
+def position_layers(pos_features: str, channels: int) -> nn.Sequential:
+    """The positional embedding, which reads coordinates (b, g, 3), or as many sine features as it has channels."""
+    if pos_features not in ("xyz", "sine"):
+        raise PointPeftError(f"pos_features must be 'xyz' or 'sine', got {pos_features!r}")
+    if pos_features == "sine" and channels % 6:
+        raise PointPeftError(f"pos_features='sine' needs a trans_dim divisible by 6, got {channels}")
+    read, hidden = (3, 128) if pos_features == "xyz" else (channels, channels)
+    return nn.Sequential(nn.Linear(read, hidden), nn.GELU(), nn.Linear(hidden, channels))
+
+
 def init_weights(module: nn.Module) -> None:
     """The usual start of a vision transformer, for `model.apply`: narrow normal linear weights, zero biases."""
     if isinstance(module, nn.Linear):

@@ -1,11 +1,21 @@
 """Part segmentation with the plain point transformer, with the tensor names of public checkpoints."""
 
+from typing import Literal
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from point_peft import geometry
-from point_peft.backbones.layers import Encoder, TransformerEncoder, group_divider, init_weights, split_features
+from point_peft.backbones.layers import (
+    Encoder,
+    TransformerEncoder,
+    group_divider,
+    init_weights,
+    position_layers,
+    sine_features,
+    split_features,
+)
 from point_peft.errors import PointPeftError
 
 
@@ -31,8 +41,8 @@ class PointTransformerPartSeg(nn.Module):
     """Segment clouds `(b, n, 3)` of a known object label into log-probabilities of parts `(b, n, cls_dim)`.
 
     The label is one-hot, `(b, num_labels)` or `(b, 1, num_labels)`. There is no prefix token. The tokens after the
-    blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart. Points
-    with features, such as normals, are `(b, n, in_channels)`.
+    blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart. For PCP-MAE
+    `pos_features="sine"`, see `PointTransformer`. Points with features, such as normals, are `(b, n, in_channels)`.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class PointTransformerPartSeg(nn.Module):
         cls_dim: int = 50,
         num_labels: int = 16,
         taps: tuple[int, ...] = (3, 7, 11),
+        pos_features: Literal["xyz", "sine"] = "xyz",
         in_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -57,12 +68,14 @@ class PointTransformerPartSeg(nn.Module):
             raise PointPeftError(f"taps must be ascending block numbers below depth {depth}, got {taps}")
         self.num_labels = num_labels
         self.taps = taps
+        self.trans_dim = trans_dim
+        self.pos_features = pos_features
         self.in_channels = in_channels
 
         self.group_divider = group_divider(num_group, group_size, in_channels)
         self.encoder = Encoder(encoder_dims, inputs=in_channels)
         self.reduce_dim = nn.Identity() if encoder_dims == trans_dim else nn.Linear(encoder_dims, trans_dim)
-        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
+        self.pos_embed = position_layers(pos_features, trans_dim)
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, drop_path_rate)
         self.norm = nn.LayerNorm(trans_dim)
 
@@ -86,7 +99,8 @@ class PointTransformerPartSeg(nn.Module):
         coordinates, *features = split_features(points, self.in_channels)
         neighborhood, center = self.group_divider(coordinates, *features)
         tokens = self.reduce_dim(self.encoder(neighborhood))
-        tapped = self.blocks(tokens, self.pos_embed(center), self.taps)
+        pos = self.pos_embed(center if self.pos_features == "xyz" else sine_features(center, self.trans_dim))
+        tapped = self.blocks(tokens, pos, self.taps)
         joined = torch.cat([self.norm(tokens) for tokens in tapped], dim=2)
 
         whole = torch.cat([reduce(joined, "b g c -> b c 1", how) for how in ("max", "mean")], dim=1)

@@ -12,6 +12,7 @@ from point_peft.backbones.layers import (
     TransformerEncoder,
     group_divider,
     init_weights,
+    position_layers,
     sine_features,
     split_features,
 )
@@ -26,8 +27,8 @@ class PointTransformer(nn.Module):
     - ACT: none; its `reduce_dim` has no parameters because the widths are equal.
     - Point-BERT: `encoder_dims=256, num_group=64, head_norm=False`. A `reduce_dim` layer exists exactly when
       `encoder_dims != trans_dim`.
-    - PCP-MAE: `pos_features="sine"`: the positional embedding reads sine features of width `trans_dim`. The order of
-      the sines and cosines and the hidden width 128 are our reading and were not compared with the official model.
+    - PCP-MAE: `pos_features="sine"`: the positional embedding reads as many sine features as `trans_dim`, which is its
+      hidden width too.
     - ReCon: `prefix_tokens=("cls", "img", "text")`. Its contrast branch is left out: its weights are read into the
       plain transformer, as is the custom in the field, and those of the branch are reported as unexpected.
     - Points with features, such as normals or colours: `in_channels=3 + f`, for clouds `(b, n, 3 + f)`.
@@ -53,15 +54,10 @@ class PointTransformer(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(trans_dim, num_heads)
-        if pos_features not in ("xyz", "sine"):
-            raise PointPeftError(f"pos_features must be 'xyz' or 'sine', got {pos_features!r}")
-        if pos_features == "sine" and trans_dim % 6:
-            raise PointPeftError(f"pos_features='sine' needs a trans_dim divisible by 6, got {trans_dim}")
         self.trans_dim = trans_dim
         self.depth = depth
         self.prefix_tokens = tuple(prefix_tokens)
         self.pos_features = pos_features
-
         self.in_channels = in_channels
 
         self.group_divider = group_divider(num_group, group_size, in_channels)
@@ -70,9 +66,7 @@ class PointTransformer(nn.Module):
         for name in self.prefix_tokens:
             self.register_parameter(f"{name}_token", nn.Parameter(torch.empty(1, 1, trans_dim)))
             self.register_parameter(f"{name}_pos", nn.Parameter(torch.empty(1, 1, trans_dim)))
-        self.pos_embed = nn.Sequential(
-            nn.Linear(3 if pos_features == "xyz" else trans_dim, 128), nn.GELU(), nn.Linear(128, trans_dim)
-        )
+        self.pos_embed = position_layers(pos_features, trans_dim)
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, drop_path_rate)
         self.norm = nn.LayerNorm(trans_dim)
         self.cls_head_finetune = _head(trans_dim * (len(self.prefix_tokens) + 1), cls_dim, head_norm)

@@ -28,7 +28,7 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
             "config.anatomy"
         )
         return replace(stage, prompts=False, unknown=why)
-    tap, coordinates, patches, embedding = located
+    tap, coordinates, patches, embedding, dropped = located
     layout: Layout = "bgc" if tokens.shape[0] == coordinates.shape[0] else "gbc"
     rows = batch_first(tokens, layout)
     g = coordinates.shape[1]
@@ -46,6 +46,7 @@ def dense_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
         layout=layout,
         prefix_tokens=prefix,
         coordinates=tap,
+        dropped=dropped,
         points=_points(seen, coordinates, call.when),
         tokenizer=() if patches is None else _tokenizer(seen, path, patches, coordinates),
         patch_tokens=patches,
@@ -117,10 +118,12 @@ def _neighbourhoods(value: Tensor, centres: Tensor) -> bool:
     return bool((value == 0).all(dim=3).any(dim=2).all())
 
 
-def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None, str | None] | None:
-    """Where the coordinates are seen, what they are, where the patch embedding is seen, what makes the positions.
+def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor, Tap | None, str | None, int] | None:
+    """Where the coordinates are seen, what they are, where the patch embedding is seen, what makes the positions, and
+    how many that are seen there have no token.
 
-    They are points of the input cloud, as many as there are tokens less a prefix, in the order of the tokens.
+    They are points of the input cloud, as many as there are tokens less a prefix, in the order of the tokens. The last
+    has none where a start token has taken the place of its.
     """
     path = stage.blocks[0].path
     call = seen.first(path)
@@ -131,7 +134,7 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
                 continue
             own, live = (other.outputs, other.live_outputs) if side == "output" else (other.inputs, other.live_inputs)
             for steps, value in own.items():
-                if value.ndim == 3 and value.shape[2] == 3 and _as_many(value, tokens):
+                if value.ndim == 3 and value.shape[2] == 3 and _as_many(value[:, :-1], tokens):
                     tap = Tap(module=module, side="output" if side == "output" else "input", steps=steps)
                     candidates.append((tap, value, live[steps]))
     larger = [points for when, points in seen.given if when < call.when]
@@ -143,6 +146,8 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
     ]
     summed = {}
     for tap, value, tensor in candidates:
+        if not _as_many(value, tokens):
+            continue
         layout: Layout = "bgc" if tokens.shape[0] == value.shape[0] else "gbc"
         rows = batch_first(tokens, layout)
         prefix = rows.shape[1] - value.shape[1]
@@ -154,9 +159,14 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
         if same:
             source, points = same[0]
             made = seen.first(source.module)
-            return source, points, patches, source.module if len(made.inputs) == 1 and () in made.outputs else None
+            return source, points, patches, source.module if len(made.inputs) == 1 and () in made.outputs else None, 0
         if not made_from and _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix):
-            return tap, value, patches, None
+            return tap, value, patches, None, 0
+    for tap, value, tensor in candidates:
+        layout = "bgc" if tokens.shape[0] == value.shape[0] else "gbc"
+        prefix = batch_first(tokens, layout).shape[1] - value.shape[1] + 1
+        if _diagonal(call.live_inputs[stage.tokens], tensor, layout, prefix, dropped=1):
+            return tap, value[:, :-1], None, None, 1
     return None
 
 
@@ -209,11 +219,11 @@ def _rank(seen: Trace, path: str) -> tuple[int, int]:
     return inputs[0].ndim + (inputs[0].shape[-1:] != (3,)), inputs[0].numel()
 
 
-def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int) -> bool:
+def _diagonal(tokens: Tensor, coordinates: Tensor, layout: Layout, prefix: int, *, dropped: int = 0) -> bool:
     """Tell whether each of a few patch tokens depends on its own row of the coordinates, and on no other."""
     if tokens.grad_fn is None or coordinates.grad_fn is None:
         return False
-    g = coordinates.shape[1]
+    g = coordinates.shape[1] - dropped
     for row in sorted({0, 1, g // 2, g - 1}):
         token = batch_first(tokens, layout)[:, prefix + row]
         (gradient,) = gradients_of((token * channel_weights(token)).sum(), [coordinates])

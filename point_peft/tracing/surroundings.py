@@ -20,18 +20,21 @@ def whole_anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list
     inside = tuple(path + "." for path in (*blocks, *dead))
     begin = min(seen.first(path).when for path in blocks)
     before = [path for path, _ in seen.before(begin) if path and not path.startswith(inside)]
-    after = _after(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)], begin)
-    tops = _outermost([path for path in after if has_parameters(modules[path])], blocks)
+    beside = _beside(seen, blocks, dead, [path for path in seen.calls if path and not path.startswith(inside)])
+    tops = _outermost([path for path in beside if has_parameters(modules[path])], blocks)
     norms = [path for path in tops if isinstance(modules[path], nn.LayerNorm)]
-    final_norms = [path for path in norms if modules[path].normalized_shape == (stages[-1].width,)][:1]
+    of_stages = [path for stage in stages[:-1] for path in norms if _is_norm_of(stage, path, seen)]
+    final_norms = [
+        path for path in norms if path not in of_stages and modules[path].normalized_shape == (stages[-1].width,)
+    ][:1]
     own = [path for path, module in modules.items() if path and has_parameters(module, recurse=False)]
     anatomy = Anatomy(
         source="traced",
         stages=tuple(stages),
-        stem=_outermost(before, blocks),
+        stem=tuple(path for path in _outermost(before, blocks) if path not in tops),
         prefix_parameters=tuple(_prefix_parameters(model, stages[0], seen)),
         final_norms=tuple(final_norms),
-        heads=tuple(path for path in tops if path not in final_norms),
+        heads=tuple(path for path in tops if path not in final_norms and path not in of_stages),
         patches_read=_patches_read(stages[-1], seen),
         reads=tuple(Read(module=owner, reader=reader) for owner, reader in seen.reads.items()),
         uncalled=tuple(path for path in own if path not in seen.calls and path not in seen.reads),
@@ -40,15 +43,27 @@ def whole_anatomy(model: nn.Module, stages: list[Stage], seen: Trace, dead: list
     return replace(anatomy, last_block_calls=len(seen.calls[last.path]))
 
 
-def _after(seen: Trace, blocks: list[str], dead: list[str], paths: list[str], begin: int) -> list[str]:
-    """The modules that are called once the blocks have begun, on the way to what is returned and not to a block."""
+def _is_norm_of(stage: Stage, norm: str, seen: Trace) -> bool:
+    """Tell whether a norm gets what the last block of a stage returns, in either order of the first two axes."""
+    made = seen.calls[stage.blocks[-1].path][-1].outputs[stage.outputs[0]]
+    given = [value for call in seen.calls[norm] for value in call.inputs.values()]
+    return any(
+        value.shape == tokens.shape and torch.equal(value, tokens)
+        for tokens in (made, made.transpose(0, 1))
+        for value in given
+    )
+
+
+def _beside(seen: Trace, blocks: list[str], dead: list[str], paths: list[str]) -> list[str]:
+    """The modules on the way to what is returned and not to a block, be they called after the blocks or before."""
     made = [
         (path, value)
         for path in paths
-        if seen.calls[path][-1].when > begin and path not in blocks and path not in dead
-        for value in seen.calls[path][-1].live_outputs.values()
+        if path not in blocks and path not in dead
+        for call in seen.calls[path]
+        for value in call.live_outputs.values()
         # What a module only hands on it has not made.
-        if value.grad_fn is not None and all(value is not given for given in seen.calls[path][-1].live_inputs.values())
+        if value.grad_fn is not None and all(value is not given for given in call.live_inputs.values())
     ]
     values = [value for _, value in made]
     reaching = {made[number][0] for number in connected(returned(seen), values)}

@@ -7,7 +7,7 @@ of each token to the coordinates lies on its own. What is added to prefix tokens
 prompts are tried.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
@@ -157,6 +157,8 @@ def _verified(known: Anatomy, traced: Anatomy) -> Anatomy:
         # Of packed tokens an example of one cloud does not tell enough.
         return known if packed and any(stage.unknown for stage in traced.stages) else traced
     names = {parameter.name for parameter in traced.prefix_parameters}
+    behind = (*traced.final_norms, *traced.heads)
+    heads = tuple(path for path in traced.heads if _touches(path, known.heads))
     stages = []
     for stage, shown in zip(known.stages, traced.stages, strict=True):
         pairs = zip(stage.blocks, shown.blocks, strict=True)
@@ -165,17 +167,23 @@ def _verified(known: Anatomy, traced: Anatomy) -> Anatomy:
         known,
         stages=tuple(stages),
         prefix_parameters=tuple(parameter for parameter in known.prefix_parameters if parameter.name in names),
-        heads=known.heads if set(known.heads) == set(traced.heads) else traced.heads,
+        final_norms=tuple(path for path in known.final_norms if path in behind) or traced.final_norms,
+        heads=known.heads if set(known.heads) == set(heads) else heads,
         patches_read=traced.patches_read,
         last_block_calls=traced.last_block_calls,
     )
+
+
+def _touches(path: str, others: Sequence[str]) -> bool:
+    """Tell whether a module is, holds or lies in one of the others: for a preset what is not is the encoder's."""
+    return any(f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}.") for other in others)
 
 
 def _skeleton(stage: Stage) -> tuple[Any, ...]:
     """Facts about a stage that must be right for anything to be put into it."""
     blocks = tuple(block.path for block in stage.blocks)
     position = stage.position if stage.prefix_tokens and len(blocks) > 1 else None
-    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.tokens, stage.outputs, position
+    return blocks, stage.layout, stage.width, stage.prefix_tokens, stage.dropped, stage.tokens, stage.outputs, position
 
 
 def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:

@@ -142,12 +142,7 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
     inputs=packed_labelled_clouds,
     slice=slice_packed,
     select=_by_sample,
-    heads=(
-        *(f"h_encoder.encoder_norms.{level}" for level in range(2)),
-        *(f"propagations.{level}" for level in range(3)),
-        "label_conv",
-        "head",
-    ),
+    heads=(*(f"propagations.{level}" for level in range(3)), "label_conv", "head"),
     other_head=linear_head(6 * FEATURES + 64),
     random_in_training=True,
     kind="hierarchical",

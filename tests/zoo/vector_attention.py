@@ -83,13 +83,30 @@ class PointTransformerBlock(nn.Module):
         self.bn3 = nn.BatchNorm1d(width)
         self.relu = nn.ReLU(inplace=True)
 
+    def attend(self, pxo: Points) -> Tensor:
+        mixed: Tensor = self.transformer2(pxo)
+        return mixed
+
     def forward(self, pxo: Points) -> Points:
         p, x, o = pxo
         shortcut = x
         x = self.relu(self.bn1(self.linear1(x)))
-        x = self.relu(self.bn2(self.transformer2([p, x, o])))
+        x = self.relu(self.bn2(self.attend([p, x, o])))
         x = self.bn3(self.linear3(x))
         return [p, self.relu(x + shortcut), o]
+
+
+class PointceptBlock(PointTransformerBlock):
+    """Pointcept's own, which is the same but for a name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.transformer2
+        self.transformer = PointTransformerLayer(width)
+
+    def attend(self, pxo: Points) -> Tensor:
+        mixed: Tensor = self.transformer(pxo)
+        return mixed
 
 
 class TransitionDown(nn.Module):
@@ -138,14 +155,12 @@ class TransitionUp(nn.Module):
 class PointTransformerV1(nn.Module):
     """Logits (n, c) of packed clouds [coordinates, features, offset]."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: type[PointTransformerBlock] = PointTransformerBlock) -> None:
         super().__init__()
-        self.enc1 = nn.Sequential(TransitionDown(6, NARROW, 1), PointTransformerBlock(NARROW))
-        self.enc2 = nn.Sequential(
-            TransitionDown(NARROW, WIDE, 4), PointTransformerBlock(WIDE), PointTransformerBlock(WIDE)
-        )
-        self.dec2 = nn.Sequential(TransitionUp(WIDE), PointTransformerBlock(WIDE))
-        self.dec1 = nn.Sequential(TransitionUp(WIDE, NARROW), PointTransformerBlock(NARROW))
+        self.enc1 = nn.Sequential(TransitionDown(6, NARROW, 1), block(NARROW))
+        self.enc2 = nn.Sequential(TransitionDown(NARROW, WIDE, 4), block(WIDE), block(WIDE))
+        self.dec2 = nn.Sequential(TransitionUp(WIDE), block(WIDE))
+        self.dec1 = nn.Sequential(TransitionUp(WIDE, NARROW), block(NARROW))
         self.cls = nn.Sequential(
             nn.Linear(NARROW, NARROW), nn.BatchNorm1d(NARROW), nn.ReLU(), nn.Linear(NARROW, CLASSES)
         )
@@ -171,6 +186,48 @@ class PointTransformerV1(nn.Module):
 def official_ptv1() -> nn.Module:
     """The input is one list; blocks take and give such lists; samples are told apart by where they end."""
     return PointTransformerV1()
+
+
+class PointceptV1(PointTransformerV1):
+    """The same of Pointcept, whose input is a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__(PointceptBlock)
+
+    def forward(self, input_dict: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward([input_dict["coord"], input_dict["feat"], input_dict["offset"].int()])
+
+
+@register(
+    inputs=offset_dict,
+    slice=slice_offset,
+    select=lambda output: output.unflatten(0, (-1, POINTS)),
+    heads=("cls",),
+    other_head=linear_head(NARROW),
+    kind="packed",
+)
+def pointcept_ptv1() -> nn.Module:
+    """As in the first V1, with a mapping for its input and another name for the attention."""
+    return PointceptV1()
+
+
+class PointceptV1Classifier(nn.Module):
+    """Logits (b, c); the stages are lists, and the first has no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1 = nn.ModuleList([TransitionDown(6, NARROW, 1)])
+        self.enc2 = nn.ModuleList([TransitionDown(NARROW, WIDE, 4), PointceptBlock(WIDE), PointceptBlock(WIDE)])
+        self.cls = nn.Sequential(nn.Linear(WIDE, WIDE), nn.BatchNorm1d(WIDE), nn.ReLU(), nn.Linear(WIDE, CLASSES))
+
+    def forward(self, data_dict: dict[str, Tensor]) -> Tensor:
+        p, x, o = data_dict["coord"], data_dict["feat"], data_dict["offset"].int()
+        pxo = [p, torch.cat([p, x], dim=1), o]
+        for layer in (*self.enc1, *self.enc2):
+            pxo = layer(pxo)
+        samples = sample_numbers(pxo[2])
+        logits: Tensor = self.cls(torch.stack([pxo[1][samples == i].mean(0) for i in range(len(o))]))
+        return logits
 
 
 # ---- V2 --------------------------------------------------------------------------------------------------------------
