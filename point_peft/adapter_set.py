@@ -67,6 +67,7 @@ class AdapterSet(nn.Module):
         """Merged adapter -> the base's tensors as they were, by name."""
         self.frozen: adding.Frozen | None = None
         self.training = model.training
+        self.register_load_state_dict_post_hook(adding.compare_with_base)  # type: ignore[no-untyped-call]
 
     @property
     def default(self) -> tuple[str, ...]:

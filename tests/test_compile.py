@@ -110,3 +110,16 @@ def test_generated_code_gives_the_same():
             model.set_adapter(name)
             assert distance(compiled(of_batch(batch)), model(of_batch(batch))) < 1e-5
     assert graphs.frame_count == 1
+
+
+def test_values_that_are_loaded_into_a_compiled_model() -> None:
+    """Those of an adapter for another base too, whose prefix tokens the second pass then has to use."""
+    model, other = adapt(SIMPLE, "POINT_PEFT"), adapt(SIMPLE, "POINT_PEFT", seed=5)
+    with torch.no_grad():
+        for parameter in other.base_model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    wanted, compiled = run(other, SIMPLE), torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(*SIMPLE.inputs(2, 5))
+        model.load_state_dict(other.state_dict())
+        assert distance(SIMPLE.select(compiled(*SIMPLE.inputs(2, 5))), wanted) < 1e-5

@@ -57,7 +57,7 @@ def exported(model: nn.Module) -> ExportedProgram:
     The exported gradient of each of them is that of eager code, and not zero.
     """
     with torch.no_grad():
-        program = torch.export.export(model, clouds(3, 6), dynamic_shapes={"args": (ANY,)})
+        program = torch.export.export(model, clouds(3, 6), dynamic_shapes=(ANY,))
     found = []
     for forward in (program.module(), model):  # which have their parameters in common
         model.zero_grad()

@@ -356,7 +356,7 @@ def test_torchscript_is_refused() -> None:
 
 
 @every_method
-def test_norms_that_are_converted_for_several_processes(method: str) -> None:
+def test_norms_that_are_converted_for_several_processes(method: str, tmp_path: Path) -> None:
     backbone = BACKBONES["point_mae"]
     model = adapt(backbone, method)
     before, held = run(model, backbone), {k: v.clone() for k, v in model.base_model.named_buffers()}
@@ -366,6 +366,9 @@ def test_norms_that_are_converted_for_several_processes(method: str) -> None:
     loss_of(backbone.select(model.train()(*backbone.inputs(2, 5)))).backward()
     assert all(torch.equal(v, held[k]) for k, v in model.base_model.named_buffers())
     assert all(p.grad is not None for p in get_adapter(model, "default").parameters() if p.requires_grad)
+    model.eval().save_pretrained(tmp_path)
+    again = PointPeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    assert distance(run(again, backbone), run(model, backbone)) < 1e-6
     with torch.no_grad():
         unloaded = backbone.select(model.unload().eval()(*backbone.inputs(2, 5)))
     assert distance(unloaded, plain(backbone)) < 1e-6

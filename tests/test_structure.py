@@ -288,7 +288,7 @@ def test_files_functions_and_classes_are_short() -> None:
 def test_the_package_is_small() -> None:
     backbones = PACKAGE / "backbones"
     sizes = {
-        "the package without backbones": (15_500, [s for s in package() if backbones not in s.path.parents]),
+        "the package without backbones": (16_700, [s for s in package() if backbones not in s.path.parents]),
         "the flagship": (800, sources(PACKAGE / "tuners" / "point_peft")),
         "what is read in an hour": (950, [Source(PACKAGE / name) for name in READ_IN_AN_HOUR]),
     }

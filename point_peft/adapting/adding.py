@@ -158,9 +158,22 @@ def _anatomy_for(root: Host, config: PeftConfig) -> Anatomy | None:
     return root.anatomy
 
 
+def compare_with_base(root: Host, incompatible: object) -> None:
+    """After values were loaded: see anew for which base adapters were made, which compiled code cannot."""
+    for adapter in all_adapters(root.adapters).values():
+        for state in adapter.shared_states():
+            state.other_base(root.base_model)
+
+
 def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
     """Attach a complete adapter. The first one freezes the backbone and is active."""
     anatomy = _anatomy_for(root, adapter.config)
+    held = {id(parameter) for parameter in root.adapters.parameters()}
+    if not held.isdisjoint(map(id, adapter.parameters())):
+        raise AdapterError(
+            f"adapter '{name}' has tensors of another adapter, which would be trained with it: a function in heads must "
+            "make a new module each time"
+        )
     if root.frozen is None:
         root.anatomy = anatomy
         root.frozen = freeze(root)

@@ -4,11 +4,11 @@ A part is given what its module gets and gives in the part's own type, and what 
 Under autocast the operations see to that themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.anatomy.description import Steps
 from point_peft.parts.base import Call, Part
@@ -65,9 +65,17 @@ def _wide(part: Part, call: Call, first: Any, every: Iterable[tuple[Any, Tensor]
         device = half[0].device.type
     if torch.is_autocast_enabled(device):
         return None
-    own: Iterable[Tensor] = (*part.parameters(), *part.buffers(), *call.shared.parameters())
-    floats = [tensor.dtype for tensor in own if tensor.is_floating_point()]
-    return None if not floats or floats[0] in HALF else floats[0]
+    floats = (tensor.dtype for held in (part, call.shared) for tensor in _tensors(held) if tensor.is_floating_point())
+    own = next(floats, None)
+    return None if own in HALF else own
+
+
+def _tensors(held: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a module and those in it; DataParallel's replicas do not have them as parameters."""
+    for module in held.modules():
+        for value in (*module._parameters.values(), *vars(module).values()):
+            if isinstance(value, Tensor):
+                yield value
 
 
 def _widened(given: dict[Steps, Tensor], wide: torch.dtype) -> dict[Steps, Tensor]:

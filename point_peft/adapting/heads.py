@@ -230,7 +230,8 @@ def make_head(source: HeadSource, path: str, backbone: Backbone) -> nn.Module:
     head = source()
     if not isinstance(head, nn.Module):
         raise AdapterError(f"heads[{path!r}] must give an nn.Module, it gave a {type(head).__name__}")
-    return copy.deepcopy(head)  # which may be the base's own, or another adapter's
+    shared = {id(p) for p in backbone.model.parameters()}.intersection(map(id, head.parameters()))
+    return copy.deepcopy(head) if shared else head
 
 
 def _named_head(pool: str, path: str, backbone: Backbone) -> PooledHead:

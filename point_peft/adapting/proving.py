@@ -85,7 +85,8 @@ def note_run(forward: Forward, part: Part, call: Call) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         ran.with_gradient = True
     if not torch.compiler.is_compiling():
-        ran.tensors += part.parameters()
+        unused = {id(tensor) for tensor in part.unused(call)}
+        ran.tensors += [tensor for tensor in part.parameters() if id(tensor) not in unused]
         if part.own_module is None:
             ran.tensors += call.shared.parameters()
 

@@ -44,7 +44,7 @@ def follow(site: Site, changed: list[Link]) -> None:
             )
         if isinstance(new, nn.SyncBatchNorm) and _is_converted(old, new):
             converted.append((old, new))
-        elif new is None or old not in set(new.modules()):
+        elif new is None or not {module for module in old.modules() if has_hooks(module)} <= set(new.modules()):
             what = "taken out" if new is None else f"replaced by a {type(new).__name__}"
             raise AdapterError(
                 f"'{link.path}' ({type(old).__name__}) was {what} since something was attached to it or in it, which "

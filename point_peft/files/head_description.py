@@ -77,8 +77,10 @@ def _describe_class(head: nn.Module) -> dict[str, Any]:
 
 def _describe_layer(head: nn.Module) -> dict[str, Any] | None:
     """A standard layer, None if it is not one or building it again would not give the same tensors."""
-    name = type(head).__name__
-    if _LAYERS.get(name) is not type(head):
+    # What norms are converted to for several processes holds and computes the same.
+    kind = nn.BatchNorm1d if type(head) is nn.SyncBatchNorm else type(head)
+    name = kind.__name__
+    if _LAYERS.get(name) is not kind:
         return None
     arguments: dict[str, Any] = {}
     for parameter in _parameters(name).values():

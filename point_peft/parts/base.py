@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakSet
@@ -76,6 +76,10 @@ class Part(nn.Module):
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """The output that the caller gets instead of `output`; `args` and `kwargs` are what the module got."""
         return output
+
+    def unused(self, call: Call) -> Iterable[Tensor]:
+        """Its tensors that take no part in this forward, where another warning says why."""
+        return ()
 
     def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The inputs that the module gets in the second pass, for parts that act in it."""

@@ -147,8 +147,9 @@ class TokenMlps(SharedState):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of its tensors."""
-        return next(self.parameters()).dtype
+        """The type of its tensors, in replicas too, which have no parameters."""
+        weight: Tensor = getattr(self.further[0], "weight")  # noqa: B009
+        return weight.dtype
 
 
 class CarryingPart(SequencePart):

@@ -76,7 +76,7 @@ class LoraPart(Part):
             ratio = self._ratio(self.lora_magnitude_vector, weight)
             if weight.ndim == 3:
                 ratio = rearrange(ratio, "out -> out 1")
-            update = ratio * update + (ratio - 1) * _without_bias(call.module, x, weight)
+            update = ratio * update + (ratio - 1) * _without_bias(call.module, x, weight.to(x.dtype))
         return self.put(output, self.rows(output, -1) + update.to(output.dtype), -1)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:

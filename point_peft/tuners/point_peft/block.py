@@ -1,6 +1,6 @@
 """Point-PEFT at a block: prompts before it, the geometry-aware adapter and A after it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class BlockPart(SequencePart):
             return args, kwargs
         p = self.prompt(self.coordinates(call).shape[0], self._prior(call))
         return self.with_prompts(call, args, kwargs, p)
+
+    def unused(self, call: Call) -> Iterable[Tensor]:
+        own = None if self.prompt is None else self.prompt.prior_adapter
+        return () if own is None or len(call.state("memory_bank", MemoryBank).rows) else own.parameters()
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         count = 0 if self.prompt is None else len(self.prompt.embeddings)
