@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from point_peft import LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft import LoraConfig, PointPEFTConfig, get_peft_model
 from point_peft.backbones import default_backbone
 
 
@@ -42,9 +42,7 @@ def adapted(method: str, clouds: Tensor) -> nn.Module:
 def export(model: nn.Module, clouds: Tensor, file: Path) -> None:
     """Write a model, adapted or merged, as an ONNX file for any number of clouds."""
     points = {0: torch.export.Dim.DYNAMIC}
-    # The forward of an adapted model takes *args, which are one argument to the exporter.
-    shapes = ((points,),) if isinstance(model, PointPeftModel) else (points,)
-    program = torch.onnx.export(model, (clouds,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program = torch.onnx.export(model, (clouds,), dynamo=True, dynamic_shapes=(points,), verbose=False)
     if program is None:
         raise SystemExit("torch.onnx.export gave no program")
     program.save(file)

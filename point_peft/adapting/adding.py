@@ -171,8 +171,8 @@ def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
     held = {id(parameter) for parameter in root.adapters.parameters()}
     if not held.isdisjoint(map(id, adapter.parameters())):
         raise AdapterError(
-            f"adapter '{name}' has tensors of another adapter, which would be trained with it: a function in heads must "
-            "make a new module each time"
+            f"adapter '{name}' has tensors of another adapter, which would be trained with it: a function in heads "
+            "must make a new module each time"
         )
     if root.frozen is None:
         root.anatomy = anatomy
