@@ -77,7 +77,6 @@ FEATURED = BACKBONES["point_features"]
 MODELS = {
     backbone.name: backbone
     for backbone in (
-        FEATURED,
         dataclasses.replace(FEATURED, name="of two tensors", make=_of_two_tensors, heads=("cls_head_finetune",)),
         dataclasses.replace(FEATURED, name="official", make=_official, heads=("cls_head_finetune",)),
         dataclasses.replace(FEATURED, name="traced", make=_traced),
