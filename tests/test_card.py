@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from point_peft import METHODS, LoraConfig, PeftConfig, PointPeftError, PointPeftModel, get_peft_model
@@ -302,7 +302,7 @@ def test_broken_marks_are_refused(marks: str) -> None:
         merged(f"Mine.\n{marks}\n", render(ABOUT))
 
 
-@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=75)
 @given(
     text=st.text(
         alphabet=st.sampled_from("-a:#\n\r <!>[]{}&*'\"") | st.characters(exclude_categories=["Cs"]), max_size=60
