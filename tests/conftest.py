@@ -9,12 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.forks import Server
 from tests.zoo import TinyBackbone
 
 # The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
 torch.set_num_threads(1)
+# Examples take as long as they take: no test depends on how fast the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 # Attached hooks keep torch.nn's layers from their fused inference path, which rounds otherwise; comparisons go without.
 torch.backends.mha.set_fastpath_enabled(False)
 # A client of the Hub reads the machine's certificates, 50 ms each time, though the one on loopback speaks no TLS.

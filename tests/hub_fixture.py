@@ -16,10 +16,12 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from huggingface_hub import close_session, constants, file_download, hf_api
 from huggingface_hub.utils import _cache_assets, _cache_manager, _http, _xet
 
+from tests.hanging import LONG
 from tests.hub_server import HubServer
 
 # The package has a class of the same name.
@@ -78,6 +80,20 @@ def go_to(server: HubServer, home: Path, xet: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
 
 
+def wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client wait for an answer for as long as a busy machine may take, but where a test says how long."""
+    send = httpx2.HTTPTransport.handle_request
+
+    def patient(transport: httpx2.HTTPTransport, request: httpx2.Request) -> httpx2.Response:
+        stated = request.extensions["timeout"]
+        request.extensions["timeout"] = {
+            of: seconds if (seconds or LONG) < 5 else LONG for of, seconds in stated.items()
+        }
+        return send(transport, request)
+
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", patient)
+
+
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the client would have slept between its attempts; it does not."""
@@ -99,6 +115,7 @@ def hub(
     tokens = {"hf_alice": "alice", "hf_bob": "bob"}
     with HubServer(tmp_path / "hub", tokens, xet=xet) as server:
         go_to(server, tmp_path / "home", xet, monkeypatch)
+        wait_long(monkeypatch)
         # The client takes the proxies when it is made.
         close_session()
         yield server

@@ -302,7 +302,7 @@ def test_broken_marks_are_refused(marks: str) -> None:
         merged(f"Mine.\n{marks}\n", render(ABOUT))
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=75)
 @given(
     text=st.text(
         alphabet=st.sampled_from("-a:#\n\r <!>[]{}&*'\"") | st.characters(exclude_categories=["Cs"]), max_size=60

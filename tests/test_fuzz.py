@@ -10,10 +10,8 @@ import hashlib
 import json
 import random
 import resource
-import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +45,7 @@ from point_peft.files.format import (
 )
 from point_peft.files.saving import Format
 from tests.adapting import adapt, assert_same_values, fingerprint
+from tests.hanging import must_end
 from tests.zoo import BACKBONES
 
 BACKBONE = BACKBONES["compact"]
@@ -60,8 +59,6 @@ SOURCES: dict[str, tuple[Any, Format]] = {
     "two methods": (PeftConfig(tuners=[LORA, DAPTConfig(width=4)], anatomy=describe(BACKBONE.build())), "auto"),
 }
 each_source = pytest.mark.parametrize("source", SOURCES)
-SECONDS = 10
-"""Of processor time, for what takes hundredths of a second."""
 
 
 @functools.cache
@@ -91,20 +88,6 @@ def memory() -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
-@contextmanager
-def in_time() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise AssertionError(f"more than {SECONDS} seconds of processor time")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
 def read(config: bytes, tensors: bytes, folder: Path) -> str | None:
     """Load the files: what is wrong with them, or None if they are an adapter, which then is exactly what they state.
 
@@ -114,7 +97,7 @@ def read(config: bytes, tensors: bytes, folder: Path) -> str | None:
     (folder / TENSOR_FILE).write_bytes(tensors)
     untouched()
     sentence = None
-    with in_time(), warnings.catch_warnings():
+    with must_end(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a base in another type
         try:
             target().load_adapter(folder, "fuzzed")
@@ -250,7 +233,7 @@ def joined(header: bytes, values: bytes) -> bytes:
 
 
 def often(examples: int) -> Callable[[Any], Any]:
-    """The same examples each time. The time of each is watched by `in_time`, and not by the clock of a busy machine."""
+    """The same examples each time. `must_end` watches the time of each, and not the clock of a busy machine."""
     health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=health)
 

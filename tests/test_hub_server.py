@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tests.hanging import LONG, until
 from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.hub_fixture"]
@@ -324,7 +324,7 @@ def test_tampered_content(hub: HubServer) -> None:
 @lfs_mode
 def test_delay(hub: HubServer) -> None:
     hub.put(REPO, FILES)
-    hub.fault("GET", "/api/models/", delay=60)
+    hub.fault("GET", "/api/models/", delay=2 * LONG)
     with pytest.raises(httpx2.ReadTimeout):
         api().model_info(REPO, timeout=0.1)
 
@@ -342,22 +342,21 @@ def test_headers(hub: HubServer) -> None:
 
 def test_stop_closes_what_clients_keep_open(hub: HubServer) -> None:
     hub.put(REPO, FILES)
-    hub.fault("GET", "/refs", delay=60)
+    hub.fault("GET", "/refs", delay=2 * LONG)
     ended = []
 
     def wait() -> None:
         try:
-            httpx2.get(f"{hub.url}/api/models/{REPO}/refs")
+            httpx2.get(f"{hub.url}/api/models/{REPO}/refs", timeout=LONG)
         except httpx2.TransportError as error:
             ended.append(error)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
     api().model_info(REPO)
-    while not hub.seen("GET", "/refs"):
-        time.sleep(0.001)
+    until(lambda: bool(hub.seen("GET", "/refs")))
     hub.stop()
-    waiting.join(30)
+    waiting.join(LONG)
     assert ended, "the client waits for the answer that comes late"
     with pytest.raises(httpx2.ConnectError):
         api().model_info(REPO)

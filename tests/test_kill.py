@@ -23,11 +23,13 @@ from point_peft.files import format as writing_module
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE, leftovers, read_folder, write_folder
 from tests.adapting import adapt, assert_same_values
 from tests.forks import Server
+from tests.hanging import until
 from tests.zoo import BACKBONES
 
 BACKBONE = BACKBONES["compact"]
 NAMES = [CARD_FILE, CONFIG_FILE, TENSOR_FILE]
 KILLS = 50
+READS = 500
 
 
 @functools.cache
@@ -135,10 +137,9 @@ def test_killed_at_random_moments(saved: list[Path], tmp_path: Path, server: Ser
         model.save_pretrained(folder)
     both = time.monotonic() - start
     seen, inside = [], 0
-    for number in range(KILLS):
+    for number in range(20 * KILLS):
         child = server.start(saving, folder)
-        while not begun.exists():
-            time.sleep(0.0005)
+        until(begun.exists)
         time.sleep(choice.uniform(0, 4 * both))
         os.kill(child, signal.SIGKILL)
         assert server.wait(child) == signal.SIGKILL
@@ -149,7 +150,10 @@ def test_killed_at_random_moments(saved: list[Path], tmp_path: Path, server: Ser
         if number % 2:
             models()[number // 2 % 2].save_pretrained(folder)
             assert which(folder, saved) == number // 2 % 2 and names(folder) == NAMES
-    print(f"{inside} of {KILLS} kills left files behind")
+        # Where children are slower than this process, some more have to be killed until one is within a save.
+        if number + 1 >= KILLS and set(seen) == {0, 1} and inside:
+            break
+    print(f"{inside} of {len(seen)} kills left files behind")
     assert set(seen) == {0, 1} and inside
 
 
@@ -231,11 +235,13 @@ def test_a_reader_beside_two_writers_sees_complete_adapters(tmp_path: Path, serv
     write(folder, 0)
     writers = [server.start(writing, folder) for _ in range(2)]
     try:
-        end = time.monotonic() + 1.5
-        seen = set()
-        while time.monotonic() < end:
-            seen.add(read(folder))
-        assert len(seen) > 5
+        seen: list[int] = []
+
+        def often_enough() -> bool:
+            seen.append(read(folder))
+            return len(seen) >= READS and len(set(seen)) > 5
+
+        until(often_enough)
     finally:
         for writer in writers:
             os.kill(writer, signal.SIGKILL)

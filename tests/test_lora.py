@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import time
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from point_peft import (
 )
 from point_peft.tuners.lora.peft_format import pattern_values
 from tests.adapting import full_point_mae
+from tests.hanging import must_end
 from tests.zoo import BACKBONES, clouds
 
 
@@ -250,14 +250,13 @@ def test_a_key_that_matches_nothing_is_an_error(field: str) -> None:
         layers(**broken)
 
 
-def test_many_keys_are_fast_and_an_expression_cannot_hang() -> None:
+def test_many_keys_are_matched_and_an_expression_cannot_hang() -> None:
     paths = [f"blocks.blocks.{block}.{layer}" for block in range(100) for layer in ("qkv", "proj", "fc1", "fc2")]
-    start = time.monotonic()
-    assert pattern_values(dict.fromkeys(paths, 1), paths, "rank_pattern") == dict.fromkeys(paths, 1)
     keys = {f"{'(' * 12}[a-z.0-9]*{')*' * 12}{number}!": 1 for number in range(300)}
-    with pytest.raises(MatchError, match="rank_pattern: .* takes too long to match"):
-        pattern_values(keys, paths, "rank_pattern", required=False)
-    assert time.monotonic() - start < 10
+    with must_end():
+        assert pattern_values(dict.fromkeys(paths, 1), paths, "rank_pattern") == dict.fromkeys(paths, 1)
+        with pytest.raises(MatchError, match="rank_pattern: .* takes too long to match"):
+            pattern_values(keys, paths, "rank_pattern", required=False)
 
 
 def test_patterns_are_part_of_a_frozen_configuration() -> None:

@@ -188,7 +188,7 @@ _EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_EXPRESSIONS, st.text(alphabet="ab.1é", min_size=1, max_size=6))
 def test_expressions_mean_what_re_means(pattern: str, name: str) -> None:
     expected = re.fullmatch(pattern, name) is not None

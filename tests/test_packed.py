@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, describe, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
+from tests.hanging import LONG
 from tests.zoo import BACKBONES
 
 G, C = 24, 12
@@ -230,6 +231,6 @@ print(peak() * 1024)
 def test_a_scene_of_100000_points_trains_within_2_gigabytes() -> None:
     """The whole process: backbone, adapter, a forward and a backward pass."""
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", SCENE], cwd=root, capture_output=True, text=True, timeout=400)
+    run = subprocess.run([sys.executable, "-c", SCENE], cwd=root, capture_output=True, text=True, timeout=LONG)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 2 * 2**30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -39,6 +38,7 @@ from tests.adapting import (
     run,
     values,
 )
+from tests.hanging import until
 from tests.methods import config
 from tests.zoo import BACKBONES, TinyBackbone
 
@@ -60,12 +60,11 @@ def _two_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     context = start_processes(_on_rank, args=(port, str(folder)), nprocs=2, join=False, start_method="forkserver")
     assert context is not None
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the two processes did not end in time")
+    try:
+        until(lambda: context.join(timeout=5))
+    finally:
+        for process in context.processes:
+            process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

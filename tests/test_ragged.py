@@ -205,7 +205,7 @@ def test_knn_of_a_center_as_far_from_all() -> None:
     assert_nearest(found, queries, ends([40]), points, offset)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 120)), min_size=1, max_size=5),
     k=st.integers(1, 20),

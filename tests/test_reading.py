@@ -17,6 +17,7 @@ from point_peft import AnatomyError, BitFitConfig, LoraConfig, PointPeftModel, T
 from point_peft.adapting.adapter import get_adapter
 from point_peft.running import reading
 from point_peft.running.reading import depth, enter, unwind
+from tests.hanging import LONG
 from tests.zoo import BACKBONES, WIDTH, clouds, enliven
 from tests.zoo.parts import HEADS
 from tests.zoo.variants import Classifier
@@ -340,7 +341,7 @@ def test_another_thread_sees_the_base_while_one_is_inside():
     def wait(module: nn.Module, args: Any) -> None:
         if threading.current_thread() is worker:
             inside.set()
-            assert leave.wait(20)
+            assert leave.wait(LONG)
 
     def work() -> None:
         with torch.no_grad():
@@ -350,7 +351,7 @@ def test_another_thread_sees_the_base_while_one_is_inside():
     attention.get_submodule("proj").register_forward_pre_hook(wait)
     worker.start()
     try:
-        assert inside.wait(20)
+        assert inside.wait(LONG)
         tokens = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             first.append(functional.linear(tokens, qkv))
@@ -361,7 +362,7 @@ def test_another_thread_sees_the_base_while_one_is_inside():
         assert depth() == 0
     finally:
         leave.set()
-        worker.join(20)
+        worker.join(LONG)
     assert torch.allclose(first[0], first[1], atol=1e-6)
     assert torch.equal(off, plain) and torch.equal(on, expected)
     assert torch.equal(found[0], expected)

@@ -63,6 +63,7 @@ from tests.adapting import (
     unusual,
     values,
 )
+from tests.hanging import LONG
 from tests.methods import ToyConfig, config
 from tests.zoo import BACKBONES, CLASSES, Args, Compact, TinyBackbone, compact_like, enliven
 from tools import capabilities
@@ -590,7 +591,7 @@ def _crowd(
 def test_eight_threads_with_adapters_of_their_own(method: str, backbone: TinyBackbone) -> None:
     args = backbone.inputs(1, 5)
     model, expected = _crowd(backbone, method, args, SETS)
-    everyone = threading.Barrier(8, timeout=60)
+    everyone = threading.Barrier(8, timeout=LONG)
 
     def with_use(names: tuple[str, ...]) -> None:
         with model.use_adapter(names):

@@ -43,11 +43,11 @@ def stage_to_group(backbone: Backbone, method: str) -> Stage:
             f"{', nor '.join(unknown)}: state it in config.anatomy, or use a method that does without, such as "
             "POINT_PEFT or LORA"
         )
-    weight = next(backbone.modules[stage.tokenizer[0]].parameters())
-    if weight.shape[1] != 3:
+    values = values_read(backbone, stage)
+    if values != 3:
         raise AnatomyError(
             f"{method} groups the clouds again by their coordinates alone, and '{stage.tokenizer[0]}' reads "
-            f"{weight.shape[1]} values of a point: use a method that does without, such as POINT_PEFT or LORA"
+            f"{values} values of a point: use a method that does without, such as POINT_PEFT or LORA"
         )
     if not stage.takes_prompts:
         raise AnatomyError(
@@ -55,6 +55,11 @@ def stage_to_group(backbone: Backbone, method: str) -> Stage:
             "use LORA or BITFIT"
         )
     return stage
+
+
+def values_read(backbone: Backbone, stage: Stage) -> int:
+    """The number of values that the tokenizer of a stage, which is known, reads of a point: 3 without features."""
+    return next(backbone.modules[stage.tokenizer[0]].parameters()).shape[1]
 
 
 def modules_to_tune(backbone: Backbone, stage: Stage, names: Names) -> list[str]:
