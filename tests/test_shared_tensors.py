@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -11,42 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from point_peft import METHODS, AdapterError, AdapterFileError, LoraConfig, PointPeftModel, get_peft_model
-from tests.adapting import complete, every_method, fingerprint, move, rescramble, run, tensors
+from tests.adapting import complete, every_method, fingerprint, move, run, tensors
 from tests.methods import config
 from tests.zoo import BACKBONES, TinyBackbone
 
-BACKBONE = BACKBONES["compact"]
+PLAIN = BACKBONES["compact"]
 FIRST, SECOND = "blocks.blocks.0", "blocks.blocks.1"
 
 
-def shared(base: nn.Module, how: str) -> nn.Module:
+def shared(how: str) -> TinyBackbone:
     """The tensors of the second block are those of the first: the parameters themselves, or others in their memory."""
-    modules = dict(base.named_modules())
-    for path in [path for path in modules if path.startswith(FIRST)]:
-        other = modules[path.replace(FIRST, SECOND)]
-        for name, parameter in modules[path]._parameters.items():
-            if parameter is not None:
-                setattr(other, name, parameter if how == "parameter" else nn.Parameter(parameter.data))
-    return base
+
+    def make() -> nn.Module:
+        base = PLAIN.build()
+        modules = dict(base.named_modules())
+        for path in [path for path in modules if path.startswith(FIRST)]:
+            other = modules[path.replace(FIRST, SECOND)]
+            for name, parameter in modules[path]._parameters.items():
+                if parameter is not None:
+                    setattr(other, name, parameter if how == "parameter" else nn.Parameter(parameter.data))
+        if how == "parameter":
+            base.add_module("classifier", base.get_submodule("cls_head_finetune"))  # a second name of one module
+        return base
+
+    return dataclasses.replace(PLAIN, name=f"compact that shares, by {how}", make=make)
 
 
 @pytest.mark.parametrize("how", ["parameter", "memory"])
 @pytest.mark.parametrize("method", [method for method in sorted(METHODS) if method != "LINEAR_PROBE"])
 def test_merging_names_both_and_leaves_the_base(method: str, how: str) -> None:
-    base = shared(BACKBONE.build(), how)
-    model = get_peft_model(base, config(method, modules_to_save=[])).eval()
-    rescramble(model)
-    before, output = fingerprint(base), run(model, BACKBONE)
+    backbone = shared(how)
+    base = backbone.make().eval()
+    model = get_peft_model(base, config(method, modules_to_save=[]))
+    complete(model, backbone, "default", 0, fresh=False)
+    before, output = fingerprint(base), run(model, backbone)
     said = rf"'{FIRST}\.(\S+)' is the same memory as '{SECOND}\.\1'"
     try:
-        get_peft_model(BACKBONE.build(), config(method, modules_to_save=[])).merge()
+        get_peft_model(PLAIN.build(), config(method, modules_to_save=[])).merge()
     except AdapterError as error:  # as it does on a base whose tensors are not shared
         said = re.escape(str(error))
     for merge in (model.merge, model.merge_and_unload):
         with pytest.raises(AdapterError, match=said):
             merge()
         assert fingerprint(base) == before and not model.merged_adapters
-    assert torch.equal(run(model, BACKBONE), output)
+    assert torch.equal(run(model, backbone), output)
 
 
 def test_the_case_that_was_reported() -> None:
@@ -106,33 +115,28 @@ def test_weights_that_another_module_reads_and_a_second_owns_are_refused() -> No
     assert fingerprint(base) == before
 
 
-def renamed(backbone: TinyBackbone) -> Any:
-    base: Any = shared(backbone.build(), "parameter")
-    base.classifier = base.cls_head_finetune  # a second name of one module
-    return base
-
-
 @every_method
 def test_files_fit_any_base_with_the_same_tensors(method: str, tmp_path: Path) -> None:
     """Shared or not, under one name or two; and only what an adapter takes from its base has to be the same."""
-    model = get_peft_model(renamed(BACKBONE), config(method)).eval()
-    complete(model, BACKBONE, "default", 0, fresh=False)
+    backbone = shared("parameter")
+    model = get_peft_model(backbone.make(), config(method)).eval()
+    complete(model, backbone, "default", 0, fresh=False)
     model.save_pretrained(tmp_path)
-    fresh = renamed(BACKBONE)
+    fresh: Any = backbone.make()
     with torch.no_grad():  # the adapter has its own
         for parameter in fresh.cls_head_finetune.parameters():
             parameter.add_(1.0)
     again = PointPeftModel.from_pretrained(fresh, tmp_path).eval()
-    assert torch.equal(run(again, BACKBONE), run(model, BACKBONE))
+    assert torch.equal(run(again, backbone), run(model, backbone))
     with torch.no_grad():
-        fresh = renamed(BACKBONE)
+        fresh = backbone.make()
         fresh.get_parameter(f"{FIRST}.mlp.0.weight")[0, 0] += 1.0
     with pytest.raises(AdapterFileError, match="this adapter belongs to other weights of the backbone"):
         PointPeftModel.from_pretrained(fresh, tmp_path)
 
 
 def test_a_head_that_a_function_gives_is_the_adapters_own() -> None:
-    base = BACKBONE.build()
+    base = PLAIN.build()
     model = get_peft_model(
         base, LoraConfig(), heads={"cls_head_finetune": lambda: base.get_submodule("cls_head_finetune")}
     )
