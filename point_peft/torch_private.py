@@ -17,7 +17,17 @@ try:
 except ImportError:  # torch 2.4 and 2.5
     scan = None  # type: ignore[assignment]
 
-__all__ = ["BatchNorm", "IncompatibleKeys", "NormBase", "graph_task", "is_compiled", "leaf_of", "overwrite", "scan"]
+__all__ = [
+    "BatchNorm",
+    "IncompatibleKeys",
+    "NormBase",
+    "graph_task",
+    "is_compiled",
+    "leaf_of",
+    "made_when",
+    "overwrite",
+    "scan",
+]
 # BatchNorm and NormBase are what batch norms, and all norms with running statistics, are known by: users' own as well.
 # IncompatibleKeys is the type that Module.load_state_dict returns.
 # scan is a loop in an exported graph, where Python's would be unrolled.
@@ -41,6 +51,12 @@ def leaf_of(node: Any) -> Tensor | None:
     """The leaf whose gradient a node of an autograd graph adds up, None for any other node."""
     leaf: Tensor | None = node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
     return leaf
+
+
+def made_when(node: Any) -> int:
+    """The place of a node of an autograd graph in the order in which its thread made them."""
+    number: int = node._sequence_nr()
+    return number
 
 
 def overwrite(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -47,6 +47,12 @@ def each(pairs: Iterable[Pair], *, smoke: str | None = None) -> pytest.MarkDecor
     return pytest.mark.parametrize(("method", "backbone"), named)
 
 
+def form_of(method: str) -> str:
+    """A method, with what a backbone asks of it other than to leave blocks out, which does not change what it does."""
+    name, _, options = method.partition("[")
+    return name if options.startswith("target_modules=") else method
+
+
 def representatives(pairs: Sequence[Pair]) -> list[Pair]:
     """Every method on one backbone of each kind that supports it, and one method on every backbone that is left.
 
@@ -55,7 +61,7 @@ def representatives(pairs: Sequence[Pair]) -> list[Pair]:
     drawn = sorted(pairs, key=lambda pair: zlib.crc32(f"{pair[0]}-{pair[1].name}".encode()))
     chosen: dict[tuple[str, str], Pair] = {}
     for method, backbone in drawn:
-        chosen.setdefault((method, backbone.kind), (method, backbone))
+        chosen.setdefault((form_of(method), backbone.kind), (method, backbone))
     left = {backbone.name: (method, backbone) for method, backbone in reversed(drawn)}
     for _, backbone in chosen.values():
         left.pop(backbone.name, None)
@@ -69,7 +75,7 @@ def few(pairs: Sequence[Pair], of: Callable[[TinyBackbone], str] = lambda backbo
     """
     pairs = sorted(pairs, key=lambda pair: bool(pair[1].needs))
     chosen: dict[tuple[str, str], Pair] = {}
-    for key in (lambda method, backbone: method, lambda method, backbone: of(backbone)):
+    for key in (lambda method, backbone: form_of(method), lambda method, backbone: of(backbone)):
         first: dict[str, Pair] = {}
         for pair in pairs:
             first.setdefault(key(*pair), pair)

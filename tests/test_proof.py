@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,13 +102,47 @@ def test_the_inputs_of_a_block_that_were_detached() -> None:
 def test_inference_and_frozen_adapters_are_not_asked_to_learn() -> None:
     model, (points,) = wrapped("LORA", "no_grad"), COMPACT.inputs(2, 5)
     model.eval()(points)
-    model.train().freeze_adapter("default")
+    model.freeze_adapter("default")
+    model.train()(points)
     model(points)
     with torch.no_grad():
         model.train_adapter("default")
         model(points)
     with pytest.warns(UserWarning, match="get no gradient"):
         model(points)
+
+
+@every_method
+def test_training_in_eval_mode_is_seen_in_the_backward_pass(method: str) -> None:
+    """As of those who keep all norms and dropouts still; and inference in that mode, with gradients, says nothing."""
+    model, (points,) = wrapped(method, "no_grad").eval(), COMPACT.inputs(2, 5)
+    learning = wrapped(method, "called").eval()
+    try:
+        model(points)
+    except AdapterError as error:
+        assert "at 'encoder." in str(error) and "no torch.no_grad() inside the model" in str(error)
+    else:
+        with pytest.warns(UserWarning, match=r"get no gradient.*'encoder\..*ran under torch.no_grad\(\)"):
+            loss_of(model(points)).backward()
+        loss_of(model(points)).backward()
+    loss_of(learning(points)).backward()
+    assert get_adapter(learning, "default").unproven is None
+
+
+def test_what_is_to_be_proved_holds_no_graph() -> None:
+    model, (points,) = wrapped("LORA", "called").eval(), COMPACT.inputs(2, 5)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        leaf = points.clone().requires_grad_()
+        output, held = model(leaf), weakref.ref(leaf)
+        del leaf
+        assert held() is not None and output.requires_grad
+        del output
+        assert held() is None
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ at random, a head that the batch chooses. Its parts stay unproven, which `get_la
 adapter is saved.
 
 A part learns if a gradient comes to it. A model that calls its encoder under `torch.no_grad()`, or detaches what a
-block gives, trains what comes after only; the first forward in train mode warns of it.
+block gives, trains what comes after only; the first forward in train mode warns of it, or the first backward pass.
 """
 
 import warnings
@@ -20,8 +20,9 @@ from point_peft.errors import AdapterError
 from point_peft.parts.base import Call, Part
 from point_peft.running.forward import Forward, current_forward
 from point_peft.running.nested import leaves
-from point_peft.running.proof import Graph, Ran, Unproven
+from point_peft.running.proof import Graph, Ran, Unproven, sources
 from point_peft.running.reading import leave, watch
+from point_peft.torch_private import made_when
 
 _READ = "; its weights, or modules in it, are read by another module"
 _TRACED = " that was traced. If others call it, run one without torch.compile or torch.export first"
@@ -53,8 +54,7 @@ def begin_proof(forward: Forward, model: nn.Module) -> None:
         forward.ran = None if all(adapter.ran_eagerly for adapter in adapters) else {}
         return
     open_ends = [adapter.unproven for adapter in adapters if adapter.unproven is not None]
-    trains = torch.is_grad_enabled() and model.training
-    if any(unproven.silent or trains for unproven in open_ends):
+    if open_ends and (torch.is_grad_enabled() or any(unproven.silent for unproven in open_ends)):
         forward.ran = {}
     silent = [path for unproven in open_ends if model.training not in unproven.watched for path in unproven.silent]
     if silent:
@@ -110,10 +110,14 @@ def end_proof(forward: Forward, model: nn.Module, output: object) -> None:
         _check_effect(forward, name, unproven.silent.difference(ran) & read, _READ)
         unproven.silent = unproven.silent.difference(ran)
         unproven.watched.add(model.training)
-        if torch.is_grad_enabled() and model.training:
-            _prove_learning(forward, name, unproven, ran, output)
-        if not unproven.silent and not unproven.unlearned:
-            adapter.unproven = None
+        if torch.is_grad_enabled() and unproven.unlearned:
+            _prove_learning(forward, adapter, name, ran, output)
+        _settle(adapter)
+
+
+def _settle(adapter: Adapter) -> None:
+    if adapter.unproven is not None and not adapter.unproven.silent and not adapter.unproven.unlearned:
+        adapter.unproven = None
 
 
 def _check_effect(forward: Forward, name: str, paths: set[str], why: str) -> None:
@@ -130,21 +134,40 @@ def _check_effect(forward: Forward, name: str, paths: set[str], why: str) -> Non
         )
 
 
-def _prove_learning(forward: Forward, name: str, unproven: Unproven, ran: Mapping[str, Ran], output: object) -> None:
-    """Warn, once for each site, of trained tensors that ran in a forward and get no gradient from what it returned."""
+def _prove_learning(forward: Forward, adapter: Adapter, name: str, ran: Mapping[str, Ran], output: object) -> None:
+    """Look if a gradient comes to what ran: now if this is train mode, else when a backward pass comes by."""
     results = [*(tensor for _, tensor in leaves(output)), *forward.losses]
-    trained = {path: [t for t in ran[path].tensors if t.requires_grad] for path in unproven.unlearned.intersection(ran)}
+    ends = {result.grad_fn for result in results if result.grad_fn is not None}
+    if forward.root.base_model.training:
+        if results:
+            _warn_of_gradientless(adapter, name, ran, Graph(ends))
+    elif ends:
+        # The last end holds the hook, and nothing that the hook holds leads to it: nobody would free such a circle.
+        last = max(ends, key=made_when)
+        ahead = (ends - {last}) | sources(last)
+
+        def begun(gradients: object) -> None:
+            _warn_of_gradientless(adapter, name, ran, Graph(ahead))
+            _settle(adapter)
+
+        last.register_prehook(begun)
+
+
+def _warn_of_gradientless(adapter: Adapter, name: str, ran: Mapping[str, Ran], graph: Graph) -> None:
+    """Warn, once for each site, of trained tensors that ran in a forward and get no gradient from what it returned."""
+    unproven = adapter.unproven
+    open_sites = set() if unproven is None else unproven.unlearned.intersection(ran)
+    trained = {path: [t for t in ran[path].tensors if t.requires_grad] for path in open_sites}
     trained = {path: tensors for path, tensors in trained.items() if tensors or not ran[path].tensors}
-    if not results or not any(trained.values()):
+    if unproven is None or not any(trained.values()):
         return
-    graph = Graph(results)
     # What the reentrant kind of checkpointing runs is not in the graph until the backward pass.
     hidden = {id(t) for path, own in trained.items() if graph.replays and not ran[path].with_gradient for t in own}
     missed = {path: [t for t in own if id(t) not in hidden and not graph.reaches(t)] for path, own in trained.items()}
     cut = {path for path, own in missed.items() if own and not ran[path].with_gradient}
     lost = {path for path, own in missed.items() if own} - cut
     unproven.patience -= 1
-    if unproven.patience > 0 and len(ran) < len(get_adapter(forward.root, name).parts):
+    if unproven.patience > 0 and len(ran) < len(adapter.parts):
         trained, lost = {path: own for path, own in trained.items() if path not in lost}, set()
     unproven.unlearned = unproven.unlearned.difference(trained)
     for paths, why in (
@@ -157,11 +180,10 @@ def _prove_learning(forward: Forward, name: str, unproven: Unproven, ran: Mappin
     ):
         if paths:
             tensors = {id(tensor) for path in paths for tensor in missed[path]}
-            warnings.warn(_no_gradient(forward, name, paths, tensors, why), stacklevel=2)
+            warnings.warn(_no_gradient(adapter, name, paths, tensors, why), stacklevel=2)
 
 
-def _no_gradient(forward: Forward, name: str, paths: set[str], tensors: set[int], why: str) -> str:
-    adapter = get_adapter(forward.root, name)
+def _no_gradient(adapter: Adapter, name: str, paths: set[str], tensors: set[int], why: str) -> str:
     sites = [path for path, _ in adapter.sites() if path in paths]
     trained: list[Tensor] = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     where = f"'{sites[0]}'" if len(sites) == 1 else f"'{sites[0]}' to '{sites[-1]}' ({len(sites)} modules)"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from point_peft.torch_private import leaf_of
 
@@ -35,13 +36,12 @@ class Ran:
 
 
 class Graph:
-    """The part of an autograd graph that tensors come from."""
+    """The part of an autograd graph that some of its nodes come from, and these."""
 
-    def __init__(self, results: Iterable[Tensor]) -> None:
-        ends = [result for result in results if result.requires_grad]
-        self._leaves = {id(end) for end in ends if end.is_leaf}
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._leaves: set[int] = set()
         # Kept, and not by number: an object that autograd makes for a node lives as long as somebody holds it.
-        self._nodes = {end.grad_fn for end in ends if end.grad_fn is not None}
+        self._nodes = set(nodes)
         self.replays = False
         """True if reentrant gradient checkpointing ran modules for it: what they did is not in the graph."""
         ahead = list(self._nodes)
@@ -51,10 +51,15 @@ class Graph:
             leaf = leaf_of(node)
             if leaf is not None:
                 self._leaves.add(id(leaf))
-            fresh = {child for child, _ in node.next_functions if child is not None} - self._nodes
+            fresh = sources(node) - self._nodes
             self._nodes |= fresh
             ahead += fresh
 
     def reaches(self, tensor: Tensor) -> bool:
         """Tell whether a gradient of the results comes to a tensor."""
         return id(tensor) in self._leaves or tensor.grad_fn in self._nodes
+
+
+def sources(node: Node) -> set[Node]:
+    """The nodes whose results one takes."""
+    return {child for child, _ in node.next_functions if child is not None}
