@@ -68,15 +68,16 @@ def test_every_method_in_half_precision(method: str, dtype: torch.dtype) -> None
     assert types(kept) == {dtype}
 
 
+@pytest.mark.parametrize("widens", [True, False])
 @every_method
-def test_blocks_in_another_type_than_the_rest(method: str) -> None:
+def test_blocks_in_another_type_than_the_rest(method: str, widens: bool) -> None:
     """As where a user has cast the blocks: each gets its tokens in its type, and they come out in float32."""
     base = POINT_MAE.build()
     for block in describe(base).blocks:
         module = base.get_submodule(block.path).to(torch.bfloat16)
         module.register_forward_pre_hook(lambda _, args: tuple(value.to(torch.bfloat16) for value in args))
         module.register_forward_hook(lambda _, args, output: output.float())
-    model = valued(get_peft_model(base, config(method)), POINT_MAE, method)
+    model = valued(get_peft_model(base, config(method), autocast_adapter_dtype=widens), POINT_MAE, method)
     assert types(model) == {torch.float32}
     output = run(model, POINT_MAE)
     assert output.dtype == torch.float32 and distance(output, run(adapt(POINT_MAE, method), POINT_MAE)) < 0.06
@@ -144,7 +145,8 @@ def test_it_is_finite_wherever_the_backbone_is(method: str, cloud: str) -> None:
     """In float16: what a method divides by or takes the exponential of, it has in float32."""
     (points,) = POINT_MAE.inputs(2, 5)
     changed = {"at one place": points[:, :1].expand_as(points), "at the origin": 0 * points, "tiny": 1e-4 * points}
-    args: tuple[Tensor, ...] = (changed.get(cloud, points).half(),)
+    changed["as drawn"] = points
+    args: tuple[Tensor, ...] = (changed[cloud].half(),)
     model = in_half(POINT_MAE, method, torch.float16)
     with model.disable_adapter():
         assert torch.isfinite(run(model, POINT_MAE, args)).all()

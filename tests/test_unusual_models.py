@@ -414,7 +414,8 @@ def test_a_prior_is_of_the_groups_that_its_forward_has_drawn(kind: type[Official
     model.base_model.get_submodule("encoder.first_conv").register_forward_pre_hook(
         lambda module, args: patches.append(args[0])
     )
-    ask, after = model.backbone_tokens, []
+    after: list[Tensor] = []
+    ask = model.backbone_tokens
 
     def noted(answer: Any, *of: Any) -> Tensor:
         tokens.append(answer(*of))

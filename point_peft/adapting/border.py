@@ -14,7 +14,9 @@ from point_peft.anatomy.description import Steps
 from point_peft.parts.base import Call, Part
 from point_peft.running.nested import Args, Kwargs, all_arguments, leaves, put, put_argument
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = frozenset((torch.float16, torch.bfloat16))
+TRAINED = HALF | {torch.float32, torch.float64}
+"""The types that tensors of adapters may have; a quantised backbone has others."""
 
 
 def before(part: Part, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

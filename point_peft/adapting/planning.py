@@ -1,5 +1,6 @@
 """Plan an adapter: built and checked, but not attached; the backbone is not changed."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from point_peft.adapting.adapter import Adapter
-from point_peft.adapting.border import HALF
+from point_peft.adapting.border import HALF, TRAINED
 from point_peft.adapting.heads import Heads, make_own_modules, place_head, pools_of
 from point_peft.adapting.memory import Memory
 from point_peft.adapting.site import clean_copy, first_names, floating_parameter
@@ -27,12 +28,12 @@ def build_adapter(
 ) -> Adapter:
     """An adapter for a backbone, complete but not attached, on the backbone's device.
 
-    Its tensors have the types of what they adapt, or float32 for half precision if they `widen`. `saved` says by full
-    path which modules the adapter has to itself, and `heads` then names them so too.
+    Its tensors have the backbone's type, of several the widest, or float32 for half precision if they `widen`. `saved`
+    says by full path which modules the adapter has to itself, and `heads` then names them so too.
     """
     adapter = _assemble(backbone, config, heads, saved)
     like = floating_parameter(backbone.modules)
-    return adapter if like is None else _typed(adapter.to(like.device), backbone, like, widen=widen)
+    return adapter if like is None else _typed(adapter.to(like.device), backbone, widen=widen)
 
 
 def plan_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Sequence[str], *, widen: bool) -> Adapter:
@@ -40,7 +41,7 @@ def plan_adapter(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Se
     with torch.device("meta"), _NoNumbers():
         adapter = _assemble(backbone, config, heads, saved)
     like = floating_parameter(backbone.modules)
-    return adapter if like is None else _typed(adapter, backbone, like, widen=widen)
+    return adapter if like is None else _typed(adapter, backbone, widen=widen)
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -165,18 +166,16 @@ def reader_of(modules: Modules, anatomy: Anatomy | None, path: str) -> str | Non
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else None
 
 
-def _typed(adapter: Adapter, backbone: Backbone, like: Tensor, *, widen: bool) -> Adapter:
-    """The adapter in the types of what it adapts, or wider ones, but for its banks, which have types of their own."""
+def _typed(adapter: Adapter, backbone: Backbone, *, widen: bool) -> Adapter:
+    """The adapter in the type of the backbone, or a wider one, but for its banks, which have types of their own."""
     banks = {id(tensor) for state in adapter.shared_states() if state.bank is not None for tensor in state.buffers()}
-    anatomy = backbone.anatomy
-    # What all parts of a method share works on the tokens of blocks.
-    first = like if anatomy is None else floating_parameter(backbone.modules, anatomy.blocks[0].path)
-    sited = [(parts, floating_parameter(backbone.modules, path)) for path, parts in adapter.sites()]
-    for own, base in [*sited, (adapter.shared, first)]:
-        dtype = wider((like if base is None else base).dtype) if widen else (like if base is None else base).dtype
-        for tensor in (*own.parameters(), *own.buffers()):
-            if tensor.is_floating_point() and tensor.dtype != dtype and id(tensor) not in banks:
-                tensor.data = tensor.data.to(dtype)
+    # Of several types the widest, in which every part can work on what the others make.
+    held = (p for module in backbone.modules.values() for p in module._parameters.values() if p is not None)
+    dtype = functools.reduce(torch.promote_types, {p.dtype for p in held} & TRAINED or {torch.float32})
+    dtype = wider(dtype) if widen else dtype
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != dtype and id(tensor) not in banks:
+            tensor.data = tensor.data.to(dtype)
     return adapter
 
 

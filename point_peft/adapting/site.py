@@ -52,9 +52,9 @@ def here(module: nn.Module) -> tuple[Site, Forward]:
     return site, current_forward(site.root)
 
 
-def floating_parameter(modules: Modules, path: str = "") -> Tensor | None:
-    """A parameter of a module of a backbone, whose type and device what adapts it takes; None if it has none."""
-    return next((p for p in modules[path].parameters() if p.is_floating_point()), None)
+def floating_parameter(modules: Modules) -> Tensor | None:
+    """A parameter of a backbone, whose device its adapters take; None if it has none."""
+    return next((p for p in modules[""].parameters() if p.is_floating_point()), None)
 
 
 def backbone_modules(root: Root) -> dict[str, nn.Module]:
