@@ -48,6 +48,7 @@ from tests.adapting import (
     every_method,
     few,
     fingerprint,
+    form_of,
     frozen,
     gradients,
     held,
@@ -96,17 +97,17 @@ def test_a_backbone_is_of_the_kind_that_it_says(backbone: TinyBackbone) -> None:
 def test_representatives_are_every_method_on_every_kind_and_every_backbone() -> None:
     found = representatives(PAIRS)
     assert len(set(found)) == len(found) and set(found) <= set(PAIRS)
-    assert {(method, backbone.kind) for method, backbone in found} == {(m, b.kind) for m, b in PAIRS}
+    assert {(form_of(m), b.kind) for m, b in found} == {(form_of(m), b.kind) for m, b in PAIRS}
     assert {backbone.name for _, backbone in found} == {backbone.name for _, backbone in PAIRS}
     fewer = [pair for pair in PAIRS if pair[0] != "LORA"]  # which moves none of the other methods
-    count = len({(method, backbone.kind) for method, backbone in fewer})
+    count = len({(form_of(method), backbone.kind) for method, backbone in fewer})
     assert set(representatives(fewer)[:count]) <= set(found)
     some = few(found)
     assert set(some) <= set(found) and len(some) < len(found) / 3
-    assert {method for method, _ in some} == {method for method, _ in PAIRS}
+    assert {form_of(method) for method, _ in some} == {form_of(method) for method, _ in PAIRS}
     assert {backbone.kind for _, backbone in some} == {backbone.kind for _, backbone in PAIRS}
     each_once = few(found, of=lambda backbone: backbone.name)
-    assert {method for method, _ in each_once} == {method for method, _ in PAIRS}
+    assert {form_of(method) for method, _ in each_once} == {form_of(method) for method, _ in PAIRS}
     assert {backbone.name for _, backbone in each_once} == {backbone.name for _, backbone in PAIRS}
 
 
