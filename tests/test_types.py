@@ -139,14 +139,13 @@ def test_every_door_has_the_rule() -> None:
     assert types(get_peft_model(POINT_MAE.build().double(), config("LORA"))) == {torch.float64}
 
 
-@pytest.mark.parametrize("cloud", ["as drawn", "at one place", "at the origin", "tiny"])
+@pytest.mark.parametrize("cloud", ["at one place", "at the origin"])
 @every_method
 def test_it_is_finite_wherever_the_backbone_is(method: str, cloud: str) -> None:
     """In float16: what a method divides by or takes the exponential of, it has in float32."""
     (points,) = POINT_MAE.inputs(2, 5)
-    changed = {"at one place": points[:, :1].expand_as(points), "at the origin": 0 * points, "tiny": 1e-4 * points}
-    changed["as drawn"] = points
-    args: tuple[Tensor, ...] = (changed[cloud].half(),)
+    points = points[:, :1].expand_as(points) if cloud == "at one place" else torch.zeros_like(points)
+    args: tuple[Tensor, ...] = (points.half(),)
     model = in_half(POINT_MAE, method, torch.float16)
     with model.disable_adapter():
         assert torch.isfinite(run(model, POINT_MAE, args)).all()
