@@ -1,7 +1,7 @@
 """Plan an adapter: built and checked, but not attached; the backbone is not changed."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +68,9 @@ def _assemble(backbone: Backbone, config: PeftConfig, heads: Heads, saved: Seque
         for site, part in place_head(head, path, backbone):
             # First in the list, it sees what all others make of the output.
             planned.setdefault(site, []).insert(0, part)
+    memory = functools.cache(lambda: Memory(backbone.model))
     for path, parts in planned.items():
-        reader = _plan_reads(backbone, path, parts)
+        reader = _plan_reads(backbone, path, parts, memory)
         if reader is not None:
             adapter.readers.setdefault(reader, []).append(path)
         adapter.parts[path.replace(".", "/")] = nn.ModuleList(parts)
@@ -131,7 +132,7 @@ def _check_inside(adapter: Adapter, planned: Mapping[str, Sequence[Part]]) -> No
                 )
 
 
-def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | None:
+def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part], memory: Callable[[], Memory]) -> str | None:
     """The module that reads the weights which the parts of another change, where that is not called; None if it is."""
     module, anatomy = backbone.modules[path], backbone.anatomy
     kind = type(module).__name__
@@ -145,8 +146,7 @@ def _plan_reads(backbone: Backbone, path: str, parts: Sequence[Part]) -> str | N
     reader = reader_of(backbone.modules, anatomy, path)
     if reader is None:
         return path if any(part.by_weight for part in parts) else None
-    memory = Memory(backbone.model)
-    others = [name for own in module._parameters for name in memory.others(module, own)]
+    others = [name for own in module._parameters for name in memory().others(module, own)]
     if others:
         raise AdapterError(
             f"'{path}' is not called, '{reader}' reads its weights, and they are the same memory as '{others[0]}', on "

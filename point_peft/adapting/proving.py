@@ -65,13 +65,12 @@ def begin_proof(forward: Forward, model: nn.Module) -> None:
 
 def _readable(base: nn.Module, silent: list[str]) -> dict[int, str]:
     """The tensors of silent sites by identity, with the path of each; not those that others than the site have too."""
-    paths = {id(base.get_submodule(path)): path for path in dict.fromkeys(silent)}
     holders: dict[int, set[int]] = {}
     owners: dict[int, str] = {}
     for module in base.modules():
         for tensor in module._parameters.values():
             holders.setdefault(id(tensor), set()).add(id(module))
-    for path in paths.values():
+    for path in silent:
         for module in base.get_submodule(path).modules():
             owners |= {id(tensor): path for tensor in module._parameters.values() if tensor is not None}
     return {number: path for number, path in owners.items() if len(holders.get(number, ())) == 1}
@@ -82,13 +81,16 @@ def note_run(forward: Forward, part: Part, call: Call) -> None:
     if forward.ran is None:
         return
     ran = forward.ran.setdefault((call.adapter, call.path), Ran())
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        ran.with_gradient = True
-    if not torch.compiler.is_compiling():
-        unused = {id(tensor) for tensor in part.unused(call)}
-        ran.tensors += [tensor for tensor in part.parameters() if id(tensor) not in unused]
-        if part.own_module is None:
-            ran.tensors += call.shared.parameters()
+    if torch.compiler.is_compiling():
+        return
+    unproven = get_adapter(forward.root, call.adapter).unproven
+    if unproven is None or call.path not in unproven.unlearned:
+        return
+    ran.with_gradient = ran.with_gradient or torch.is_grad_enabled()
+    unused = {id(tensor) for tensor in part.unused(call)}
+    ran.tensors += [tensor for tensor in part.parameters() if id(tensor) not in unused]
+    if part.own_module is None:
+        ran.tensors += call.shared.parameters()
 
 
 def end_proof(forward: Forward, model: nn.Module, output: object) -> None:

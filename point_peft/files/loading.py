@@ -88,10 +88,9 @@ def restore_adapter(stated: Stated, heads: Heads, *, widen: bool) -> Adapter:
         keep_types = _is_same_base(stated, adapter, tensors)
     like = floating_parameter(backbone.modules)
     device = torch.device("cpu") if like is None else like.device
-    kept = stated.files.tensors if keep_types and widen else tensors
-    types = {name: wider(kept[name].dtype) if widen else kept[name].dtype for name in tensors}
-    # Those of a bank are what the configuration says.
-    types |= {name: (stated.files.tensors if keep_types else tensors)[name].dtype for name in adapter.free_rows()}
+    kept = stated.files.tensors if keep_types else tensors
+    types = {name: wider(kept[name].dtype) if widen else tensors[name].dtype for name in tensors}
+    types |= {name: kept[name].dtype for name in adapter.free_rows()}  # of a bank, as the configuration says
     copy_tensors(stated.files.tensors, adapter, tensors, device, types)
     for shared in adapter.shared_states():
         try:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from point_peft.adapting.border import TRAINED
 from point_peft.errors import AdapterFileError, nearest_names, quoted
 from point_peft.torch_private import overwrite
 
 Tensors = Mapping[str, Tensor]
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str], where: str) -> None:
@@ -31,7 +31,7 @@ def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str]
         if shape[free:] != wanted_shape[free:] and (shape, wanted_shape) != ((), (1,)):
             shown = ("any", *wanted_shape[1:]) if name in free_rows else wanted_shape
             raise AdapterFileError(f"{where}: '{name}' is {_shape(shape)}, this model needs {_shape(shown)}")
-        if tensor.dtype != wanted.dtype and not (tensor.dtype in _FLOATS and wanted.dtype in _FLOATS):
+        if tensor.dtype != wanted.dtype and not (tensor.dtype in TRAINED and wanted.dtype in TRAINED):
             raise AdapterFileError(f"{where}: '{name}' is {dtype_name(tensor)}, this model needs {dtype_name(wanted)}")
     check_finite(tensors, where)
 
