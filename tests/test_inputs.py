@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft import AnatomyError, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
@@ -63,6 +63,26 @@ def assert_learns(model: PointPeftModel, backbone: TinyBackbone, args: Args) -> 
         assert torch.isfinite(gradient).all(), name
 
 
+def in_bfloat16(backbone: TinyBackbone, args: Args) -> tuple[nn.Module, float]:
+    """A backbone in that type, which the test is skipped without, and how far its output is from that in float32."""
+    base = frozen(backbone).to(torch.bfloat16)
+    try:
+        return base, distance(run(base, backbone, args).float(), plain(backbone))
+    except (RuntimeError, KeyError):
+        pytest.skip(f"{backbone.name} itself does not run in bfloat16")
+
+
+def valued(model: PointPeftModel, backbone: TinyBackbone, method: str) -> PointPeftModel:
+    """The model with the values of the adapter of `adapt`, in its own types."""
+    own, source = (get_adapter(one, "default") for one in (model, adapt(backbone, method)))
+    for bank, other in zip(banks(own), banks(source), strict=True):
+        bank._buffers.update(other._buffers)
+    with torch.no_grad():
+        for name, tensor in own.tensors().items():
+            tensor.copy_(source.tensors()[name])
+    return model.eval()
+
+
 # ---- floating types --------------------------------------------------------------------------------------------------
 
 
@@ -87,11 +107,8 @@ def test_float64_and_float16_autocast_give_nearly_the_same(method: str, backbone
 @a_few
 def test_bfloat16_weights(method: str, backbone: TinyBackbone) -> None:
     """An adapter made on a backbone of that type is one that was cast with it, and about as exact as the backbone."""
-    args, base = cast(backbone.inputs(2, 5), torch.bfloat16), frozen(backbone).to(torch.bfloat16)
-    try:
-        rounded = distance(run(base, backbone, args).float(), plain(backbone))
-    except (RuntimeError, KeyError):
-        pytest.skip(f"{backbone.name} itself does not run in bfloat16")
+    args = cast(backbone.inputs(2, 5), torch.bfloat16)
+    base, rounded = in_bfloat16(backbone, args)
     exact = adapt(backbone, method)
     model = adapt(backbone, method).to(torch.bfloat16)
     for bank, source in zip(banks(get_adapter(model, "default")), banks(get_adapter(exact, "default")), strict=True):
@@ -99,12 +116,7 @@ def test_bfloat16_weights(method: str, backbone: TinyBackbone) -> None:
     output = run(model, backbone, args)
     assert output.dtype == torch.bfloat16 and distance(output.float(), run(exact, backbone)) < 0.05 + 5 * rounded
     made = get_peft_model(base, stated(method, backbone), autocast_adapter_dtype=False)
-    for bank, source in zip(banks(get_adapter(made, "default")), banks(get_adapter(exact, "default")), strict=True):
-        bank._buffers.update(source._buffers)
-    with torch.no_grad():
-        for name, tensor in get_adapter(made, "default").tensors().items():
-            tensor.copy_(get_adapter(exact, "default").tensors()[name])
-    assert torch.equal(run(made.eval(), backbone, args), output)
+    assert torch.equal(run(valued(made, backbone, method), backbone, args), output)
     assert_learns(made, backbone, args)
 
 

@@ -102,8 +102,8 @@ class Generator(nn.Module):
         return points.transpose(1, 2).reshape(len(points), -1, GROUP_SIZE, 3)
 
 
-class PointGPT(nn.Module):
-    """Classifies clouds (b, n, 3); returns (logits, reconstructed patches)."""
+class Tokenized(nn.Module):
+    """The modules and tokens ahead of the blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,6 +113,13 @@ class PointGPT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.sos_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
+
+
+class PointGPT(Tokenized):
+    """Classifies clouds (b, n, 3); returns (logits, reconstructed patches)."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.blocks = Extractor()
         self.generator_blocks = Generator()
 
@@ -171,17 +178,11 @@ class TappedExtractor(nn.Module):
         return self.ln_f(h), tapped
 
 
-class PointGPTPartSeg(nn.Module):
+class PointGPTPartSeg(Tokenized):
     """Segments clouds (b, n, 3) of a known label; returns log-probabilities (b, n, c)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.group_divider = PathGroup(GROUPS, GROUP_SIZE)
-        self.encoder = Encoder(WIDTH, widths=ENCODER_WIDTHS)
-        self.pos_embed = SinePositions()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.cls_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.sos_pos = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.blocks = TappedExtractor()
         self.norm = nn.LayerNorm(WIDTH)
         self.label_conv = nn.Sequential(nn.Conv1d(LABELS, 8, 1, bias=False), nn.BatchNorm1d(8), nn.LeakyReLU(0.2))

@@ -33,8 +33,8 @@ class ContrastAttention(nn.Module):
         return out
 
 
-class ContrastBlock(nn.Module):
-    """The first three tokens, whatever they are, look once more at all the others."""
+class LocalBlock(nn.Module):
+    """A block on patch tokens; what is True in a mask (l, l) is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,14 +42,25 @@ class ContrastBlock(nn.Module):
         self.attn = Attention(WIDTH, HEADS)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.mlp = Mlp(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), None if attn_mask is None else attn_mask[None])
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class ContrastBlock(LocalBlock):
+    """The first three tokens, whatever they are, look once more at all the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.norm3 = nn.LayerNorm(WIDTH)
         self.attn_contrast = ContrastAttention()
         self.norm4 = nn.LayerNorm(WIDTH)
         self.mlp_contrast = Mlp(WIDTH, 4 * WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = super().forward(x, attn_mask)
         # The residual is what the norm gives.
         first = self.norm3(x[:, :PREFIX])
         first = first + self.attn_contrast(first, x[:, PREFIX:])
@@ -111,22 +122,6 @@ class QueryAttention(ContrastAttention):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-
-
-class LocalBlock(nn.Module):
-    """A block on patch tokens; what is True in a mask (l, l) is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.attn = Attention(WIDTH, HEADS)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = Mlp(WIDTH, 4 * WIDTH)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), None if attn_mask is None else attn_mask[None])
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
 
 
 class GlobalBlock(nn.Module):

@@ -6,6 +6,8 @@ one list, which a block takes and gives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -175,14 +177,15 @@ class PointTransformerV1(nn.Module):
         return logits
 
 
-@register(
-    inputs=offset_list,
-    slice=slice_offset,
-    select=lambda output: output.unflatten(0, (-1, POINTS)),
-    heads=("cls",),
-    other_head=linear_head(NARROW),
-    kind="packed",
-)
+_segmentation: dict[str, Any] = {
+    "slice": slice_offset,
+    "select": lambda output: output.unflatten(0, (-1, POINTS)),
+    "other_head": linear_head(NARROW),
+    "kind": "packed",
+}
+
+
+@register(**_segmentation, inputs=offset_list, heads=("cls",))
 def official_ptv1() -> nn.Module:
     """The input is one list; blocks take and give such lists; samples are told apart by where they end."""
     return PointTransformerV1()
@@ -198,14 +201,7 @@ class PointceptV1(PointTransformerV1):
         return super().forward([input_dict["coord"], input_dict["feat"], input_dict["offset"].int()])
 
 
-@register(
-    inputs=offset_dict,
-    slice=slice_offset,
-    select=lambda output: output.unflatten(0, (-1, POINTS)),
-    heads=("cls",),
-    other_head=linear_head(NARROW),
-    kind="packed",
-)
+@register(**_segmentation, inputs=offset_dict, heads=("cls",))
 def pointcept_ptv1() -> nn.Module:
     """As in the first V1, with a mapping for its input and another name for the attention."""
     return PointceptV1()
@@ -384,14 +380,7 @@ class PointTransformerV2(nn.Module):
         return logits
 
 
-@register(
-    inputs=offset_dict,
-    slice=slice_offset,
-    select=lambda output: output.unflatten(0, (-1, POINTS)),
-    heads=("seg_head",),
-    other_head=linear_head(NARROW),
-    kind="packed",
-)
+@register(**_segmentation, inputs=offset_dict, heads=("seg_head",))
 def official_ptv2() -> nn.Module:
     """Blocks take a list and the numbers of the neighbours; coarser points are means over the cells of a grid."""
     return PointTransformerV2()
