@@ -27,6 +27,10 @@ class AdapterFileError(PointPeftError):
     """A file cannot be read, or what it holds does not fit the model."""
 
 
+class DataError(PointPeftError):
+    """A file or a folder of clouds is missing, cannot be read, or does not hold what is asked of it."""
+
+
 class HubError(PointPeftError):
     """The Hub refuses or fails, or what it holds is not what it states."""
 

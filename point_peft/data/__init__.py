@@ -1,0 +1,1 @@
+"""Readers of people's clouds, and their way into a model."""

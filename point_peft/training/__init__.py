@@ -1,0 +1,1 @@
+"""One recipe of training, on accelerate."""
