@@ -33,7 +33,7 @@ class CloudSet(Dataset[Sample]):
     """The names of the classes, by label."""
     categories: tuple[str, ...] = ("",)
     """The kinds of objects whose parts are asked for, by number."""
-    preparation: Preparation = Preparation()
+    preparation: Preparation = Preparation()  # noqa: RUF009 - it is frozen
     seed: int = 0
     numbers: tuple[int, ...] = ()
     """The places of the entries in the whole set; empty: 0, 1, 2 …"""
@@ -92,7 +92,7 @@ class CloudSet(Dataset[Sample]):
         """Class -> the number of clouds, or of points, that are of it; reads everything."""
         found: Counter[int] = Counter()
         for index in range(len(self)):
-            values, counts = self[index].label.reshape(-1).unique(return_counts=True)
+            values, counts = self[index].torch.unique(label, return_counts=True)
             found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         return {name: found[number] for number, name in enumerate(self.classes)}
 
