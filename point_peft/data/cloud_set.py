@@ -92,7 +92,7 @@ class CloudSet(Dataset[Sample]):
         """Class -> the number of clouds, or of points, that are of it; reads everything."""
         found: Counter[int] = Counter()
         for index in range(len(self)):
-            values, counts = self[index].torch.unique(label, return_counts=True)
+            values, counts = torch.unique(self[index].label, return_counts=True)
             found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         return {name: found[number] for number, name in enumerate(self.classes)}
 

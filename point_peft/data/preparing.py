@@ -13,7 +13,7 @@ class Preparation:
     """A stated way from measured clouds to points (n, c) float32, in this order of steps. Travels in a run's folder."""
 
     num_points: int | None = 1024
-    """Points a cloud: more are drawn from without replacement, fewer are filled up with copies. None: all that are there."""
+    """Points a cloud: of more, so many are drawn without replacement; fewer are filled up with copies. None: all."""
     centre: str = "mean"
     """"mean", "median", "ground" (mean of x and y, least z) or "none"."""
     scale: str | float = "sphere"
