@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from point_peft.data.cloud import UNKNOWN, Batch, Entry, Sample, Split, Task
+from point_peft.data.cloud import UNKNOWN, CloudBatch, Entry, Sample, Split, Task
 from point_peft.data.preparing import Preparation, prepare
 from point_peft.errors import DataError, PointPeftError, quoted
 
@@ -117,7 +117,7 @@ class CloudSet(Dataset[Sample]):
         return self.subset(good) if bad else self
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> CloudBatch:
     """One batch of samples, which must be of one size."""
     sizes = {tuple(sample.points.shape) for sample in samples}
     if len(sizes) > 1:
@@ -126,4 +126,4 @@ def collate(samples: Sequence[Sample]) -> Batch:
             f"collate them for a model that takes packed clouds, by {quoted('collate_packed')}"
         )
     points, labels, categories = (torch.stack(list(column)) for column in zip(*samples, strict=True))
-    return Batch(points, labels, categories)
+    return CloudBatch(points, labels, categories)
