@@ -130,20 +130,21 @@ class SharedState(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._lacks_rows():
+        if self.lacks_rows():
             self.waiting.add(copied)
         return copied
 
-    def _lacks_rows(self) -> bool:
+    def lacks_rows(self) -> bool:
+        """Tell whether it is still to be filled."""
         return any(len(self.get_buffer(name)) == 0 for name in self.free_rows)
 
     def hand_on(self) -> None:
         """Give the rows that it now has to the copies that wait for some and have none of their own."""
-        if self._lacks_rows():
+        if self.lacks_rows():
             return
         copies, self.waiting = list(self.waiting), WeakSet()
         for copied in copies:
-            if copied._lacks_rows():
+            if copied.lacks_rows():
                 for name in self.free_rows:
                     rows = self.get_buffer(name)
                     setattr(copied, name, copied.new_buffer(name, rows.shape).copy_(rows))
