@@ -41,6 +41,7 @@ ORDER = [
     "hub",
     "bank",
     "status",
+    "parameter_groups",
     "adapter_set",
     "model",
     "data",

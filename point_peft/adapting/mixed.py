@@ -40,6 +40,8 @@ def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
 
 
 def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> Any:
+    if any(module.training for module in (root.adapters, root.base_model)):
+        raise AdapterError("adapter_names is for inference: call model.eval() first, or train one adapter at a time")
     batch, random = Batch.of(args, kwargs, len(names)), _random_numbers(root)
     if len(set(names)) == 1:
         return _run(root, names[0], args, kwargs, random)

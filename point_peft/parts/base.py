@@ -57,6 +57,8 @@ class Part(nn.Module):
     """Names of those of the module's tensors that it has trained copies of, which may stand in their places."""
     needs_coordinates: ClassVar[bool] = False
     """True of a part that, at a block, needs one patch token for each of the coordinates that were seen."""
+    token_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Names of its parameters that are tokens, such as prompts, or places in space: optimizers treat them apart."""
     in_second_pass: ClassVar[bool] = False
     """True of a part that acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
     tuner: int = 0
@@ -113,6 +115,8 @@ class SharedState(nn.Module):
     prefix: str = ""
     free_rows: ClassVar[frozenset[str]] = frozenset()
     """Buffers whose number of rows is not told by the configuration."""
+    token_parameters: frozenset[str] = frozenset()
+    """Names of its parameters that are tokens or places in space, as of a `Part`."""
     tuned_tokens: frozenset[str] = frozenset()
     """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
 

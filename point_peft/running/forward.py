@@ -197,9 +197,12 @@ def close_forward(forward: Forward) -> None:
         _direct.set(forward.root.key, None)
 
 
-def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:
-    """The terms that parts added to the training loss in the last forward of this thread or task."""
-    return _losses.get(root.key) or root.losses
+def auxiliary_loss(root: Root) -> Tensor:
+    """The sum of the terms that parts added to the training loss in the last forward of this thread or task."""
+    losses = _losses.get(root.key) or root.losses
+    if losses:
+        return torch.stack([loss.float() for loss in losses]).sum()
+    return torch.zeros((), device=next(root.base_model.parameters()).device)
 
 
 def opened(root: Root) -> Forward | None:
