@@ -52,7 +52,7 @@ class CloudSet(Dataset[Sample]):
         return sample
 
     def _prepared(self, entry: Entry, number: int) -> Sample:
-        points, labels = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
+        points, labels, _ = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
         if self.task == "classification":
             label = torch.tensor(UNKNOWN if entry.label is None else entry.label)
         elif labels is None:
