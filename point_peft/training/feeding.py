@@ -45,7 +45,7 @@ class Feed:
         return labels.long().squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels.long()
 
     def classes(self, batch: Any) -> Tensor:
-        """The classes (b,) of whole clouds, by which a memory bank is balanced; where points have classes, all are 0."""
+        """The classes (b,) of whole clouds, by which memory banks are balanced; 0 where points have classes."""
         labels = self.labels(batch)
         return labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.int64)
 

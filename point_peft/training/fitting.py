@@ -107,7 +107,9 @@ def fit(
         return _finished(folder, model)
     sets = {"train": train, "val": val, "test": test}
     names = _class_names(model, train, classes, feed)
-    counts = {split: _label_counts(own, split, names, feed, accelerator) for split, own in sets.items() if own is not None}
+    counts = {
+        split: _label_counts(own, split, names, feed, accelerator) for split, own in sets.items() if own is not None
+    }
     _check(recipe, model, counts, val)
     loop, cost = _prepared(model, train, val, recipe, accelerator, folder, feed, counts["train"])
     folder.identity = _identity(recipe, model, names, counts)
@@ -144,8 +146,8 @@ def _train(loop: Loop, log_with: str | Sequence[str] | None) -> None:
     except KeyboardInterrupt:
         loop.progress.close()
         loop.progress.say(
-            f"interrupted after step {loop.place.step} of {loop.steps}; to go on from the last checkpoint, say the same "
-            "again with --resume (resume=True)"
+            f"interrupted after step {loop.place.step} of {loop.steps}; to go on from the last checkpoint, say the "
+            "same again with --resume (resume=True)"
         )
         raise
 
@@ -287,9 +289,7 @@ def _prepared(
         val=val,
         folder=folder,
         progress=Progress(
-            -(-count // recipe.batch_size) * recipe.epochs,
-            -(-count // recipe.batch_size),
-            accelerator.is_main_process,
+            -(-count // recipe.batch_size) * recipe.epochs, -(-count // recipe.batch_size), accelerator.is_main_process
         ),
         place=Place(),
         average=None if recipe.ema is None else Average(model, recipe.ema),
@@ -298,9 +298,7 @@ def _prepared(
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    rates = Rates(
-        lr=recipe.lr, head_lr=recipe.head_lr, prompt_lr=recipe.prompt_lr, weight_decay=recipe.weight_decay
-    )
+    rates = Rates(lr=recipe.lr, head_lr=recipe.head_lr, prompt_lr=recipe.prompt_lr, weight_decay=recipe.weight_decay)
     held = adapters_of(model)
     if held is not None:
         return adapter_groups(held.base_model, all_adapters(held.adapters).values(), held.anatomy, rates)
@@ -330,7 +328,7 @@ def _trial(inference: Inference, drawn: Drawn, count: int, recipe: Recipe) -> Co
         set_seed(seed_of(recipe.seed, STEP, 0))
         with inference.accelerator.autocast():
             mean, auxiliary = inference.losses(batch, labels, inference.loss.weight_of(labels).clamp(min=1e-12), 1.0)
-        (mean + auxiliary).backward()
+        torch.autograd.backward(mean + auxiliary)
 
     return try_once(inference.model, backward)
 
@@ -361,14 +359,14 @@ def _checkpoint_gradients(model: nn.Module) -> None:
     base.set_grad_checkpointing(True)
 
 
-def _build_banks(
-    model: nn.Module, train: Dataset[Any], recipe: Recipe, accelerator: Accelerator, feed: Feed
-) -> None:
+def _build_banks(model: nn.Module, train: Dataset[Any], recipe: Recipe, accelerator: Accelerator, feed: Feed) -> None:
     """Fill the empty banks of the active adapters with the training clouds as they are, each process with a share."""
     held = adapters_of(model)
     if held is None:
         return
-    batches = in_order(size_of(train, "train"), recipe.batch_size)[accelerator.process_index :: accelerator.num_processes]
+    batches = in_order(size_of(train, "train"), recipe.batch_size)[
+        accelerator.process_index :: accelerator.num_processes
+    ]
     for name in held.active_adapters:
         empty = [state.bank for state in get_adapter(held, name).shared_states() if state.bank is not None]
         if any(bank.lacks_rows() for bank in empty):
@@ -397,9 +395,7 @@ class _Loaded:
             yield on_device(self.feed.batch([self.clouds[place] for place in places]), self.device)
 
 
-def _identity(
-    recipe: Recipe, model: nn.Module, classes: Sequence[str], counts: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _identity(recipe: Recipe, model: nn.Module, classes: Sequence[str], counts: Mapping[str, Tensor]) -> dict[str, Any]:
     shapes = {name: list(p.shape) for name, p in trained(model).items()}
     return {
         **{f"Recipe.{name}": value for name, value in recipe.to_json().items() if name != "num_workers"},

@@ -21,7 +21,8 @@ CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FILE = "model.safetensors"
 """What was trained of a plain model; an adapted one has its adapter's files instead."""
 CURVES_FILE, CONFUSION_FILE, SAMPLES_FILE = "curves.png", "confusion.png", "samples.png"
-PICTURES = (CURVES_FILE, CONFUSION_FILE, SAMPLES_FILE)
+PICTURES = {CURVES_FILE: "loss and validation by epoch", CONFUSION_FILE: "confusions", SAMPLES_FILE: "samples"}
+"""Picture -> what it shows."""
 FORMAT_VERSION = 1
 
 

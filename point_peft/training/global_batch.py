@@ -20,13 +20,7 @@ from point_peft.parts.batch_norm import shared_batch_norm
 # Each multiplies its first argument by random numbers: what it makes of ones is what it would multiply by.
 _DROPOUTS: tuple[Any, ...] = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
 # Each overwrites a tensor with random numbers.
-_IN_PLACE: tuple[Any, ...] = (
-    Tensor.bernoulli_,
-    Tensor.exponential_,
-    Tensor.normal_,
-    Tensor.random_,
-    Tensor.uniform_,
-)
+_IN_PLACE: tuple[Any, ...] = (Tensor.bernoulli_, Tensor.exponential_, Tensor.normal_, Tensor.random_, Tensor.uniform_)
 _LIKE: tuple[Any, ...] = (torch.bernoulli, torch.rand_like, torch.randn_like, torch.randint_like)
 _SIZED: tuple[Any, ...] = (torch.rand, torch.randn)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from point_peft.errors import PointPeftError
@@ -24,15 +24,7 @@ from point_peft.training.objective import monitored
 from point_peft.training.plan import STEP, Drawn, Places, Share, epoch_batches, seed_of, shares
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
-from point_peft.training.state import (
-    Average,
-    Place,
-    load_optimizer,
-    optimizer_state,
-    restore,
-    snapshot,
-    trained,
-)
+from point_peft.training.state import Average, Place, load_optimizer, optimizer_state, restore, snapshot, trained
 
 
 @dataclass(kw_only=True)
@@ -64,7 +56,8 @@ class Loop:
     @property
     def ranks(self) -> int:
         """The number of processes."""
-        return self.accelerator.num_processes
+        number: int = self.accelerator.num_processes
+        return number
 
     @property
     def per_epoch(self) -> int:
@@ -122,7 +115,9 @@ class Loop:
         set_seed(seed_of(self.recipe.seed, STEP, self.place.step))
         fed = [(share, on_device(batch, self.accelerator.device)) for share, batch in parts]
         labels = [self.inference.feed.labels(batch) for _, batch in fed]
-        weight = self.inference.summed(torch.stack([self.inference.loss.weight_of(own) for own in labels]).sum()).clamp(min=1e-12)
+        weight = self.inference.summed(torch.stack([self.inference.loss.weight_of(own) for own in labels]).sum()).clamp(
+            min=1e-12
+        )
         clouds = sum(sum(share.sizes) for share, _ in fed)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for number, ((share, batch), own) in enumerate(zip(fed, labels, strict=True), start=1):
@@ -138,8 +133,8 @@ class Loop:
         loss = float(self.inference.summed(total))
         if not math.isfinite(loss):
             raise PointPeftError(
-                f"the loss of step {self.place.step + 1} is {loss}: take a lower lr, clip gradients, or look for clouds "
-                "with extreme coordinates"
+                f"the loss of step {self.place.step + 1} is {loss}: take a lower lr, clip gradients, or look for "
+                "clouds with extreme coordinates"
             )
         if self.recipe.clip is not None:
             self.accelerator.clip_grad_norm_(list(trained(self.model).values()), self.recipe.clip)
@@ -196,4 +191,3 @@ class Loop:
             self.average.load(parts["average"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
-

@@ -69,7 +69,8 @@ def flat_scores(output: Any, labels: Tensor, classes: int, to_logits: Callable[[
             f"the model gives {shape} for labels {tuple(labels.shape)} of {classes} classes: its last layer must have "
             f"{classes} outputs, for each cloud in classification and for each point in segmentation"
         )
-    return output.reshape(-1, classes)
+    scores: Tensor = output.reshape(-1, classes)
+    return scores
 
 
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def seed_all(seed: int) -> None:
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The clouds 0 to count - 1, shuffled, in as few batches of at most `batch_size` as hold them, as even as can be."""
+    """The clouds 0 to count - 1, shuffled, in as few and as even batches of at most `batch_size` as can be."""
     order = np.random.default_rng((seed, ORDER, epoch)).permutation(count)
     return [part.tolist() for part in np.array_split(order, -(-count // batch_size))]
 

@@ -119,7 +119,9 @@ class Recipe:
         except OSError as error:
             raise PointPeftError(f"the recipe {quoted(str(path))} cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PointPeftError(f"the recipe {quoted(str(path))} is no YAML: {' '.join(str(error).split())}") from error
+            raise PointPeftError(
+                f"the recipe {quoted(str(path))} is no YAML: {' '.join(str(error).split())}"
+            ) from error
         if values is None:
             values = {}
         if not isinstance(values, dict):

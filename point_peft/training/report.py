@@ -25,6 +25,7 @@ from point_peft.training.folder import (
     CONFUSION_FILE,
     CURVES_FILE,
     MODEL_FILE,
+    PICTURES,
     RECIPE_FILE,
     SAMPLES_FILE,
     RunFolder,
@@ -34,6 +35,7 @@ from point_peft.training.inference import Inference
 from point_peft.training.loop import Loop
 from point_peft.training.objective import class_report, monitored
 from point_peft.training.pictures import Shown
+from point_peft.training.progress import in_unit, in_words
 from point_peft.training.state import adapters_of, gathered, restore, snapshot
 
 SHOWN_CLOUDS, SHOWN_SCENES = 12, 3
@@ -70,11 +72,6 @@ def finish(
         loop.progress.say(f"{split}: {in_words(own)}")
     loop.progress.say(f"the run is in {loop.folder.path}")
     return record, results
-
-
-def in_words(figures: Mapping[str, float]) -> str:
-    """Figures on one line: loss 0.512, accuracy 81.2 %."""
-    return ", ".join(f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f} %" for name, value in figures.items())
 
 
 def shown_clouds(inference: Inference, clouds: Dataset[Any]) -> list[Shown]:
@@ -149,11 +146,11 @@ def _section(loop: Loop, record: Mapping[str, Any], report: Sequence[tuple[str, 
         names = list(next(iter(record["results"].values())))
         yield from ("", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|")
         for split, own in record["results"].items():
-            yield f"| {split} | {' | '.join(f'{own[name]:.3f}' if name == 'loss' else f'{own[name]:.1f} %' for name in names)} |"
+            yield f"| {split} | {' | '.join(in_unit(name, own[name]) for name in names)} |"
     if report:
         yield from ("", "| class | labels | right |", "|---|---|---|")
         yield from (f"| {name} | {count:,} | {share:.1f} % |" for name, count, share in report)
-    for name, what in ((CURVES_FILE, "loss and validation by epoch"), (CONFUSION_FILE, "confusions"), (SAMPLES_FILE, "samples")):
+    for name, what in PICTURES.items():
         if (loop.folder.path / name).exists():
             yield from ("", f"![{what}]({name})")
     yield ""
@@ -168,8 +165,7 @@ def load_values(model: nn.Module, folder: Path) -> None:
     if held is not None:
         names = held.active_adapters
         for name in names:
-            own = folder if len(names) == 1 or name == "default" else folder / name
-            held.swap_adapter_(own, name)
+            held.swap_adapter_(folder if len(names) == 1 or name == "default" else folder / name, name)
         return
     try:
         tensors = safetensors.torch.load_file(folder / MODEL_FILE)

@@ -67,14 +67,14 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within the block, every process has the whole of each parameter, also of those that are sharded."""
-    sharded = [
+    sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if isinstance(parameter, DTensor)
     ]
     for module, name, parameter in sharded:
-        module._parameters[name] = nn.Parameter(whole(parameter), parameter.requires_grad)
+        module._parameters[name] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
     try:
         yield
     finally:
