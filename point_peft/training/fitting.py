@@ -308,9 +308,8 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 def _spread(model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost, accelerator: Accelerator) -> Any:
     """The model and the optimizer as those of all processes."""
-    # Banks are alike on all processes, statistics are those of whole batches: no buffer needs to be sent.
     unused = bool(accelerator.reduce(torch.tensor(float(cost.unused), device=accelerator.device), "sum") > 0)
-    accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
     if any(isinstance(p, DTensor) for p in model.parameters()):  # sharded by the caller
         return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
     return accelerator.prepare(model, optimizer)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from point_peft.parts.batch_norm import shared_batch_norm
+from point_peft.torch_private import run_backward
 
 # Each multiplies its first argument by random numbers: what it makes of ones is what it would multiply by.
 _DROPOUTS: tuple[Any, ...] = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
@@ -40,6 +41,9 @@ class GlobalBatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:  # checkpoints run forwards again in there
+                return run_backward(args[0])
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
         if func in _DROPOUTS and self._is_part(args[0]):
