@@ -17,8 +17,8 @@ class DataOptions:
     """Stated choices for `open_data`; what the data say themselves, such as official splits, needs none."""
 
     kind: str = "auto"
-    """"auto": the path is recognised; or "folder", "manifest", "arrays", "scene", or the name of one of the field's
-    sets."""
+    """"auto": the path is recognised; or "folder" of classes, "manifest", "arrays", "scene" (one cloud or several, each
+    cut into pieces), or the name of one of the field's sets."""
     task: Task | None = None
     """None: classification where clouds have labels, else segmentation."""
     group: str | None = None
@@ -63,6 +63,7 @@ class DataOptions:
                 require(limit.holds(getattr(self, name)), self, name, limit.words)
         require(self.val_share + self.test_share < 1, self, "test_share", "less than 1 together with val_share")
         require(self.split_along in (None, "x", "y"), self, "split_along", "'x', 'y' or None")
+        require(not (self.split_along and self.names_groups), self, "split_along", "None where groups are named")
         codes_of_all = [code for codes in (self.classes or {}).values() for code in codes]
         distinct = len(set(codes_of_all)) == len(codes_of_all) and all((self.classes or {}).values())
         require(distinct and self.classes != {}, self, "classes", "one code or more for each class, each in one class")
