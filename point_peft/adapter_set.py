@@ -355,9 +355,9 @@ class AdapterSet(nn.Module):
         the progress bar names it. Where none or several are such, rows are reduced without classes and a warning says
         so.
 
-        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
-        Under accelerate, or torch.distributed alone, each process goes through its own batches and all end with the
-        same bank.
+        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained. Of
+        more than 65,536 clouds only prototypes are held, so a loader may be longer than memory. Under accelerate, or
+        torch.distributed alone, each process goes through its own batches and all end with the same bank.
 
         >>> from point_peft import PointPEFTConfig
         >>> model.add_adapter("task", PointPEFTConfig())

@@ -194,6 +194,8 @@ class Bank(SharedState):
 
     source: str
     """The tokens that the features come from: "backbone" or "stem"."""
+    size: int | None = None
+    """Rows that `fill` reduces more of them to; None: it keeps all."""
 
     @property
     def bank(self) -> Bank:
