@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,22 +15,21 @@ import yaml  # type: ignore[import-untyped]
 from point_peft.errors import PointPeftError, quoted
 from point_peft.schema import hints_of
 
-ABSENT = object()
+ABSENT: Any = object()
 """The value of a flag that was not given."""
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Any], title: str, without: Iterable[str] = ()) -> None:
     """Give a parser a flag --field-name for each field of a dataclass but those left out."""
     group, help_texts, left_out = parser.add_argument_group(title), field_docs(kind), set(without)
+    hints: dict[str, Any] = hints_of(kind)  # type: ignore[arg-type]
     for item in fields(kind):
         if item.name in left_out:
             continue
         flag, text = f"--{item.name.replace('_', '-')}", help_texts.get(item.name, "")
         words = f"{text} (default: {_shown(item)})".replace("%", "%%").strip()
-        if hints_of(kind)[item.name] is bool:
-            group.add_argument(
-                flag, dest=item.name, action=argparse.BooleanOptionalAction, default=ABSENT, help=words
-            )
+        if hints[item.name] is bool:
+            group.add_argument(flag, dest=item.name, action=argparse.BooleanOptionalAction, default=ABSENT, help=words)
         else:
             group.add_argument(flag, dest=item.name, metavar="VALUE", default=ABSENT, help=words)
 
@@ -39,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Any], title: str, with
 def given_flags(options: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     """Field -> value of the flags that were given, as the annotations ask for them."""
     given = {item.name: getattr(options, item.name, ABSENT) for item in fields(kind)}
-    hints = hints_of(kind)
+    hints: dict[str, Any] = hints_of(kind)  # type: ignore[arg-type]
     return {
         name: value if isinstance(value, bool) else value_of(value, hints[name], f"--{name.replace('_', '-')}")
         for name, value in given.items()
@@ -85,7 +83,6 @@ def _shown(item: Field[Any]) -> str:
     return str(value)
 
 
-@functools.cache
 def field_docs(kind: type[Any]) -> Mapping[str, str]:
     """Field -> the text that stands below it in the class."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

@@ -61,14 +61,13 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {"backbone": self.backbone, "checkpoint": self.checkpoint, "methods": [dict(own) for own in self.methods]}
+        methods = [dict(own) for own in self.methods]
+        return {"backbone": self.backbone, "checkpoint": self.checkpoint, "methods": methods}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> ModelSpec:
         """The spec of a run's folder."""
-        return ModelSpec(
-            backbone=values["backbone"], checkpoint=values["checkpoint"], methods=tuple(values["methods"])
-        )
+        return ModelSpec(backbone=values["backbone"], checkpoint=values["checkpoint"], methods=tuple(values["methods"]))
 
 
 def backbone_for_task(
@@ -147,14 +146,14 @@ def to_inputs_of(model: nn.Module, categories: int) -> Callable[[Any], Any] | No
     return inputs
 
 
-def adapted(model: nn.Module, spec: ModelSpec, example: Any) -> nn.Module:
+def adapted(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with a fresh adapter of the spec's methods; without any, the model itself, all of it trained."""
     if not spec.methods:
         return model.requires_grad_(True)
     config = PeftConfig(
         tuners=tuple(TunerConfig.from_json(own) for own in spec.methods), base_model_name_or_path=spec.backbone
     )
-    return get_peft_model(model, config, example_inputs=example)
+    return get_peft_model(model, config)
 
 
 def method_configs(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[str, Any], ...]:
@@ -172,14 +171,16 @@ def method_configs(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[
         method = known.get(name.lower().replace("-", "_"))
         if method is None:
             near = nearest_names(name, [*known, FULL], what="method")
-            raise PointPeftError(f"no method is called {quoted(name)}; nearest: {near}; there are {', '.join(known)}, {FULL}")
+            there = ", ".join([*known, FULL])
+            raise PointPeftError(f"no method is called {quoted(name)}; nearest: {near}; there are {there}")
         chosen[method] = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         owner, _, field = path.rpartition(".")
         if not equals:
             raise PointPeftError(f"--set {quoted(setting)} must be field=value")
-        fitting = [m for m in chosen if owner.lower().replace("-", "_") in ("", m.lower()) and field in hints_of(METHODS[m])]
+        meant = [m for m in chosen if owner.lower().replace("-", "_") in ("", m.lower())]
+        fitting = [m for m in meant if field in hints_of(METHODS[m])]
         if len(fitting) != 1:
             fields = sorted({name for m in chosen for name in hints_of(METHODS[m])})
             near = nearest_names(field, fields, what="field")
