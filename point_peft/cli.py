@@ -28,6 +28,7 @@ from point_peft.hub.pulling import Place, download, is_repo_id
 from point_peft.hub.pushing import Upload, push
 from point_peft.model import PointPeftModel, describe
 from point_peft.training.commands import add_commands
+from point_peft.training.folder import METRICS_FILE, PICTURES, RECIPE_FILE, RUN_FILE
 from point_peft.training.models import SPEC, made_by
 from point_peft.version import __version__
 

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from point_peft.training.plan import STEP, Drawn, check_shares, epoch_batches, i
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
 from point_peft.training.report import finish, load_values
-from point_peft.training.state import Average, Place, adapters_of, trained
+from point_peft.training.state import Average, Place, adapters_of, is_sharded, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +309,7 @@ def _spread(model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost, acce
     """The model and the optimizer as those of all processes."""
     unused = bool(accelerator.reduce(torch.tensor(float(cost.unused), device=accelerator.device), "sum") > 0)
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-    if any(isinstance(p, DTensor) for p in model.parameters()):  # sharded by the caller
+    if any(map(is_sharded, model.parameters())):  # sharded by the caller
         return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
     return accelerator.prepare(model, optimizer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from point_peft.adapter_set import AdapterSet
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 VERSION = 1
+_SHARDED = "torch.distributed.tensor"
 
 
 def adapters_of(model: nn.Module) -> AdapterSet | None:
@@ -58,10 +59,17 @@ def restore(model: nn.Module, tensors: Tensors) -> None:
     part.load_state_dict(placed, strict=False)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over processes (a DTensor)."""
+    # Its module takes seconds to import; where it is not, nothing is sharded.
+    module = sys.modules.get(_SHARDED)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without gradient, gathered if it is sharded over processes."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -71,7 +79,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if isinstance(parameter, DTensor)
+        if parameter is not None and is_sharded(parameter)
     ]
     for module, name, parameter in sharded:
         module._parameters[name] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
@@ -83,9 +91,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _placed_as(there: Tensor, value: Tensor) -> Tensor:
-    if not isinstance(there, DTensor):
+    if not is_sharded(there):
         return value
-    return torch.distributed.tensor.distribute_tensor(value.to(there.device), there.device_mesh, there.placements)
+    sharded: Any = there
+    module = sys.modules[_SHARDED]
+    placed: Tensor = module.distribute_tensor(value.to(there.device), sharded.device_mesh, sharded.placements)
+    return placed
 
 
 class Average:
