@@ -128,6 +128,7 @@ def _small_segmentation(classes: Sequence[str], categories: Sequence[str]) -> nn
         cls_dim=len(classes),
         num_labels=len(categories),
         taps=(1, 3, 5),
+        head_width=256,
     )
     load_checkpoint(model, EMBEDDED.with_suffix(".safetensors"))
     return model

@@ -8,12 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from point_peft.data.optional import optional
 
-SHOWN_POINTS = 4096
-COLOURS = "tab20"
+SHOWN_POINTS = 8192
+FEW = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ff8800", "#004488", "#997700", "#882255")
+"""Colours that the colour-blind can tell apart as well (the first six: Paul Tol's "bright" scheme)."""
+UNKNOWN_COLOUR = "#cccccc"
+VERDICT = ("#bbbbbb", "#dd0000", "#ffffff00")
+"""The colours of what is right, wrong and not known."""
 
 
 class Shown(NamedTuple):
@@ -89,7 +94,7 @@ def _classified(shown: Sequence[Shown], classes: Sequence[str], title: str) -> b
     for number, cloud in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, number, projection="3d")
         right = int(cloud.labels) == int(cloud.predicted)
-        _scatter(axes, cloud.points, cloud.points[:, 2].numpy(), "viridis", None)
+        _scatter(axes, cloud.points, cloud.points[:, 2].numpy())
         name = classes[int(cloud.predicted)]
         truth = "" if right or int(cloud.labels) < 0 else f"\n(true: {classes[int(cloud.labels)]})"
         colour = "black" if int(cloud.labels) < 0 else "tab:green" if right else "tab:red"
@@ -99,32 +104,46 @@ def _classified(shown: Sequence[Shown], classes: Sequence[str], title: str) -> b
 
 def _segmented(shown: Sequence[Shown], classes: Sequence[str], title: str) -> bytes:
     known = any(bool((cloud.labels >= 0).any()) for cloud in shown)
-    kinds = ("true", "predicted", "wrong") if known else ("predicted",)
-    figure = _figure(4 * len(kinds), 3.4 * len(shown) + 1)
+    kinds = ("true", "predicted", "right or wrong") if known else ("predicted",)
+    figure = _figure(4.6 * len(kinds), 3.8 * len(shown) + 1)
     figure.suptitle(title)
+    colours = _colours(len(classes))
     for row, cloud in enumerate(shown):
-        wrong = (cloud.labels >= 0) & (cloud.labels != cloud.predicted)
-        values = {"true": cloud.labels, "predicted": cloud.predicted, "wrong": wrong.long()}
+        wrong = cloud.labels != cloud.predicted
+        verdict = torch.where(cloud.labels < 0, 2, wrong.long())
+        drawn = {"true": (cloud.labels, colours), "predicted": (cloud.predicted, colours)}
+        drawn["right or wrong"] = (verdict, VERDICT)
         for column, kind in enumerate(kinds):
             axes = figure.add_subplot(len(shown), len(kinds), row * len(kinds) + column + 1, projection="3d")
-            span = 1 if kind == "wrong" else max(len(classes) - 1, 1)
-            _scatter(axes, cloud.points, values[kind].numpy(), "coolwarm" if kind == "wrong" else COLOURS, span)
-            share = f": {100 * float(wrong.double().mean()):.1f} %" if kind == "wrong" else ""
-            axes.set_title(kind + share, fontsize=9)
-    colours = optional("matplotlib", "the pictures of a run", "train").colormaps[COLOURS]
+            values, own = drawn[kind]
+            # Colour -1, the last, is that of what is unknown.
+            _scatter(axes, cloud.points, np.array(own)[values.numpy()])
+            missed = 100 * float(wrong[cloud.labels >= 0].double().mean())
+            axes.set_title(f"{missed:.1f} % wrong" if kind == "right or wrong" else kind, fontsize=9)
     patch = optional("matplotlib.patches", "the pictures of a run", "train").Patch
-    span = max(len(classes) - 1, 1)
-    keys = [patch(color=colours(number / span), label=name) for number, name in enumerate(classes)]
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(classes), 6), fontsize=9)
+    keys = [patch(color=colours[number], label=name) for number, name in enumerate(classes)]
+    keys += [patch(color=VERDICT[number], label=word) for number, word in enumerate(("right", "wrong")) if known]
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 6), fontsize=9)
     return _png(figure)
 
 
-def _scatter(axes: Any, points: Tensor, values: npt.NDArray[Any], colours: str, span: int | None) -> None:
+def _colours(count: int) -> list[Any]:
+    """A colour for each of so many classes, as unlike as can be, and a last one for what is unknown."""
+    maps = optional("matplotlib", "the pictures of a run", "train").colormaps
+    if count <= len(FEW):
+        return [*FEW[:count], UNKNOWN_COLOUR]
+    return [*(maps["gist_rainbow"](number / count) for number in range(count)), UNKNOWN_COLOUR]
+
+
+def _scatter(axes: Any, points: Tensor, colours: npt.NDArray[Any]) -> None:
     chosen = np.linspace(0, len(points) - 1, min(len(points), SHOWN_POINTS)).astype(int)
     own = points.numpy()[chosen]
-    limits = {} if span is None else {"vmin": 0, "vmax": span}
-    axes.scatter(*own[:, :3].T, c=values[chosen], cmap=colours, s=2, linewidths=0, **limits)
-    axes.set_box_aspect(np.maximum(np.ptp(own[:, :3], axis=0), 0.05 * np.ptp(own[:, :3])))
+    colours = colours[chosen]
+    limits = {"cmap": "viridis", "c": colours} if colours.dtype.kind == "f" and colours.ndim == 1 else {"c": colours}
+    axes.scatter(*own[:, :3].T, s=3, linewidths=0, **limits)
+    spans = np.ptp(own[:, :3], axis=0)
+    axes.set_box_aspect(np.maximum(spans, 0.05 * spans.max()), zoom=1.3)
+    axes.view_init(elev=40)
     axes.set_axis_off()
 
 
