@@ -42,8 +42,8 @@ class PointTransformerPartSeg(nn.Module):
 
     The label is one-hot, `(b, num_labels)` or `(b, 1, num_labels)`. There is no prefix token. The tokens after the
     blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart. For PCP-MAE
-    `pos_features="sine"`, see `PointTransformer`. Points with features, such as normals, are `(b, n, in_channels)`. A head of less than 1024
-    channels is our own, for small encoders.
+    `pos_features="sine"`, see `PointTransformer`. Points with features, such as normals, are
+    `(b, n, in_channels)`. A head of less than 1024 channels is our own, for small encoders.
     """
 
     def __init__(

@@ -111,7 +111,10 @@ def _segmented(shown: Sequence[Shown], classes: Sequence[str], title: str) -> by
     for row, cloud in enumerate(shown):
         wrong = cloud.labels != cloud.predicted
         verdict = torch.where(cloud.labels < 0, 2, wrong.long())
-        drawn = {"true": (cloud.labels, colours), "predicted": (cloud.predicted, colours)}
+        drawn: dict[str, tuple[Tensor, Sequence[Any]]] = {
+            "true": (cloud.labels, colours),
+            "predicted": (cloud.predicted, colours),
+        }
         drawn["right or wrong"] = (verdict, VERDICT)
         for column, kind in enumerate(kinds):
             axes = figure.add_subplot(len(shown), len(kinds), row * len(kinds) + column + 1, projection="3d")
