@@ -219,6 +219,13 @@ def test_a_las_file_that_is_not_complete_is_refused(tmp_path: Path, suffix: str,
         read_cloud(written(tmp_path / f"c.{suffix}", b"x" * 400))
 
 
+def test_a_las_file_that_counts_more_records_than_it_can_hold_is_refused_at_once(tmp_path: Path) -> None:
+    content = bytearray(las_file(tmp_path / "a.las").read_bytes())
+    content[100:104] = b"\xff\xff\xff\x7f"
+    with pytest.raises(DataError, match="its header counts 2147483647 records, more than the file can hold"):
+        read_cloud(written(tmp_path / "b.las", bytes(content)))
+
+
 def test_a_scan_of_kitti_is_read(tmp_path: Path) -> None:
     values = np.arange(12, dtype="<f4").reshape(3, 4)
     cloud = read_cloud(written(tmp_path / "a.bin", values.tobytes()))
