@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -528,3 +529,12 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"b{suffix}").mkdir()
     with pytest.raises(DataError, match=f"b{suffix} cannot be read"):
         read_cloud(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("ply", "trimesh"), ("las", "laspy"), ("laz", "lazrs"), ("h5", "h5py")])
+def test_a_package_that_is_not_installed_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"files need {module}, .*: pip install 'point-peft\[data\]'"):
+        read_cloud(written(tmp_path / f"a.{suffix}", b""))

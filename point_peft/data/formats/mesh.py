@@ -61,6 +61,9 @@ def _columns(part: Any) -> dict[str, npt.NDArray[Any]]:
     raw = part.metadata.get("_ply_raw", {}).get("vertex")
     if raw is not None:
         columns = {name: np.asarray(raw["data"][name]).reshape(-1) for name in raw["properties"]}
+        lists = [name for name, values in columns.items() if values.dtype.kind not in "iuf"]
+        if lists:
+            raise ValueError(f"the property {lists[0]} of its vertices is no number")
         found = {len(values) for values in columns.values()} or {0}
         if found != {raw["length"]}:
             raise ValueError(f"it should hold {raw['length']} vertices, as it says, but holds {min(found)}")
