@@ -1,8 +1,9 @@
 """Clouds in the arrays of NumPy and HDF5: NPY, NPZ, H5."""
 
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ VECTORS = {
 }
 """Names of arrays of three columns that are colours or normals."""
 NPY_MAGIC = b"\x93NUMPY"
+NPY_ERRORS = (EOFError, MemoryError, SyntaxError, TypeError, ValueError, tokenize.TokenError)
+"""Errors of NumPy for files that are cut off or damaged, whose headers it parses as Python does."""
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -33,7 +36,7 @@ def read_npy(path: Path, wanted: Wanted) -> Cloud:
                 raise ValueError("it does not begin as an NPY file")
             file.seek(0)
             table = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise DataError(
             f"{path} cannot be read ({error}); it should be an NPY file of numbers (points, columns)"
         ) from error
@@ -42,35 +45,39 @@ def read_npy(path: Path, wanted: Wanted) -> Cloud:
     return cloud_of_table(table, path, wanted)
 
 
-def arrays_in(path: Path) -> Arrays:
-    """The arrays of an NPZ file, or those at the top of an HDF5 file; text as arrays of str."""
-    return _hdf5_arrays(path) if path.suffix.lower() in (".h5", ".hdf5") else _npz_arrays(path)
+def arrays_in(path: Path, only: Sequence[str] | None = None) -> Arrays:
+    """The arrays of an NPZ file, or those at the top of an HDF5 file; text as arrays of str.
+
+    `only` are names in lower case: other arrays are not read.
+    """
+    read = _hdf5_arrays if path.suffix.lower() in (".h5", ".hdf5") else _npz_arrays
+    return read(path, lambda name: only is None or name.lower() in only)
 
 
-def _npz_arrays(path: Path) -> Arrays:
+def _npz_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise ValueError("it is no zip archive, or not complete")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                return dict(archive)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                return {name: archive[name] for name in archive if wanted(name)}
+    except (*NPY_ERRORS, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); it should be an NPZ file of arrays without objects"
         ) from error
 
 
-def _hdf5_arrays(path: Path) -> Arrays:
+def _hdf5_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
     h5py = optional("h5py", "HDF5 files")
     try:
         with h5py.File(path, "r") as file:
             return {
                 name: np.asarray(item.asstr()[...], str) if h5py.check_string_dtype(item.dtype) else item[...]
                 for name, item in file.items()
-                if isinstance(item, h5py.Dataset)
+                if isinstance(item, h5py.Dataset) and wanted(name)
             }
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it should be a complete HDF5 file") from error
 
 
