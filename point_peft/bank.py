@@ -134,7 +134,7 @@ class Harvest:
         """
         if sum(_gathered(self.count, ranks)) > self.most:
             self.condense()
-            return merged(_gathered(self, ranks))
+            return merged_harvests(_gathered(self, ranks))
         shards = _gathered((self.features, self.labels), ranks)
         features = [entry for part, _ in shards for entry in part]
         labels = [entry for _, part in shards for entry in part]
@@ -149,7 +149,7 @@ class Harvest:
         return rows, classes, len(rows), places
 
 
-def merged(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
+def merged_harvests(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
     """The same of processes that have all streamed what they had; their labels count where all have the same."""
     streamed = [(harvest, harvest.stream) for harvest in harvests if harvest.stream is not None]
     size, place = streamed[0][0].size, streamed[0][0].place

@@ -55,6 +55,8 @@ is the file that gathers them."""
 PIPELINE = tuple(PACKAGE / name for name in ("data", "training"))
 BACKBONES_SEE = {"errors", "geometry"}
 """The reference backbones know nothing of the library, and the library knows nothing of them."""
+NAMES_BACKBONES = ("training.models",)
+"""Modules that give users backbones by name."""
 
 METHODS = sorted(path.parent.name for path in PACKAGE.glob("tuners/*/__init__.py"))
 MAY_NAME_METHODS = ("tuners", "integrations", "backbones", "", "cli", "__main__")
@@ -152,7 +154,7 @@ def may_import(importer: str, imported: str) -> bool:
     if unit(importer) == "backbones":
         return unit(imported) in BACKBONES_SEE
     if imported == "" or unit(imported) == "backbones":
-        return False
+        return importer in NAMES_BACKBONES
     return rank(imported) < rank(importer)
 
 

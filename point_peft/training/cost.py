@@ -1,4 +1,4 @@
-"""What a training will cost, told before its first step from one forward and backward pass."""
+"""The cost of a training, told before its first step from one forward and backward pass."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from point_peft.training.plan import STEP, Drawn, check_shares, epoch_batches, i
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
 from point_peft.training.report import finish, load_values
-from point_peft.training.state import Average, Place, adapters_of, is_sharded, trained
+from point_peft.training.state import Average, Position, adapters_of, is_sharded, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def _class_names(model: nn.Module, train: Dataset[Any], classes: Sequence[str] |
 def _label_counts(
     clouds: Dataset[Any], split: str, classes: Sequence[str], feed: Feed, accelerator: Accelerator
 ) -> Tensor:
-    """How many labels there are of each class, (classes + 1,) with the unknown ones last; each process reads a share.
+    """The numbers of labels of each class, (classes + 1,) with the unknown ones last; each process reads a share.
 
     Raises `PointPeftError` for a label that is of no class, before hours are spent.
     """
@@ -290,7 +290,7 @@ def _prepared(
         progress=Progress(
             -(-count // recipe.batch_size) * recipe.epochs, -(-count // recipe.batch_size), accelerator.is_main_process
         ),
-        place=Place(),
+        place=Position(),
         average=None if recipe.ema is None else Average(model, recipe.ema),
     )
     return loop, cost

@@ -11,7 +11,7 @@ from typing import Any
 
 from point_peft.errors import PointPeftError, quoted
 from point_peft.training.recipe import Recipe
-from point_peft.training.state import Place, read_checkpoint, write_checkpoint
+from point_peft.training.state import Position, read_checkpoint, write_checkpoint
 from point_peft.version import __version__
 
 RECIPE_FILE = "recipe.yaml"
@@ -19,7 +19,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FILE = "model.safetensors"
-"""What was trained of a plain model; an adapted one has its adapter's files instead."""
+"""The trained tensors of a plain model; an adapted one has its adapter's files instead."""
 CURVES_FILE, CONFUSION_FILE, SAMPLES_FILE = "curves.png", "confusion.png", "samples.png"
 PICTURES = {CURVES_FILE: "loss and validation by epoch", CONFUSION_FILE: "confusions", SAMPLES_FILE: "samples"}
 """Picture -> what it shows."""
@@ -43,11 +43,11 @@ class RunFolder:
     path: Path
     writes: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
-    """What must be the same when a training is resumed."""
+    """Facts that must be the same when a training is resumed."""
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What `run.json` says; None where there is none."""
+        """The contents of `run.json`; None where there is none."""
         file = self.path / RUN_FILE
         return read_record(self.path) if file.exists() else None
 
@@ -98,12 +98,12 @@ class RunFolder:
         """The lines of whole epochs."""
         return [line for line in self.metrics() if "epoch" in line]
 
-    def checkpoint(self, place: Place, parts: Mapping[str, Any]) -> None:
+    def checkpoint(self, place: Position, parts: Mapping[str, Any]) -> None:
         """Write the state of the training."""
         if self.writes:
             write_checkpoint(self.path / CHECKPOINT_FILE, place, parts, self.identity)
 
-    def resume(self) -> tuple[Place, dict[str, Any]]:
+    def resume(self) -> tuple[Position, dict[str, Any]]:
         """The state of the training; what the metrics say of later steps is taken back."""
         place, parts = read_checkpoint(self.path / CHECKPOINT_FILE, self.identity)
         if self.writes:
@@ -119,7 +119,7 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a run's `run.json` says; raises `PointPeftError` where the folder holds no run."""
+    """The contents of a run's `run.json`; raises `PointPeftError` where the folder holds no run."""
     path = folder / RUN_FILE
     try:
         record = json.loads(path.read_text("utf-8"))

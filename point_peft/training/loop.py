@@ -24,7 +24,7 @@ from point_peft.training.objective import monitored
 from point_peft.training.plan import STEP, Drawn, Places, Share, epoch_batches, seed_of, shares
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
-from point_peft.training.state import Average, Place, load_optimizer, optimizer_state, restore, snapshot, trained
+from point_peft.training.state import Average, Position, load_optimizer, optimizer_state, snapshot, trained
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class Loop:
     val: Dataset[Any] | None
     folder: RunFolder
     progress: Progress
-    place: Place
+    place: Position
     average: Average | None
 
     @property
@@ -50,7 +50,7 @@ class Loop:
 
     @property
     def accelerator(self) -> Accelerator:
-        """What makes the model, the optimizer and tensors those of several processes."""
+        """The accelerator that prepared the model and the optimizer."""
         return self.inference.accelerator
 
     @property
@@ -76,7 +76,7 @@ class Loop:
             self._epoch(self.place.step // self.per_epoch)
         self.progress.close()
         if self.place.best_values:
-            restore(self.model, self.place.best_values)
+            write_values(self.model, self.place.best_values)
         elif self.average is not None:
             self.average.settle()
 
@@ -185,7 +185,7 @@ class Loop:
 
     def resume(self, parts: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
-        restore(self.model, parts["values"])
+        write_values(self.model, parts["values"])
         load_optimizer(self.optimizer, parts["optimizer"])
         if self.average is not None:
             self.average.load(parts["average"])

@@ -1,4 +1,4 @@
-"""What is minimised and what is measured, of clouds or of their points."""
+"""The loss that is minimised and the figures that are measured, of clouds or of their points."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

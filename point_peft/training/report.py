@@ -1,4 +1,4 @@
-"""What a run leaves behind: the values that were trained, pictures, figures, a model card."""
+"""The end of a run: trained values, pictures, figures and a model card go into its folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from point_peft.training.loop import Loop
 from point_peft.training.objective import class_report, monitored
 from point_peft.training.pictures import Shown
 from point_peft.training.progress import in_unit, in_words
-from point_peft.training.state import adapters_of, gathered, restore, snapshot
+from point_peft.training.state import adapters_of, snapshot, unsharded, write_values
 
 SHOWN_CLOUDS, SHOWN_SCENES = 12, 3
 SECTION = "## Training"
@@ -61,7 +61,7 @@ def finish(
         "processes": loop.ranks,
         "results": results,
     }
-    with gathered(loop.model):
+    with unsharded(loop.model):
         if loop.folder.writes:
             if last:
                 _draw(loop.folder.path, counts[last], shown, classes, last)
@@ -175,7 +175,7 @@ def load_values(model: nn.Module, folder: Path) -> None:
     wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
     if wrong:
         raise PointPeftError(f"'{folder / MODEL_FILE}' is of another model: this one has no such tensor {wrong[0]!r}")
-    restore(model, tensors)
+    write_values(model, tensors)
 
 
 def finished_folder(folder: RunFolder) -> Path:

@@ -51,7 +51,7 @@ def snapshot(model: nn.Module) -> Tensors:
     return {name: whole(value).cpu().clone() for name, value in part.state_dict().items() if name not in frozen}
 
 
-def restore(model: nn.Module, tensors: Tensors) -> None:
+def write_values(model: nn.Module, tensors: Tensors) -> None:
     """Give a model the values of a `snapshot` of it."""
     part = trained_part(model)
     there = part.state_dict()
@@ -73,7 +73,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Within the block, every process has the whole of each parameter, also of those that are sharded."""
     sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
@@ -166,7 +166,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 @dataclass(kw_only=True)
-class Place:
+class Position:
     """The place that a training has reached, and the best that it has seen."""
 
     step: int = 0
@@ -183,7 +183,7 @@ class Place:
     best_values: Tensors = field(default_factory=dict)
 
 
-def write_checkpoint(path: Path, place: Place, parts: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, place: Position, parts: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Write the state of a training in the place of the last one, at once or not at all."""
     record = {"version": VERSION, "identity": dict(identity), "place": _vars(place), **parts}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -194,11 +194,11 @@ def write_checkpoint(path: Path, place: Place, parts: Mapping[str, Any], identit
     os.replace(temporary, path)
 
 
-def _vars(place: Place) -> dict[str, Any]:
+def _vars(place: Position) -> dict[str, Any]:
     return {item.name: getattr(place, item.name) for item in fields(place)}
 
 
-def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Place, dict[str, Any]]:
+def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Position, dict[str, Any]]:
     """The place and the further parts of a checkpoint, which must be of the same training.
 
     Raises `PointPeftError` that names what differs.
@@ -216,4 +216,4 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Place, dic
                 "resume with the same, or begin anew in another folder"
             )
     parts = {name: value for name, value in record.items() if name not in ("version", "identity", "place")}
-    return Place(**record["place"]), parts
+    return Position(**record["place"]), parts
