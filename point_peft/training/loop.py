@@ -24,7 +24,15 @@ from point_peft.training.objective import monitored
 from point_peft.training.plan import STEP, Drawn, Places, Share, epoch_batches, seed_of, shares
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
-from point_peft.training.state import Average, Position, load_optimizer, optimizer_state, snapshot, trained
+from point_peft.training.state import (
+    Average,
+    Position,
+    load_optimizer,
+    optimizer_state,
+    snapshot,
+    trained,
+    write_values,
+)
 
 
 @dataclass(kw_only=True)
