@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,8 @@ def _accelerator(recipe: Recipe, out: Path, log_with: str | Sequence[str] | None
         # Started by torchrun on a machine without accelerators, which accelerate takes for processes of their own.
         AcceleratorState._reset_state(reset_partial_state=True)
         made = make(True)
+    if made.mixed_precision == "fp16" and made.device.type == "cpu":
+        raise PointPeftError("Recipe.mixed_precision is 'fp16', which needs a GPU; allowed on CPUs: 'no', 'bf16'")
     return made
 
 
@@ -194,7 +197,8 @@ def _class_names(model: nn.Module, train: Dataset[Any], classes: Sequence[str] |
         return train.classes
     set_mode(model, False)
     size_of(train, "train")
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the memory bank is empty")  # it is filled later
         device = next(model.parameters()).device
         args, kwargs = feed.inputs(on_device(feed.batch([train[0]]), device))
         output = model(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,19 +70,28 @@ class RunFolder:
         return "resume" if (self.path / CHECKPOINT_FILE).exists() else "begin"
 
     def begin(self, recipe: Recipe, about: Mapping[str, Any]) -> None:
-        """Make the folder and write what the run is told."""
+        """Make the folder, with what the run is told, at once or not at all."""
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_file(self.path / RECIPE_FILE, recipe.to_yaml())
-        write_file(self.path / METRICS_FILE, "")
-        self.write_record({**about, "finished": False})
+        files = {RECIPE_FILE: recipe.to_yaml(), METRICS_FILE: "", RUN_FILE: _record_text({**about, "finished": False})}
+        if self.record is not None:  # one that was interrupted before its first checkpoint
+            for name, text in files.items():
+                write_file(self.path / name, text)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, text in files.items():
+            (temporary / name).write_text(text, "utf-8")
+        if self.path.exists():
+            self.path.rmdir()  # it is empty
+        os.replace(temporary, self.path)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write `run.json`."""
         if self.writes:
-            versions = {"format_version": FORMAT_VERSION, "point_peft_version": __version__}
-            write_file(self.path / RUN_FILE, json.dumps({**versions, **record}, indent=2, ensure_ascii=False) + "\n")
+            write_file(self.path / RUN_FILE, _record_text(record))
 
     def log(self, **values: float) -> None:
         """Append a line to the metrics."""
@@ -116,6 +126,11 @@ class RunFolder:
         self.write_record({**record, "finished": True})
         if self.writes:
             (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _record_text(record: Mapping[str, Any]) -> str:
+    versions = {"format_version": FORMAT_VERSION, "point_peft_version": __version__}
+    return json.dumps({**versions, **record}, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
