@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.adapting.fitting import fitted
 from point_peft.adapting.mixed import choosing
 from point_peft.anatomy.description import Steps
 from point_peft.errors import AdapterError, PointPeftError
@@ -183,7 +184,7 @@ def _warn_unlabelled(count: int, kept: int, why: str) -> None:
 
 def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
     with torch.no_grad(), choosing(root, ()):
-        forward = open_forward(root, args, kwargs)
+        forward = open_forward(root, *fitted(get_adapter(root, adapter_name), args, kwargs))
         try:
             return root.backbone_tokens(forward, source, adapter_name)
         finally:
