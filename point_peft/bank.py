@@ -135,7 +135,7 @@ class Harvest:
         """
         if sum(_gathered(self.count, ranks)) > self.most:
             self.condense()
-            return merged(_gathered(self, ranks))
+            return joint_rows(_gathered(self, ranks))
         shards = _gathered((self.features, self.labels), ranks)
         features = [entry for part, _ in shards for entry in part]
         labels = [entry for _, part in shards for entry in part]
@@ -150,7 +150,7 @@ class Harvest:
         return rows, classes, len(rows), places
 
 
-def merged(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
+def joint_rows(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
     """The same of processes that have all streamed what they had; their labels count where all have the same."""
     streamed = [(harvest, harvest.stream) for harvest in harvests if harvest.stream is not None]
     size, place = streamed[0][0].size, streamed[0][0].place

@@ -26,7 +26,18 @@ from point_peft import (
 )
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from tests.adapting import adapt, assert_same_values, distance, fingerprint, frozen, loss_of, rescramble, run
+from tests.adapting import (
+    ONE_BLOCK,
+    adapt,
+    assert_same_values,
+    distance,
+    fingerprint,
+    frozen,
+    loss_of,
+    one_graph,
+    rescramble,
+    run,
+)
 from tests.methods import config
 from tests.zoo import BACKBONES, Args, TinyBackbone
 
@@ -249,6 +260,32 @@ def test_checkpointing_threads_and_half_precision_change_nothing() -> None:
     output = run(model, backbone, (given,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert distance(run(model, backbone, (given,)).float(), output) < 0.1
+
+
+def test_one_of_several_arguments_is_named_by_its_number() -> None:
+    backbone = BACKBONES["uni3d"]
+    xyz, colours = backbone.inputs(2, 5)
+    how = InputAdapterConfig(channels=("blue", "red", "green"), backbone_channels=RGB, argument=1)
+    expected = run(frozen(backbone), backbone, (xyz, colours))
+    assert torch.equal(run(adapted(how, backbone), backbone, (xyz, colours[..., [2, 0, 1]])), expected)
+    lacking = InputAdapterConfig(channels=("red", "alpha"), backbone_channels=RGB)
+    model = adapted(lacking, backbone)
+    alpha = torch.stack([colours[..., 0], torch.rand(2, 96)], dim=-1)
+    zero = torch.cat([colours[..., :1], torch.zeros(2, 96, 2)], dim=-1)
+    assert distance(run(model, backbone, (xyz, alpha)), run(frozen(backbone), backbone, (xyz, zero))) < 1e-6
+    rescramble(model)
+    moved = torch.stack([alpha[..., 0], 1 - alpha[..., 1]], dim=-1)
+    assert distance(run(model, backbone, (xyz, moved)), run(model, backbone, (xyz, alpha))) > 1e-4
+
+
+def test_it_compiles_to_one_graph() -> None:
+    backbone = ONE_BLOCK
+    (points,) = backbone.inputs(2, 5)
+    model = adapted(INTENSITY, backbone, LoraConfig(), fresh=False)
+    given = intense(points)
+    output = run(model, backbone, (given,))
+    with torch.no_grad():
+        torch.testing.assert_close(one_graph(model)(given), output)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

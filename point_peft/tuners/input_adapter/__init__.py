@@ -1,8 +1,10 @@
 """Input adapter: clouds whose points have other columns than the frozen backbone takes.
 
-No paper: it is the smallest extension of a first layer, which is also how CNNs for images are given further channels
-(J. Carreira, A. Zisserman: "Quo Vadis, Action Recognition?", CVPR 2017, https://arxiv.org/abs/1705.07750, inflate
-theirs).
+L. Zhang, A. Rao, M. Agrawala: "Adding Conditional Control to Text-to-Image Diffusion Models", ICCV 2023,
+https://arxiv.org/abs/2302.05543
+
+It is the smallest extension of a first layer. The paper cited gives a frozen model further inputs in this way, by layers
+that begin at zero; none is known to us that does so for points.
 
 A point of the data has columns by name, `channels`; the backbone was trained with `backbone_channels`. Columns of one
 name are the same. What the backbone wants and the data lack, such as colours, is zero; what the data have and the
@@ -58,8 +60,8 @@ class InputAdapterConfig(TunerConfig):
     """The columns of the clouds that the adapter takes, in their order."""
     backbone_channels: Sequence[str] | None = None
     """The columns that the backbone was trained with, in their order; coordinates first, where it groups points."""
-    argument: str | None = None
-    """The name of the columns' tensor among the arguments of the model, or of the entry of a mapping. None: the one
+    argument: str | int | None = None
+    """The name or number of the columns' tensor among the arguments of the model, or in a mapping there. None: the one
     with as many columns as `channels`; of several, that which is called `feat`, `features` or `x`, or is (b, n, c)."""
 
     def __post_init__(self) -> None:

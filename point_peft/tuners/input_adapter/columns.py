@@ -21,7 +21,7 @@ class InputColumns(SharedState):
 
     prefix = "input_adapter"
 
-    def __init__(self, channels: tuple[str, ...], wanted: tuple[str, ...], argument: str | None) -> None:
+    def __init__(self, channels: tuple[str, ...], wanted: tuple[str, ...], argument: str | int | None) -> None:
         super().__init__()
         self.channels = channels
         self.argument = argument
@@ -55,7 +55,7 @@ class InputColumns(SharedState):
         for found in choices:
             if len(found) == 1:
                 return found[0]
-        asked = f" called '{self.argument}'" if self.argument is not None else ""
+        asked = "" if self.argument is None else f" called {self.argument!r}"
         given = ", ".join(f"{spell_steps(steps)} {tuple(value.shape)}" for steps, value in floating.items()) or "none"
         raise AdapterError(
             f"the adapter takes clouds with {count} columns, {', '.join(self.channels)}, in one tensor{asked} (b, n, "
