@@ -26,6 +26,7 @@ from point_peft import (
 )
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
+from point_peft.tuners.input_adapter.columns import InputColumns
 from tests.adapting import (
     ONE_BLOCK,
     adapt,
@@ -119,6 +120,17 @@ def test_a_model_that_keeps_its_class_and_its_other_methods_take_the_columns() -
     with torch.no_grad():
         tokens = model.forward_features(points.flip(-1))
         assert torch.equal(tokens, frozen(DENSE).forward_features(points))  # type: ignore[operator]
+
+
+def test_what_the_caller_has_is_not_changed() -> None:
+    columns = InputColumns(("z", "y", "x"), XYZ, None)
+    feat = torch.rand(5, 3)
+    nested = {"points": {"feat": feat}, "name": "a cloud"}
+    (given,), _ = columns.fit((nested,), {})
+    assert torch.equal(given["points"]["feat"], feat.flip(-1)) and nested["points"] == {"feat": feat}
+    data = pytest.importorskip("torch_geometric.data").Data(x=feat, pos=feat)
+    _, given = columns.fit((), {"data": data})
+    assert torch.equal(given["data"].x, feat.flip(-1)) and data.x is feat and given["data"].pos is feat
 
 
 # ---- new columns -----------------------------------------------------------------------------------------------------
@@ -260,6 +272,10 @@ def test_checkpointing_threads_and_half_precision_change_nothing() -> None:
     output = run(model, backbone, (given,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert distance(run(model, backbone, (given,)).float(), output) < 0.1
+    wide = run(model.double(), backbone, (given.double(),))
+    assert distance(wide.float(), output) < 1e-4
+    half = get_peft_model(backbone.build().to(torch.bfloat16), both(INTENSITY, backbone)).eval()
+    assert run(half, backbone, (given.to(torch.bfloat16),)).dtype == torch.bfloat16
 
 
 def test_one_of_several_arguments_is_named_by_its_number() -> None:

@@ -3,8 +3,8 @@
 L. Zhang, A. Rao, M. Agrawala: "Adding Conditional Control to Text-to-Image Diffusion Models", ICCV 2023,
 https://arxiv.org/abs/2302.05543
 
-It is the smallest extension of a first layer. The paper cited gives a frozen model further inputs in this way, by layers
-that begin at zero; none is known to us that does so for points.
+It is the smallest extension of a first layer. The paper cited gives a frozen model further inputs in this way, by
+layers that begin at zero; none is known to us that does so for points.
 
 A point of the data has columns by name, `channels`; the backbone was trained with `backbone_channels`. Columns of one
 name are the same. What the backbone wants and the data lack, such as colours, is zero; what the data have and the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -35,6 +36,9 @@ class InputColumns(SharedState):
         columns = fetch_argument(args, kwargs, steps)
         if self.order == tuple(range(len(self.channels))):
             return args, kwargs
+        for end in range(1, len(steps)):  # what the caller has is not changed
+            holder = copy.copy(fetch_argument(args, kwargs, steps[:end]))
+            args, kwargs = put_argument(args, kwargs, steps[:end], holder)
         filled = nn.functional.pad(columns, (0, 1)) if len(self.channels) in self.order else columns
         return put_argument(args, kwargs, steps, _chosen(filled, self.order))
 

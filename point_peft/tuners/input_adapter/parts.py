@@ -96,7 +96,8 @@ class GroupedColumns(Part):
         cloud = fetch_argument(args, kwargs, self.points.steps)[..., :3]
         extra = self._as_grouped(call, new_columns(call), cloud)
         groups, centres = self._groups(call, output)
-        places = rearrange(groups + centres[:, :, None], "b g k xyz -> b (g k) xyz")
+        wide = torch.promote_types(cloud.dtype, torch.float32)
+        places = rearrange(groups.to(wide) + centres.to(wide)[:, :, None], "b g k xyz -> b (g k) xyz").to(cloud.dtype)
         index = geometry.knn(places, cloud, 1)[:, :, 0]
         self._look(call, places, geometry.gather(cloud, index), cloud)
         rows = rearrange(geometry.gather(extra, index), "b m e -> (b m) e")
@@ -130,7 +131,8 @@ class GroupedColumns(Part):
         """Raise, in the first forward, where no points are at the places: groups may be scaled or turned."""
         if self.looked or torch.compiler.is_compiling():
             return
-        if bool(((places - found).abs().amax() > EXACT * cloud.abs().amax().clamp(min=1e-6)).item()):
+        rounding = max(EXACT, 8 * torch.finfo(cloud.dtype).eps) * cloud.abs().amax().clamp(min=1e-6)
+        if bool(((places - found).abs().amax() > rounding).item()):
             raise AnatomyError(
                 f"the points of the groups that '{call.path}' makes are not those of the cloud less their centres, so "
                 "new columns cannot go with them; leave them out of the data"
