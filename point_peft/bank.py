@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.adapting.fitting import fitted
 from point_peft.adapting.mixed import choosing
 from point_peft.anatomy.description import Steps
 from point_peft.errors import AdapterError, PointPeftError
@@ -134,7 +135,7 @@ class Harvest:
         """
         if sum(_gathered(self.count, ranks)) > self.most:
             self.condense()
-            return merged_harvests(_gathered(self, ranks))
+            return joint_rows(_gathered(self, ranks))
         shards = _gathered((self.features, self.labels), ranks)
         features = [entry for part, _ in shards for entry in part]
         labels = [entry for _, part in shards for entry in part]
@@ -149,7 +150,7 @@ class Harvest:
         return rows, classes, len(rows), places
 
 
-def merged_harvests(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
+def joint_rows(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
     """The same of processes that have all streamed what they had; their labels count where all have the same."""
     streamed = [(harvest, harvest.stream) for harvest in harvests if harvest.stream is not None]
     size, place = streamed[0][0].size, streamed[0][0].place
@@ -183,7 +184,7 @@ def _warn_unlabelled(count: int, kept: int, why: str) -> None:
 
 def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
     with torch.no_grad(), choosing(root, ()):
-        forward = open_forward(root, args, kwargs)
+        forward = open_forward(root, *fitted(get_adapter(root, adapter_name), args, kwargs))
         try:
             return root.backbone_tokens(forward, source, adapter_name)
         finally:

@@ -145,7 +145,6 @@ def test_points_are_segmented_and_unknown_ones_do_not_count(tmp_path: Path) -> N
     run = fit(model, clouds, clouds, recipe, out=tmp_path / "run", to_inputs=to_inputs)
     assert set(run.results["val"]) == {"loss", "accuracy", "class_accuracy", "miou"}
     assert losses(run.folder)[-1] < losses(run.folder)[0]
-    right = 0
     with torch.no_grad():
         predicted = run.model.eval()(*to_inputs([points])).argmax(dim=2)
     right = 100 * float((predicted == labels)[hidden >= 0].double().mean())
@@ -170,7 +169,7 @@ def test_the_same_seed_gives_the_same_values_and_another_gives_others(tmp_path: 
 @pytest.mark.parametrize("change", ["accumulate", "gradient_checkpointing"])
 def test_what_only_saves_memory_changes_no_curve(tmp_path: Path, change: str) -> None:
     value: Any = {"accumulate": 2, "gradient_checkpointing": True}[change]
-    curves = []
+    curves: list[list[float]] = []
     for own in (QUICK, replace(QUICK, **{change: value})):
         model = adapted(PointPEFTConfig(num_prompts=3), drop_path_rate=0.0, head_norm=False).eval()
         for module in model.modules():

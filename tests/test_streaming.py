@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from point_peft import AdapterError, PointPEFTConfig, PointPeftModel, bank, get_peft_model
 from point_peft.adapting.adapter import get_adapter
-from point_peft.bank import Harvest, merged
+from point_peft.bank import Harvest, joint_rows
 from point_peft.parts.prototypes import prototypes
 from point_peft.tuners.point_peft.prior import MemoryBank
 from tests.adapting import banks, fingerprint
@@ -83,7 +83,7 @@ def test_two_shards_make_one_bank_that_is_as_good() -> None:
         shard.condense()
         assert not shard.features and not shard.labels, "rows would be sent to the other processes"
     empty = Harvest(40)
-    kept, classes, count, _ = merged([*shards, empty])
+    kept, classes, count, _ = joint_rows([*shards, empty])
     assert classes is not None and count == 4000 and len(kept) == 40
     assert error(rows, labels, kept, classes) < 1.2 * error(rows, labels, *exact(rows, labels, 40))
 
@@ -147,7 +147,7 @@ def test_labels_that_are_not_those_of_all_batches_do_not_count(early: Labels, la
 def test_shards_of_other_labels_are_merged_without() -> None:
     rows, labels = clustered(1000)
     first, second = harvested(rows[:500], labels[:500], 40), harvested(rows[500:], None, 40)
-    kept, classes, _, places = merged([first, second])
+    kept, classes, _, places = joint_rows([first, second])
     assert classes is None and places == [] and len(kept) == 40
 
 

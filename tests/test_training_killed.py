@@ -43,8 +43,8 @@ def training_until(folder: str, change: str) -> Callable[[], None]:
 
     def work() -> None:
         sys.addaudithook(watch)
-        sys.stderr = open(os.devnull, "w")
-        train(Path(folder), False)
+        with open(os.devnull, "w") as sys.stderr:
+            train(Path(folder), False)
 
     return work
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakSet
@@ -119,6 +119,8 @@ class SharedState(nn.Module):
     """Names of its parameters that are tokens or places in space, as of a `Part`."""
     tuned_tokens: frozenset[str] = frozenset()
     """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
+    takes: Hashable = None
+    """The form of the model's arguments that `fit` expects, which active adapters must agree on; None: any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,6 +185,10 @@ class SharedState(nn.Module):
     def file_name(self, name: str) -> str:
         """The name in a file of the tensor that this module's state dict calls `name`."""
         return f"{self.prefix}.{name}" if self.prefix else name
+
+    def fit(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments of the model as the backbone takes them, of those that it is called with."""
+        return args, kwargs
 
     def check(self, base_model: nn.Module) -> None:
         """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with on this backbone."""

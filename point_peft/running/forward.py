@@ -83,6 +83,8 @@ class Forward:
         self.parent = parent
         self.inputs: tuple[Args, Kwargs] | None = None
         """The arguments of the model, until the forward ends; None in a direct call of a part of it."""
+        self.given: tuple[Args, Kwargs] | None = None
+        """The arguments of the call, where an adapter takes others than the backbone."""
         self.method: str | None = None
         """The method that was called instead of the model itself."""
         self.seen = Seen()
