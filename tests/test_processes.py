@@ -40,6 +40,7 @@ from tests.adapting import (
 )
 from tests.hanging import until
 from tests.methods import config
+from tests.training_processes import check_trained, interrupt_one, train_all
 from tests.zoo import BACKBONES, TinyBackbone
 
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
@@ -110,6 +111,7 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
         assert _sharded(methods, rank, mesh) < 1e-5
     for method in METHOD_NAMES:
         assert _synchronised(method, rank) < 1e-4, method
+    train_all(Path(folder), _sharded_to_train)
     torch.save(found, Path(folder) / f"{rank}.pt")
     process.destroy_process_group()
 
@@ -146,6 +148,12 @@ def _sharded(methods: Sequence[str], rank: int, mesh: DeviceMesh) -> float:
     assert list(alone) == list(shared)
     whole = {name: share.full_tensor() for name, share in shared.items() if isinstance(share, DTensor)}
     return max(distance(whole[name], gradient) for name, gradient in alone.items())
+
+
+def _sharded_to_train(model: PointPeftModel) -> None:
+    """Shard a model over both processes and let methods that are called directly gather it as well."""
+    _shard(model, init_device_mesh("cpu", (2,)))
+    register_fsdp_forward_method(model, "build_memory_bank")
 
 
 def _synchronised(method: str, rank: int) -> float:
@@ -201,7 +209,9 @@ def _built_within(method: str, backbone: TinyBackbone, rank: int, mesh: DeviceMe
 @needs_processes
 def test_two_processes_train_and_build_banks_as_one(tmp_path: Path) -> None:
     """One test for all methods, because starting the processes takes most of its time."""
+    interrupt_one(tmp_path)
     ranks = _two_processes(tmp_path)
+    check_trained(tmp_path)
     for method, backbone in SPREAD:
         found = [rank[method, backbone.name] for rank in ranks]
         _check_training(method, backbone, *found)

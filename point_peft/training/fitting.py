@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from point_peft.parameter_groups import Rates, adapter_groups, parameter_groups_
 from point_peft.training.cost import Cost, try_once
 from point_peft.training.feeding import Feed, labels_of, on_device, set_mode, size_of
 from point_peft.training.folder import RunFolder
+from point_peft.training.global_batch import GlobalBatch
 from point_peft.training.inference import Inference
 from point_peft.training.loop import Loop
 from point_peft.training.objective import Loss, balanced_weights
@@ -125,7 +127,8 @@ def fit(
     record, results = finish(loop, names, evaluated, {**(about or {})})
     folder.finish(record)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     history = folder.epochs() if folder.writes else []
     return Run(
         folder=folder.path,
@@ -328,9 +331,11 @@ def _trial(inference: Inference, drawn: Drawn, count: int, recipe: Recipe) -> Co
 
     def backward() -> None:
         set_seed(seed_of(recipe.seed, STEP, 0))
-        with inference.accelerator.autocast():
-            mean, auxiliary = inference.losses(batch, labels, inference.loss.weight_of(labels).clamp(min=1e-12), 1.0)
-        torch.autograd.backward(mean + auxiliary)
+        with nullcontext() if ranks == 1 else GlobalBatch(share.sizes, rank):
+            with inference.accelerator.autocast():
+                weight = inference.loss.weight_of(labels).clamp(min=1e-12)
+                mean, auxiliary = inference.losses(batch, labels, weight, 1.0)
+            (mean + auxiliary).backward()  # type: ignore[no-untyped-call]
 
     return try_once(inference.model, backward)
 
