@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from point_peft.data.cloud import COORDINATES, Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
-from point_peft.data.formats.arrays import Arrays, arrays_in, columns_of, points_of
+from point_peft.data.formats.arrays import POINTS, Arrays, arrays_in, columns_of, points_of
 from point_peft.data.formats.columns import LABELS, Wanted, cloud_of_columns, whole_numbers
 from point_peft.data.options import DataOptions
 from point_peft.data.splitting import SPLIT_NAMES
@@ -92,8 +92,7 @@ def read_array_set(path: Path, options: DataOptions = DataOptions()) -> CloudSet
 
 def holds_array_set(path: Path) -> bool:
     """True of a file of arrays whose points are of several clouds."""
-    arrays = arrays_in(path)
-    return arrays[points_of(arrays, path)].ndim == 3
+    return any(values.ndim == 3 for values in arrays_in(path, POINTS).values())
 
 
 def _label_name(arrays: Arrays, path: Path, field: str | None) -> str | None:

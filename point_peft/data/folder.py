@@ -18,7 +18,7 @@ TEXTS = (".txt", ".md", ".csv", ".json", ".yaml", ".yml", ".pdf", ".html", ".log
 FORM = "train/CLASS/FILES, test/CLASS/FILES and, if there is, val/CLASS/FILES, or CLASS/FILES"
 
 
-def read_folder(path: Path, options: DataOptions = DataOptions()) -> CloudSet:  # noqa: B008 - it is frozen
+def read_class_folder(path: Path, options: DataOptions = DataOptions()) -> CloudSet:  # noqa: B008 - it is frozen
     """The clouds of a folder of classes, which are the names of its folders, sorted.
 
     Without folders of splits the entries have none. Hidden files, notes such as README and LICENSE, and texts beside
@@ -77,7 +77,7 @@ def _split_folders(
 
 
 def note_free(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without hidden files and notes."""
+    """The contents of a folder, sorted, without hidden files and notes."""
     named = sorted((entry.name.lower(), entry) for entry in folder.iterdir())
     return [entry for name, entry in named if not name.startswith((".", *NOTES)) and name not in SYSTEM_FILES]
 

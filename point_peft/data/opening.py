@@ -1,12 +1,12 @@
 """One door to data of every form: a path is recognised, read and split."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from point_peft.data.array_set import holds_array_set, read_array_set
 from point_peft.data.cloud_set import CloudSet
-from point_peft.data.folder import note_free, read_folder
+from point_peft.data.folder import note_free, read_class_folder
 from point_peft.data.manifest import is_manifest, read_manifest
 from point_peft.data.options import DataOptions
 from point_peft.data.reading import READERS, known_suffix
@@ -16,11 +16,20 @@ from point_peft.data.splitting import check_splits, split_by_options
 from point_peft.errors import DataError, nearest_names, quoted
 
 LAYOUTS: dict[str, Callable[[Path, DataOptions], CloudSet]] = {
-    "folder": read_folder,
+    "folder": read_class_folder,
     "manifest": read_manifest,
     "arrays": read_array_set,
 }
 """Name -> the reader of one path; scenes are read from several."""
+MEANT_ALWAYS = ("kind", "task", "preparation", "seed", "val_share", "test_share")
+NAMED_GROUPS = ("train_groups", "val_groups", "test_groups")
+MEANT = {
+    "folder": ("num_samples",),
+    "manifest": (*NAMED_GROUPS, "group", "classes", "label_field", "num_samples"),
+    "arrays": (*NAMED_GROUPS, "group", "label_field"),
+    "scene": (*NAMED_GROUPS, "split_along", "gap", "tile", "classes", "label_field", "num_samples"),
+}
+"""The options that mean something for each layout; the field's sets say so themselves."""
 ARRAY_SUFFIXES = (".npz", ".h5", ".hdf5")
 
 
@@ -39,6 +48,7 @@ def open_data(
         if not one.exists():
             raise DataError(f"{one} does not exist; it should be {_known()}")
     kind = _recognised(paths) if options.kind == "auto" else options.kind
+    _check_meant(kind, options)
     if kind == "scene":
         files = _files(paths)
         found = read_scene(files, options)
@@ -58,6 +68,19 @@ def _known() -> str:
         "a folder of classes, a manifest (CSV with a column file, or JSON), an NPZ or HDF5 file of a whole set, the "
         f"files of one or more scenes ({', '.join(READERS)}), or one of the sets {', '.join(sorted(SETS)) or '(none)'}"
     )
+
+
+def _check_meant(kind: str, options: DataOptions) -> None:
+    """Raise `DataError` for an option that says nothing for data of this kind."""
+    unset = DataOptions()
+    for item in fields(options) if kind in MEANT else ():
+        given = getattr(options, item.name)
+        if item.name not in (*MEANT_ALWAYS, *MEANT[kind]) and given != getattr(unset, item.name):
+            raise DataError(f"{item.name} is {quoted(given)}, which says nothing for data of kind {kind}; leave it out")
+    if kind == "scene" and options.task == "classification":
+        raise DataError(
+            "task is 'classification', but scenes are for segmentation; put objects into folders of their classes"
+        )
 
 
 def _layout(kind: str, paths: Sequence[Path], options: DataOptions) -> Callable[[Path, DataOptions], CloudSet]:

@@ -1,4 +1,4 @@
-"""What may be said of data that are opened: which form they have, how they are split and prepared."""
+"""Choices about data that are opened: which form they have, how they are split and prepared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class DataOptions:
     """The length, in the unit of the file, between two parts of a split scene that belongs to neither."""
     tile: Annotated[float | None, Limit("more than 0", lambda tile: tile > 0)] = None
     """The side of the square columns that a scene is cut into, in the unit of the file; None: so long that a column has
-    about `num_points` points."""
+    about 3/4 of `num_points` points."""
     classes: Mapping[str, Sequence[int]] | None = None
     """Name -> codes of the labels in the files that are of this class; points of other codes are unknown. None: each
     code that occurs is a class."""
@@ -64,6 +64,7 @@ class DataOptions:
         require(self.val_share + self.test_share < 1, self, "test_share", "less than 1 together with val_share")
         require(self.split_along in (None, "x", "y"), self, "split_along", "'x', 'y' or None")
         require(not (self.split_along and self.names_groups), self, "split_along", "None where groups are named")
+        require(self.gap == 0 or self.split_along is not None, self, "gap", "0 where split_along is None")
         codes_of_all = [code for codes in (self.classes or {}).values() for code in codes]
         distinct = len(set(codes_of_all)) == len(codes_of_all) and all((self.classes or {}).values())
         require(distinct and self.classes != {}, self, "classes", "one code or more for each class, each in one class")

@@ -20,6 +20,8 @@ from point_peft.data.reading import read_cloud
 from point_peft.data.splitting import SPLITS
 from point_peft.errors import DataError
 
+FILLED = 0.75
+"""Of `num_points`, as many are meant to be in a column, so that most columns with more than the mean need no cut."""
 Indices = npt.NDArray[np.int64]
 
 
@@ -170,8 +172,8 @@ def _pieces(
 
 
 def _side(places: npt.NDArray[np.float64], most: int | None, source: str) -> float:
-    """The side of a square that has, over the whole area, about `most` points; of a scene without area, its length."""
+    """The side of a square that has, in the mean over the area, 3/4 of `most` points; without an area, the length."""
     if most is None:
         raise DataError(f"{source}: without num_points the length of a tile is needed to cut a scene; state tile")
     extent = places.max(axis=0) - places.min(axis=0)
-    return float(math.sqrt(extent[0] * extent[1] * most / len(places)) or extent.max() or 1.0)
+    return float(math.sqrt(extent[0] * extent[1] * FILLED * most / len(places)) or extent.max() or 1.0)

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +42,37 @@ def read_npy(path: Path, wanted: Wanted) -> Cloud:
     return cloud_of_table(table, path, wanted)
 
 
-def arrays_in(path: Path) -> Arrays:
-    """The arrays of an NPZ file, or those at the top of an HDF5 file; text as arrays of str."""
-    return _hdf5_arrays(path) if path.suffix.lower() in (".h5", ".hdf5") else _npz_arrays(path)
+def arrays_in(path: Path, only: Sequence[str] | None = None) -> Arrays:
+    """The arrays of an NPZ file, or those at the top of an HDF5 file; text as arrays of str.
+
+    `only` are names in lower case: other arrays are not read.
+    """
+    read = _hdf5_arrays if path.suffix.lower() in (".h5", ".hdf5") else _npz_arrays
+    return read(path, lambda name: only is None or name.lower() in only)
 
 
-def _npz_arrays(path: Path) -> Arrays:
+def _npz_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise ValueError("it is no zip archive, or not complete")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                return dict(archive)
+                return {name: archive[name] for name in archive if wanted(name)}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); it should be an NPZ file of arrays without objects"
         ) from error
 
 
-def _hdf5_arrays(path: Path) -> Arrays:
+def _hdf5_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
     h5py = optional("h5py", "HDF5 files")
     try:
         with h5py.File(path, "r") as file:
             return {
                 name: np.asarray(item.asstr()[...], str) if h5py.check_string_dtype(item.dtype) else item[...]
                 for name, item in file.items()
-                if isinstance(item, h5py.Dataset)
+                if isinstance(item, h5py.Dataset) and wanted(name)
             }
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it should be a complete HDF5 file") from error

@@ -21,7 +21,7 @@ SYNONYMS = {
     "i": "intensity",
     "reflectance": "intensity",
 }
-UNIT = (0.95, 1.05)
+UNIT = (0.98, 1.02)
 """Three columns whose length lies in between in every row are a normal."""
 
 
@@ -94,7 +94,7 @@ def _scaled_colours(columns: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArr
     Colours that are whole numbers, or above 1, have a scale of 255, or of 65535 where one of them is above 255.
     """
     colours = [columns[name] for name in COLOURS if name in columns]
-    highest = max((float(np.max(values)) for values in colours), default=0.0)
+    highest = max((float(np.fmax.reduce(values)) for values in colours), default=0.0)
     whole = all(values.dtype.kind in "iu" for values in colours)
     scale = 65535.0 if highest > 255 else 255.0 if whole or highest > 1 else 1.0
     return {
@@ -137,4 +137,5 @@ def cloud_of_table(table: npt.NDArray[Any], path: Path, wanted: Wanted) -> Cloud
 
 def _are_normals(rows: npt.NDArray[Any]) -> bool:
     lengths = np.linalg.norm(np.asarray(rows, np.float64), axis=1)
-    return bool(np.all((lengths > UNIT[0]) & (lengths < UNIT[1])))
+    known = lengths[np.isfinite(lengths)]
+    return len(known) > 0 and bool(np.all((known > UNIT[0]) & (known < UNIT[1])))

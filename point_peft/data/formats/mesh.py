@@ -18,7 +18,7 @@ FORMS = {
     ".stl": "an STL file: triangles, as text or binary",
 }
 PARSING = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError)
-"""What trimesh raises for files that are not what their suffix says."""
+"""Errors of trimesh for files that are not what their suffix says."""
 
 
 def read_mesh(path: Path, wanted: Wanted) -> Cloud:
@@ -28,8 +28,9 @@ def read_mesh(path: Path, wanted: Wanted) -> Cloud:
     """
     trimesh = optional("trimesh", "PLY, OFF, OBJ and STL files")
     suffix = path.suffix.lower()
+    surface_only = {"skip_materials": True} if suffix == ".obj" else {}
     try:
-        scene = trimesh.load_scene(path, process=False)
+        scene = trimesh.load_scene(path, process=False, **surface_only)
         parts = list(scene.dump())
     except PARSING as error:
         raise DataError(f"{path} cannot be read ({error}); it should be {FORMS[suffix]}") from error
@@ -53,7 +54,7 @@ def _columns(part: Any, path: Path) -> dict[str, npt.NDArray[Any]]:
     """The properties of vertices, all those of a PLY file, by name."""
     raw = part.metadata.get("_ply_raw", {}).get("vertex")
     if raw is not None:
-        columns = {name: np.asarray(values).reshape(-1) for name, values in dict(raw["data"]).items()}
+        columns = {name: np.asarray(raw["data"][name]).reshape(-1) for name in raw["properties"]}
         found = len(next(iter(columns.values()), ()))
         if found != raw["length"]:
             raise DataError(f"{path} should hold {raw['length']} vertices, as it says, but holds {found}")
