@@ -33,6 +33,8 @@ class CloudSet(Dataset[Sample]):
     """The names of the classes, by label."""
     categories: tuple[str, ...] = ("",)
     """The kinds of objects whose parts are asked for, by number."""
+    codes: tuple[tuple[int, ...], ...] = ()
+    """The codes in the files that are of each class; empty where files have none."""
     preparation: Preparation = Preparation()  # noqa: RUF009 - it is frozen
     seed: int = 0
     numbers: tuple[int, ...] = ()
