@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,13 @@ def test_a_las_file_that_is_not_complete_is_refused(tmp_path: Path, suffix: str,
         read_cloud(written(tmp_path / f"b.{suffix}", content[:cut]))
     with pytest.raises(DataError, match=f"c.{suffix} cannot be read .*; it should be a complete LAS or LAZ file"):
         read_cloud(written(tmp_path / f"c.{suffix}", b"x" * 400))
+
+
+def test_a_las_file_that_counts_more_records_than_it_can_hold_is_refused_at_once(tmp_path: Path) -> None:
+    content = bytearray(las_file(tmp_path / "a.las").read_bytes())
+    content[100:104] = b"\xff\xff\xff\x7f"
+    with pytest.raises(DataError, match="its header counts 2147483647 records, more than the file can hold"):
+        read_cloud(written(tmp_path / "b.las", bytes(content)))
 
 
 def test_a_scan_of_kitti_is_read(tmp_path: Path) -> None:
@@ -521,3 +529,12 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"b{suffix}").mkdir()
     with pytest.raises(DataError, match=f"b{suffix} cannot be read"):
         read_cloud(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("ply", "trimesh"), ("las", "laspy"), ("laz", "lazrs"), ("h5", "h5py")])
+def test_a_package_that_is_not_installed_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"files need {module}, .*: pip install 'point-peft\[data\]'"):
+        read_cloud(written(tmp_path / f"a.{suffix}", b""))

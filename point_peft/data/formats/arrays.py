@@ -1,5 +1,6 @@
 """Clouds in the arrays of NumPy and HDF5: NPY, NPZ, H5."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ VECTORS = {
 }
 """Names of arrays of three columns that are colours or normals."""
 NPY_MAGIC = b"\x93NUMPY"
+NPY_ERRORS = (EOFError, MemoryError, SyntaxError, TypeError, ValueError, tokenize.TokenError)
+"""Errors of NumPy for files that are cut off or damaged, whose headers it parses as Python does."""
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -33,7 +36,7 @@ def read_npy(path: Path, wanted: Wanted) -> Cloud:
                 raise ValueError("it does not begin as an NPY file")
             file.seek(0)
             table = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise DataError(
             f"{path} cannot be read ({error}); it should be an NPY file of numbers (points, columns)"
         ) from error
@@ -59,7 +62,7 @@ def _npz_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive if wanted(name)}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*NPY_ERRORS, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read ({error}); it should be an NPZ file of arrays without objects"
         ) from error
@@ -74,7 +77,7 @@ def _hdf5_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
                 for name, item in file.items()
                 if isinstance(item, h5py.Dataset) and wanted(name)
             }
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it should be a complete HDF5 file") from error
 
 

@@ -97,9 +97,11 @@ def _scaled_colours(columns: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArr
     highest = max((float(np.fmax.reduce(values)) for values in colours), default=0.0)
     whole = all(values.dtype.kind in "iu" for values in colours)
     scale = 65535.0 if highest > 255 else 255.0 if whole or highest > 1 else 1.0
-    return {
-        name: (values / scale if name in COLOURS else values).astype(np.float32) for name, values in columns.items()
-    }
+    # What is too large for float32 becomes infinity, which the preparation refuses where the channel is asked for.
+    with np.errstate(over="ignore"):
+        return {
+            name: (values / scale if name in COLOURS else values).astype(np.float32) for name, values in columns.items()
+        }
 
 
 def cloud_of_table(table: npt.NDArray[Any], path: Path, wanted: Wanted) -> Cloud:

@@ -12,6 +12,11 @@ from point_peft.data.formats.columns import Wanted, cloud_of_columns, cloud_of_t
 from point_peft.data.optional import optional
 from point_peft.errors import DataError
 
+DAMAGED = (ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError, struct.error)
+"""Errors of laspy and lazrs for files that are cut off or damaged."""
+HEADER = 247
+RECORDS = ((100, 54), (243, 60))
+"""The places of the numbers of records in the header of a LAS file, the second in version 1.4, and a record's bytes."""
 KITTI = np.dtype("<f4")
 KITTI_COLUMNS = 4
 
@@ -27,14 +32,25 @@ def read_las(path: Path, wanted: Wanted) -> Cloud:
     if path.suffix.lower() == ".laz":
         optional("lazrs", "LAZ files")
     try:
+        _check_records(path)
         las = laspy.read(path)
         columns = _columns(las)
-    except (laspy.errors.LaspyException, ArithmeticError, LookupError, RuntimeError, ValueError, struct.error) as error:
+    except (laspy.errors.LaspyException, *DAMAGED) as error:
         raise DataError(f"{path} cannot be read ({error}); it should be a complete LAS or LAZ file") from error
     expected = las.header.point_count
     if len(columns["x"]) != expected:
         raise DataError(f"{path} should hold {expected} points, as it says, but holds {len(columns['x'])}")
     return cloud_of_columns(columns, path, wanted)
+
+
+def _check_records(path: Path) -> None:
+    """Raise `ValueError` where a header counts more records than fit into the file, which laspy would go through."""
+    with path.open("rb") as file:
+        head = file.read(HEADER)
+    for place, least in RECORDS if head.startswith(b"LASF") and len(head) == HEADER else ():
+        (count,) = struct.unpack_from("<I", head, place)
+        if place < int.from_bytes(head[94:96], "little") and count * least > path.stat().st_size:
+            raise ValueError(f"its header counts {count} records, more than the file can hold")
 
 
 def _columns(las: Any) -> dict[str, npt.NDArray[Any]]:

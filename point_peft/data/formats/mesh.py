@@ -17,7 +17,7 @@ FORMS = {
     ".obj": "an OBJ file: lines 'v x y z' for vertices and 'f i j k' for faces",
     ".stl": "an STL file: triangles, as text or binary",
 }
-PARSING = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError)
+PARSING = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
 """Errors of trimesh for files that are not what their suffix says."""
 
 
@@ -27,22 +27,28 @@ def read_mesh(path: Path, wanted: Wanted) -> Cloud:
     These are drawn evenly by area, `num_samples` of them, with the normals of their faces.
     """
     trimesh = optional("trimesh", "PLY, OFF, OBJ and STL files")
-    suffix = path.suffix.lower()
-    surface_only = {"skip_materials": True} if suffix == ".obj" else {}
+    form = FORMS[path.suffix.lower()]
+    surface_only = {"skip_materials": True} if path.suffix.lower() == ".obj" else {}
     try:
-        scene = trimesh.load_scene(path, process=False, **surface_only)
-        parts = list(scene.dump())
+        parts = list(trimesh.load_scene(path, process=False, **surface_only).dump())
+        meshes = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces) > 0]
+        _check_faces(meshes)
+        vertices = _columns(parts[0]) if len(parts) == 1 else {}
     except PARSING as error:
-        raise DataError(f"{path} cannot be read ({error}); it should be {FORMS[suffix]}") from error
-    meshes = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces) > 0]
-    vertices = [_columns(part, path) for part in parts]
-    if len(vertices) == 1 and (not meshes or _has_labels(vertices[0], wanted)):
-        return cloud_of_columns(vertices[0], path, wanted)
-    if not meshes:
-        raise DataError(f"{path} holds no points; it should be {FORMS[suffix]}")
+        raise DataError(f"{path} cannot be read ({error}); it should be {form}") from error
+    if not parts:
+        raise DataError(f"{path} holds no points; it should be {form}")
+    if len(parts) == 1 and (not meshes or _has_labels(vertices, wanted)):
+        return cloud_of_columns(vertices, path, wanted)
     if len(meshes) < len(parts):
-        raise DataError(f"{path} holds both meshes and loose points; it should hold one of the two")
+        raise DataError(f"{path} holds loose points beside others or meshes; it should hold one cloud, or meshes only")
     return _sampled(trimesh, meshes, path, wanted)
+
+
+def _check_faces(meshes: list[Any]) -> None:
+    for mesh in meshes:
+        if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
+            raise ValueError("faces have vertices that there are not")
 
 
 def _has_labels(columns: dict[str, npt.NDArray[Any]], wanted: Wanted) -> bool:
@@ -50,14 +56,17 @@ def _has_labels(columns: dict[str, npt.NDArray[Any]], wanted: Wanted) -> bool:
     return bool(names & set(LABELS)) or wanted.label_field is not None
 
 
-def _columns(part: Any, path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The properties of vertices, all those of a PLY file, by name."""
+def _columns(part: Any) -> dict[str, npt.NDArray[Any]]:
+    """The properties of vertices, all those of a PLY file, by name; raises `ValueError` where some are missing."""
     raw = part.metadata.get("_ply_raw", {}).get("vertex")
     if raw is not None:
         columns = {name: np.asarray(raw["data"][name]).reshape(-1) for name in raw["properties"]}
-        found = len(next(iter(columns.values()), ()))
-        if found != raw["length"]:
-            raise DataError(f"{path} should hold {raw['length']} vertices, as it says, but holds {found}")
+        lists = [name for name, values in columns.items() if values.dtype.kind not in "iuf"]
+        if lists:
+            raise ValueError(f"the property {lists[0]} of its vertices is no number")
+        found = {len(values) for values in columns.values()} or {0}
+        if found != {raw["length"]}:
+            raise ValueError(f"it should hold {raw['length']} vertices, as it says, but holds {min(found)}")
         return columns
     columns = dict(zip(COORDINATES, np.asarray(part.vertices).T, strict=True))
     if part.visual.kind == "vertex":
