@@ -25,7 +25,7 @@ def test_it_trains_saves_and_loads(
     pytest.importorskip(name.partition("_")[0])
     supply_torchvision_schemas()
     example = importlib.import_module(f"examples.{name}")
-    monkeypatch.setattr(example, "load_digits_clouds", lambda: digits)
+    monkeypatch.setattr(example, "load_digits_clouds", lambda n: digits)
     capfd.readouterr()
     example.main(["--train", "8", "--test", "4", "--epochs", "2", "--out", str(tmp_path / "out")])
     printed, errors = capfd.readouterr()
