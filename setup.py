@@ -10,6 +10,10 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
+# Formats of clouds that NumPy does not read.
+DATA = ["trimesh>=4", "laspy>=2.5", "lazrs>=0.5", "h5py>=3.10"]
+# Bars and pictures of training runs.
+TRAIN = ["matplotlib>=3.8", "tqdm>=4.60"]
 # Not needed to read or write its files; what they are read with elsewhere.
 PEFT = ["peft>=0.21"]
 # Farthest points on a GPU in one kernel.
@@ -64,15 +68,20 @@ setup(
     ],
     entry_points={"console_scripts": ["point-peft = point_peft.cli:main"]},
     extras_require={
+        "data": DATA,
         "examples": EXAMPLES,
         "fast": FAST,
         "peft": PEFT,
+        "train": TRAIN,
         "test": [
+            *DATA,
             *EXAMPLES,
+            *TRAIN,
             *BACKBONES,
             *PEFT,
             *FAST,
             "hypothesis>=6.100",
+            "lightning>=2.4",
             "mypy>=1.11",
             "onnx>=1.17",
             "onnxruntime>=1.20",
@@ -80,6 +89,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
+            "tensorboard>=2.16",
         ],
     },
 )

@@ -177,6 +177,7 @@ def test_a_list_without_labels_is_for_segmentation(tmp_path: Path, suffix: str) 
     path = manifest(tmp_path / f"list.{suffix}", rows)
     data = open_data(path, DataOptions(group="site", train_groups=["n"], test_groups=["s"]))
     assert (data.task, data.classes, data.categories) == ("segmentation", ("5", "7", "9"), ("cap", "mug"))
+    assert data.codes == ((5,), (7,), (9,))
     assert [(entry.split, entry.category, entry.label) for entry in data.entries] == [
         ("train", 1, None),
         ("test", 0, None),

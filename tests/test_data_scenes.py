@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from point_peft.data import scenes
 from point_peft.data.cloud import Cloud
 from point_peft.data.opening import open_data
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
+from point_peft.data.reading import read_cloud
 from point_peft.data.scenes import Scene, cut_scene, read_scene, read_scenes
 from point_peft.errors import DataError
 
@@ -50,7 +52,7 @@ def scene_file(path: Path, codes: list[int], n: int = 1000, seed: int = 0) -> Pa
 
 def cut(points: npt.NDArray[np.float64], chosen: DataOptions, labels: npt.NDArray[np.int64] | None = None) -> Scene:
     cloud = Cloud(coordinates=points, labels=labels, source="scene.las")
-    return cut_scene(cloud, "scene", chosen, np.random.default_rng(0))
+    return cut_scene(cloud, lambda: cloud, "scene", chosen, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("tile", [None, 1.0, 7.5, 1000.0])
@@ -149,13 +151,15 @@ def test_codes_become_classes_by_their_names(tmp_path: Path) -> None:
     path = scene_file(tmp_path / "a.las", [2, 6, 17])
     data = open_data(path, options())
     assert (data.task, data.classes) == ("segmentation", ("ground", "building", "bridge deck"))
+    assert data.codes == ((2,), (6,), (17,))
     (scene,), _ = read_scenes([path], options())
-    assert scene.cloud.labels is not None
-    assert scene.cloud.labels[:6].tolist() == [0, 1, 2] * 2
-    np.testing.assert_allclose(scene.cloud.coordinates, scattered(), rtol=0, atol=1e-6)
+    whole = scene.read()
+    assert whole.labels is not None
+    assert whole.labels[:6].tolist() == [0, 1, 2] * 2
+    np.testing.assert_allclose(whole.coordinates, scattered(), rtol=0, atol=1e-6)
     piece, first = data.entries[0].read(), scene.pieces[0]
     assert piece.coordinates.dtype == np.float64
-    np.testing.assert_array_equal(piece.coordinates, scene.cloud.coordinates[first])
+    np.testing.assert_array_equal(piece.coordinates, whole.coordinates[first])
     np.testing.assert_array_equal(piece.channels["intensity"], first)
     assert piece.source == f"{path}, piece 0"
     assert {(entry.split, entry.group) for entry in data.entries} == {(None, "a")}
@@ -166,9 +170,11 @@ def test_classes_may_be_merged_and_left_out(tmp_path: Path) -> None:
     path = scene_file(tmp_path / "a.las", [2, 6, 17, 20])
     assert open_data(path, options()).classes == ("2", "6", "17", "20")  # 20 has no name
     chosen = {"built": [17, 6], "ground": [2]}
-    (scene,), classes = read_scenes([path], options(classes=chosen))
-    assert scene.cloud.labels is not None
-    assert (classes, scene.cloud.labels[:4].tolist()) == (("built", "ground"), [1, 0, 0, -1])
+    (scene,), codes = read_scenes([path], options(classes=chosen))
+    labels = scene.read().labels
+    assert labels is not None
+    assert (codes.names, labels[:4].tolist()) == (("built", "ground"), [1, 0, 0, -1])
+    assert open_data(path, options(classes=chosen)).codes == codes.codes == ((17, 6), (2,))
     with pytest.warns(UserWarning, match="no point is of class water; there are 2, 6, 17, 20"):
         open_data(path, options(classes={"water": [9], "ground": [2]}))
     with pytest.raises(DataError, match="no point has a code of the classes asked for; there are 2, 6, 17, 20"):
@@ -203,9 +209,36 @@ def test_several_scenes_are_split_by_file(tmp_path: Path) -> None:
     assert {split for _, split in {(entry.group, entry.split) for entry in drawn.entries}} == {"train", "val", "test"}
     along = open_data(tmp_path, options(kind="scene", split_along="x"))
     assert len({(entry.group, entry.split) for entry in along.entries}) == 12
-    scenes, _ = read_scenes(sorted(tmp_path.iterdir()), options())
-    assert [scene.name for scene in scenes] == ["s0", "s1", "s2", "s3"]
-    assert len(read_scene(sorted(tmp_path.iterdir()), options())) == sum(len(scene.pieces) for scene in scenes)
+    found, _ = read_scenes(sorted(tmp_path.iterdir()), options())
+    assert [scene.name for scene in found] == ["s0", "s1", "s2", "s3"]
+    assert len(read_scene(sorted(tmp_path.iterdir()), options())) == sum(len(scene.pieces) for scene in found)
+
+
+def test_scenes_are_read_when_a_piece_is_asked_for_and_then_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    paths = [scene_file(tmp_path / f"s{number}.las", [1, 2], n=200, seed=number) for number in range(2)]
+    opened: list[str] = []
+
+    def counted(path: Path, **wanted: Any) -> Cloud:
+        opened.append(path.stem)
+        return read_cloud(path, **wanted)
+
+    monkeypatch.setattr(scenes, "read_cloud", counted)
+    data = read_scene(paths, options())
+    assert opened == ["s0", "s1"]
+    for _ in range(2):
+        labels = [entry.read().labels for entry in data.entries]
+    assert opened == ["s0", "s1"] * 2
+    assert sum(int((own == 1).sum()) for own in labels if own is not None) == 200
+
+
+def test_a_set_of_scenes_is_small_and_tells_of_a_file_that_has_changed(tmp_path: Path) -> None:
+    path = scene_file(tmp_path / "s0.las", [1, 2], n=2000)
+    content = pickle.dumps(read_scene([path], options(500)))
+    assert len(content) < 2000 * 3 * 8  # the rows of points, no coordinates
+    scene_file(path, [1, 2], n=150)
+    again = pickle.loads(content)
+    with pytest.raises(DataError, match="s0.las has 150 points, but had 2000 when it was opened; open it again"):
+        again.entries[0].read()
 
 
 def test_bad_scenes_are_named(tmp_path: Path) -> None:
@@ -228,14 +261,15 @@ def test_an_airborne_scan_is_split_along_x_with_gaps_of_10_feet() -> None:
             pytest.fail(f"no {path}; set POINT_PEFT_DATA")
         pytest.skip(f"no {path}; set POINT_PEFT_DATA")
     chosen = options(1024, split_along="x", val_share=0.2, test_share=0.3, gap=10.0)
-    (scene,), classes = read_scenes([path], chosen)
-    assert classes == ("unclassified", "ground")
+    (scene,), codes = read_scenes([path], chosen)
+    assert codes.names == ("unclassified", "ground")
     points: Counter[str | None] = Counter()
     for piece, split in zip(scene.pieces, scene.splits, strict=True):
         points[split] += len(piece)
     assert (points, scene.dropped) == ({"train": 54476, "val": 21018, "test": 32580}, 1926)
-    x = scene.cloud.coordinates[:, 0]
+    whole = scene.read()
+    x = whole.coordinates[:, 0]
     assert (x.min(), x.max()) == (636001.76, 637179.22)
-    assert scene.cloud.labels is not None
-    assert np.bincount(scene.cloud.labels).tolist() == [83893, 26107]
-    assert 0.9 < scene.cloud.channels["red"].max() <= 1
+    assert whole.labels is not None
+    assert np.bincount(whole.labels).tolist() == [83893, 26107]
+    assert 0.9 < whole.channels["red"].max() <= 1

@@ -18,6 +18,7 @@ import torch
 
 from point_peft.data.cloud import Cloud, Entry
 from point_peft.data.cloud_set import CloudSet
+from point_peft.data.opening import open_data
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
 from point_peft.data.sets import SETS
@@ -30,6 +31,7 @@ from point_peft.errors import DataError, PointPeftError
 RAW = Preparation(num_points=None, centre="none", scale="none")
 N = 12
 SYNSETS = {name: f"0{number:07d}" for number, name in enumerate(CATEGORIES)}
+H5, RESAMPLED = "modelnet40_ply_hdf5_2048", "modelnet40_normal_resampled"
 FEW_SHOT = "5way_10shot/0.pkl"
 
 
@@ -70,6 +72,17 @@ def modelnet_text(root: Path) -> None:
         text(folder / f"modelnet10_{name}.txt", items[-1])
         for item in items:
             text(folder / item.rpartition("_")[0] / f"{item}.txt", numbers(N, 6), ",")
+
+
+def modelnet_pickles(root: Path) -> None:
+    """As Point-BERT's: the lists of the text are beside, the text itself need not."""
+    folder = root / "modelnet40_normal_resampled"
+    text(folder / "modelnet40_shape_names.txt", "airplane\nbathtub\nnight_stand\n")
+    for split, labels in (("train", [0, 2, 1]), ("test", [1])):
+        text(folder / f"modelnet40_{split}.txt", "airplane_0001\n")
+        clouds = [numbers(N, 6, seed=label) for label in labels]
+        content = pickle.dumps([clouds, [np.array([label], np.int32) for label in labels]])
+        (folder / f"modelnet40_{split}_8192pts_fps.dat").write_bytes(content)
 
 
 def scanobjectnn(root: Path) -> None:
@@ -128,9 +141,20 @@ def few_shot(root: Path) -> None:
     (root / FEW_SHOT).write_bytes(pickle.dumps(task))
 
 
+class Hostile:
+    """A pickle of it asks to run something."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call[0], self.call[1:]
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "modelnet40": modelnet_hdf5,
     "modelnet40 text": modelnet_text,
+    "modelnet40 pickles": modelnet_pickles,
     "scanobjectnn": scanobjectnn,
     "shapenetpart": shapenet_text,
     "shapenetpart hdf5": shapenet_hdf5,
@@ -164,7 +188,7 @@ def test_each_set_is_recognised_as_itself_only_and_is_read_whole(form: str, tmp_
     assert not any(known.recognises(tmp_path / "elsewhere") for known in SETS.values())
 
 
-@pytest.mark.parametrize("form", ["modelnet40", "modelnet40 text", "shapenetpart", "scanobjectnn", "shapenetpart hdf5"])
+@pytest.mark.parametrize("form", [form for form in WRITERS if form not in ("s3dis", "few_shot")])
 def test_the_folder_itself_is_recognised_like_the_one_that_holds_it(form: str, tmp_path: Path) -> None:
     path = written(form, tmp_path)
     (folder,) = (entry for entry in path.iterdir() if entry.is_dir())
@@ -215,6 +239,39 @@ def test_modelnet_as_text_and_its_ten_classes(tmp_path: Path) -> None:
     assert ten.classes == ("bathtub", "night_stand") and labels_of(ten) == [1, 0]
 
 
+def test_modelnet_in_pickles(tmp_path: Path) -> None:
+    path = written("modelnet40 pickles", tmp_path)
+    dataset = read("modelnet40", path, preparation=with_channels("nx", "ny", "nz"))
+    assert dataset.classes == ("airplane", "bathtub", "night_stand") and labels_of(dataset) == [0, 2, 1, 1]
+    assert [entry.split for entry in dataset.entries] == ["train"] * 3 + ["test"]
+    assert dataset.entries[1].source.endswith("modelnet40_train_8192pts_fps.dat[1]")
+    assert torch.equal(dataset[1].points, torch.from_numpy(numbers(N, 6, seed=2)))
+    modelnet_text(tmp_path)
+    assert labels_of(read("modelnet40", path)) == [0, 2, 1, 1]  # not the text, of which the pickles are a part
+    assert labels_of(read("modelnet40", path, variant="modelnet10")) == [1, 0]
+    file = path / RESAMPLED / "modelnet40_test_8192pts_fps.dat"
+    file.write_bytes(pickle.dumps([[], []]))
+    with pytest.raises(DataError, match="_fps.dat has 0 objects, but had more when it was opened; open it again"):
+        dataset[3]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"train": []}, "_fps.dat should hold a list of points and one of as many labels, but does not"),
+        ([[numbers(N, 6)], []], "should hold a list of points and one of as many labels"),
+        ([[numbers(N, 3)], [0]], r"_fps.dat\[0\] should have points \(n, 6\) and one label, but has float32 \(12, 3\)"),
+        ([[numbers(N, 6)], [[0, 1]]], r"_fps.dat\[0\] should have .* and 2 labels"),
+        ([[Hostile(os.system, "true")], [0]], "it asks for posix.system, which is refused"),
+    ],
+)
+def test_pickles_of_modelnet_of_another_form(content: Any, match: str, tmp_path: Path) -> None:
+    path = written("modelnet40 pickles", tmp_path)
+    (path / RESAMPLED / "modelnet40_train_8192pts_fps.dat").write_bytes(pickle.dumps(content))
+    with pytest.raises(DataError, match=match):
+        read("modelnet40", path)
+
+
 def test_scanobjectnn_variants_and_its_mask(tmp_path: Path) -> None:
     path = written("scanobjectnn", tmp_path)
     dataset = read("scanobjectnn", path, preparation=with_channels("foreground"))
@@ -246,16 +303,49 @@ def test_rooms_of_s3dis_and_their_areas(tmp_path: Path) -> None:
     path = written("s3dis", tmp_path)
     dataset = read("s3dis", path, preparation=with_channels("red"))
     assert [(entry.group, entry.split) for entry in dataset.entries] == [
-        ("Area_1", "train"),
-        ("Area_2", "train"),
-        ("Area_5", "test"),
+        ("Area_1/office_1", "train"),
+        ("Area_2/hall_1", "train"),
+        ("Area_5/office_1", "test"),
     ]
     points, label, _ = dataset[2]
     assert label.tolist() == [0, 0, 8, 12, 12, 12] and torch.allclose(points[:, 3], torch.tensor(0.2))
     room = read_room(path / "Area_5" / "office_1")
     assert room.labels is not None and np.allclose(room.coordinates[room.labels == 8], 20 + numbers(1, 3), atol=1e-6)
     other = read("s3dis", path, test_groups=["Area_1"])
-    assert {entry.split for entry in other.entries} == {None}
+    assert [(entry.group, entry.split) for entry in other.entries] == [(f"Area_{k}", None) for k in (1, 2, 5)]
+
+
+def test_rooms_not_areas_of_s3dis_are_held_out(tmp_path: Path) -> None:
+    path = written("s3dis", tmp_path)
+    for number in range(2, 6):
+        shutil.copytree(path / "Area_1" / "office_1", path / "Area_1" / f"office_{number}")
+    for tile in (None, 1.5):
+        entries = open_data(path, DataOptions(preparation=RAW, tile=tile)).entries
+        rooms = {entry.source.split(", piece")[0]: entry.split for entry in entries}
+        assert sorted(map(str, rooms.values())) == ["test", *["train"] * 5, "val"]
+        assert next(split for room, split in rooms.items() if "Area_5" in room) == "test"
+    named = open_data(path, DataOptions(preparation=RAW, val_groups=["Area_2"], test_groups=["Area_1"]))
+    assert [entry.split for entry in named.entries] == ["test"] * 5 + ["val", "train"]
+
+
+def test_rooms_of_s3dis_are_cut_into_tiles(tmp_path: Path) -> None:
+    path = written("s3dis", tmp_path)
+    dataset = read("s3dis", path, tile=0.5)
+    assert len(dataset) > 3
+    sources: dict[str, list[np.ndarray]] = {}
+    for entry in dataset.entries:
+        piece = entry.read()
+        assert piece.labels is not None
+        assert np.ptp(piece.coordinates[:, :2], axis=0).max() <= 0.5
+        assert entry.group in entry.source and entry.split == ("test" if "Area_5" in entry.group else "train")
+        sources.setdefault(entry.group, []).append(np.column_stack([piece.coordinates, piece.labels]))
+    for group, pieces in sources.items():
+        room = read_room(path / group)
+        assert room.labels is not None
+        whole = np.column_stack([room.coordinates, room.labels])
+        assert sorted(map(tuple, np.concatenate(pieces).tolist())) == sorted(map(tuple, whole.tolist()))
+    named = read("s3dis", path, tile=0.5, test_groups=["Area_1"])
+    assert {(entry.group, entry.split) for entry in named.entries} == {(f"Area_{k}", None) for k in (1, 2, 5)}
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -274,16 +364,6 @@ def test_pickles_of_arrays_of_every_protocol(protocol: int, tmp_path: Path) -> N
     assert again["more"] == values["more"]
     for array, before in zip(again["arrays"], arrays, strict=True):
         assert np.array_equal(np.asarray(array), before) and np.asarray(array).dtype == before.dtype
-
-
-class Hostile:
-    """A pickle of it asks to run something."""
-
-    def __init__(self, *call: Any) -> None:
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        return self.call[0], self.call[1:]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +492,6 @@ def replaced(place: str, rows: Any) -> Callable[[Path], None]:
     return lambda root: text(root / place, rows)
 
 
-H5, RESAMPLED = "modelnet40_ply_hdf5_2048", "modelnet40_normal_resampled"
 SHAPENET = "shapenetcore_partanno_segmentation_benchmark_v0_normal"
 TRAIN_SCAN = "h5_files/main_split/training_objectdataset_augmentedrot_scale75.h5"
 
@@ -468,6 +547,11 @@ TRAIN_SCAN = "h5_files/main_split/training_objectdataset_augmentedrot_scale75.h5
             "modelnet40 text",
             lambda root: (root / RESAMPLED / "modelnet40_train.txt").write_bytes(b"\xff\xfe\xfa"),
             "modelnet40_train.txt cannot be read as text",
+        ),
+        (
+            "modelnet40 pickles",
+            removed(f"{RESAMPLED}/modelnet40_train_8192pts_fps.dat"),
+            r"modelnet40_train_8192pts_fps.dat is missing; it should hold a list .*Point-BERT",
         ),
         (
             "scanobjectnn",

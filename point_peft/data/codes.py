@@ -1,7 +1,7 @@
 """Codes of points' classes in files, such as 2 for ground, and the numbers of classes that they become."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Codes:
     def labelled(self, cloud: Cloud) -> Cloud:
         """The cloud with numbers of classes for the codes of its points."""
         return cloud if cloud.labels is None else replace(cloud, labels=self.labels(cloud.labels))
+
+    def read(self, read: Callable[[], Cloud]) -> Cloud:
+        """The cloud that `read` gives, `labelled`."""
+        return self.labelled(read())
 
 
 def codes_of(

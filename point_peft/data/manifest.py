@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from point_peft.data.cloud import Cloud, Entry, Split, Task
+from point_peft.data.cloud import Entry, Split, Task
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.codes import Codes, codes_in, codes_of
 from point_peft.data.options import DataOptions
@@ -57,7 +57,7 @@ def read_manifest(path: Path, options: DataOptions = DataOptions()) -> CloudSet:
     categories = _sorted_names(row["category"] for row in rows)
     entries = [
         Entry(
-            read=partial(_labelled, read, file, codes),
+            read=partial(codes.read, partial(read, file)),
             source=str(file),
             label=classes.index(row["label"]) if row["label"] else None,
             category=categories.index(row["category"]) if row["category"] else 0,
@@ -71,6 +71,7 @@ def read_manifest(path: Path, options: DataOptions = DataOptions()) -> CloudSet:
         task=task,
         classes=classes if task == "classification" else codes.names,
         categories=categories or ("",),
+        codes=codes.codes,
         preparation=options.preparation,
         seed=options.seed,
     )
@@ -84,10 +85,6 @@ def is_manifest(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return "file" in next(csv.reader(file), [])
-
-
-def _labelled(read: "partial[Cloud]", file: Path, codes: Codes) -> Cloud:
-    return codes.labelled(read(file))
 
 
 def _rows(path: Path, group: str | None) -> list[Row]:

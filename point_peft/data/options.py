@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from point_peft.config import require
+from point_peft.config import check_fields, require
 from point_peft.data.cloud import Task
 from point_peft.data.preparing import Preparation
-from point_peft.schema import Count, Limit, at_least, fits, frozen, hints_of, limits_of, spell
+from point_peft.schema import Count, Limit, at_least, frozen
 
 Share = Annotated[float, Limit("0 or more and less than 1", lambda share: 0 <= share < 1)]
 
@@ -55,12 +55,7 @@ class DataOptions:
         if isinstance(self.classes, Mapping):
             codes = {name: frozen(values) for name, values in self.classes.items()}
             object.__setattr__(self, "classes", codes)
-        for name, hint in hints_of(DataOptions).items():
-            object.__setattr__(self, name, frozen(getattr(self, name)))
-            require(fits(getattr(self, name), hint), self, name, spell(hint))
-        for name, limits in limits_of(DataOptions).items():
-            for limit in limits if getattr(self, name) is not None else ():
-                require(limit.holds(getattr(self, name)), self, name, limit.words)
+        check_fields(self)
         require(self.val_share + self.test_share < 1, self, "test_share", "less than 1 together with val_share")
         require(self.split_along in (None, "x", "y"), self, "split_along", "'x', 'y' or None")
         require(not (self.split_along and self.names_groups), self, "split_along", "None where groups are named")

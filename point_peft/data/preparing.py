@@ -7,10 +7,10 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from point_peft.config import require
+from point_peft.config import check_fields, require
 from point_peft.data.cloud import COORDINATES, Cloud
 from point_peft.errors import DataError, nearest_names, quoted
-from point_peft.schema import Limit, at_least, fits, frozen, hints_of, limits_of, spell
+from point_peft.schema import Limit, at_least
 
 LARGEST = 1e18
 """No coordinate is larger than this: the squares of larger ones do not fit into float32."""
@@ -40,12 +40,7 @@ class Preparation:
     """The share of rows with NaN or infinity up to which these are dropped with a warning; more is an error."""
 
     def __post_init__(self) -> None:
-        for name, hint in hints_of(Preparation).items():
-            object.__setattr__(self, name, frozen(getattr(self, name)))
-            require(fits(getattr(self, name), hint), self, name, spell(hint))
-        for name, limits in limits_of(Preparation).items():
-            for limit in limits if getattr(self, name) is not None else ():
-                require(limit.holds(getattr(self, name)), self, name, limit.words)
+        check_fields(self)
         scale = self.scale
         lengths = "'sphere', 'none' or a length of more than 0"
         require(scale in ("sphere", "none") if isinstance(scale, str) else scale > 0, self, "scale", lengths)

@@ -3,9 +3,9 @@ again."""
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from einops import rearrange
 
 from point_peft.data.cloud import UNKNOWN, Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
-from point_peft.data.codes import codes_in, codes_of
+from point_peft.data.codes import Codes, codes_in, codes_of
 from point_peft.data.options import DataOptions
 from point_peft.data.reading import read_cloud
 from point_peft.data.splitting import SPLITS
@@ -23,17 +23,24 @@ from point_peft.errors import DataError
 FILLED = 0.75
 """Of `num_points`, as many are meant to be in a column, so that most columns with more than the mean need no cut."""
 Indices = npt.NDArray[np.int64]
+Reader = Callable[[], Cloud]
+KEPT_SCENES = 4
+"""As many scenes are kept in memory in a process, so that pieces in their order read each scene once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
-    """One scene, and the pieces that it is cut into."""
+    """One scene, which is read when it is asked for, and the pieces that it is cut into."""
 
-    cloud: Cloud
+    read: Reader
     """All of it, as it was measured, with numbers of classes as labels."""
+    source: str
+    """Its file, for errors and predictions."""
     name: str
     """The name of its file, by which it is a group."""
-    pieces: tuple[Indices, ...]
+    size: int
+    """The number of its points."""
+    pieces: tuple[npt.NDArray[np.int32], ...]
     """The points of each piece, as their rows in the scene, sorted; no point is in two."""
     splits: tuple[Split | None, ...]
     """The split of each piece."""
@@ -41,14 +48,32 @@ class Scene:
     """Points that are in no piece: those in the gaps between splits, and those with coordinates that are not finite."""
 
     def piece(self, number: int) -> Cloud:
-        """One piece as a cloud."""
-        rows = self.pieces[number]
+        """One piece as a cloud; the last few scenes that were read for it are kept.
+
+        Raises `DataError` if the scene has another number of points than when it was cut.
+        """
+        cloud, rows = _kept(self.read), self.pieces[number]
+        if len(cloud.coordinates) != self.size:
+            raise DataError(
+                f"{self.source} has {len(cloud.coordinates)} points, but had {self.size} when it was opened; open it "
+                "again"
+            )
         return Cloud(
-            coordinates=self.cloud.coordinates[rows],
-            channels={name: values[rows] for name, values in self.cloud.channels.items()},
-            labels=None if self.cloud.labels is None else self.cloud.labels[rows],
-            source=f"{self.cloud.source}, piece {number}",
+            coordinates=cloud.coordinates[rows],
+            channels={name: values[rows] for name, values in cloud.channels.items()},
+            labels=None if cloud.labels is None else cloud.labels[rows],
+            source=f"{self.source}, piece {number}",
         )
+
+    def entries(self) -> Iterator[Entry]:
+        """The pieces as entries of a set, of one group, or of one for each split."""
+        for number, split in enumerate(self.splits):
+            yield Entry(
+                read=partial(self.piece, number),
+                source=f"{self.source}, piece {number}",
+                group=self.name if split is None else f"{self.name} {split}",
+                split=split,
+            )
 
     def together(self, predictions: Iterable[tuple[int, Indices, Indices]]) -> Indices:
         """Labels (n,) of the whole scene from (number of a piece, rows (k,) in that piece, labels (k,) of these rows).
@@ -56,31 +81,37 @@ class Scene:
         The rows are those of `prepare`, so that copies that fill up a piece count once. `UNKNOWN` is what none of them
         says anything of.
         """
-        labels = np.full(len(self.cloud.coordinates), UNKNOWN, np.int64)
+        labels = np.full(self.size, UNKNOWN, np.int64)
         for number, rows, predicted in predictions:
             own, first = np.unique(rows, return_index=True)
             labels[self.pieces[number][own]] = predicted[first]
         return labels
 
 
-def read_scenes(paths: Sequence[Path], options: DataOptions) -> tuple[tuple[Scene, ...], tuple[str, ...]]:
+@lru_cache(KEPT_SCENES)
+def _kept(read: Reader) -> Cloud:
+    return read()
+
+
+def read_scenes(paths: Sequence[Path], options: DataOptions) -> tuple[tuple[Scene, ...], Codes]:
     """The scenes of these files, and the classes of their points: those of the options, else the codes that occur.
 
-    Coordinates stay float64. Raises `DataError` for a split that would be empty.
+    Each file is read once to be cut, and again when it is asked for. Coordinates stay float64. Raises `DataError` for a
+    split that would be empty.
     """
-    clouds = [
-        read_cloud(path, num_samples=options.num_samples, seed=options.seed, label_field=options.label_field)
-        for path in paths
-    ]
-    found = {code for cloud in clouds for code in codes_in(cloud)}
-    codes = codes_of(found, options.classes, paths=paths, source=", ".join(map(str, paths)))
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-    scenes = [
-        cut_scene(codes.labelled(cloud), name, options, np.random.default_rng((options.seed, number)))
-        for number, (cloud, name) in enumerate(zip(clouds, names, strict=True))
-    ]
-    return tuple(scenes), codes.names
+    scenes: list[Scene] = []
+    found: set[int] = set()
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        read = partial(
+            read_cloud, path, num_samples=options.num_samples, seed=options.seed, label_field=options.label_field
+        )
+        cloud = read()
+        found.update(codes_in(cloud))
+        scenes.append(cut_scene(cloud, read, name, options, np.random.default_rng((options.seed, number))))
+    codes = codes_of(found, options.classes, paths=paths, source=", ".join(map(str, paths)))
+    return tuple(replace(scene, read=partial(codes.read, scene.read)) for scene in scenes), codes
 
 
 def read_scene(paths: Sequence[Path], options: DataOptions = DataOptions()) -> CloudSet:  # noqa: B008 - it is frozen
@@ -88,26 +119,24 @@ def read_scene(paths: Sequence[Path], options: DataOptions = DataOptions()) -> C
     return set_of_scenes(*read_scenes(paths, options), options)
 
 
-def set_of_scenes(scenes: Sequence[Scene], classes: tuple[str, ...], options: DataOptions) -> CloudSet:
+def set_of_scenes(scenes: Sequence[Scene], codes: Codes, options: DataOptions) -> CloudSet:
     """The pieces of all scenes, one after the other, in their order."""
-    entries = [
-        Entry(
-            read=partial(scene.piece, number),
-            source=f"{scene.cloud.source}, piece {number}",
-            group=scene.name if split is None else f"{scene.name} {split}",
-            split=split,
-        )
-        for scene in scenes
-        for number, split in enumerate(scene.splits)
-    ]
     return CloudSet(
-        entries=tuple(entries), task="segmentation", classes=classes, preparation=options.preparation, seed=options.seed
+        entries=tuple(entry for scene in scenes for entry in scene.entries()),
+        task="segmentation",
+        classes=codes.names,
+        codes=codes.codes,
+        preparation=options.preparation,
+        seed=options.seed,
     )
 
 
-def cut_scene(cloud: Cloud, name: str, options: DataOptions, rng: np.random.Generator) -> Scene:
-    """The scene with its pieces: each split is cut into square columns, and a column with more than `num_points` points
-    at random into as few pieces of one size as hold it."""
+def cut_scene(cloud: Cloud, read: Reader, name: str, options: DataOptions, rng: np.random.Generator) -> Scene:
+    """The scene, which `read` gives again, with its pieces, which are kept without the cloud.
+
+    Each split is cut into square columns, and a column with more than `num_points` points at random into as few pieces
+    of one size as hold it.
+    """
     finite = np.asarray(np.isfinite(cloud.coordinates).all(axis=1), np.bool_)
     nowhere = len(finite) - int(finite.sum())
     if nowhere == len(finite):
@@ -117,15 +146,17 @@ def cut_scene(cloud: Cloud, name: str, options: DataOptions, rng: np.random.Gene
             f"{cloud.source}: {nowhere} of {len(finite)} points hold NaN or infinity and are in no piece", stacklevel=2
         )
     parts = _parts(cloud, finite, options)
-    pieces: list[Indices] = []
+    pieces: list[npt.NDArray[np.int32]] = []
     splits: list[Split | None] = []
     for split, rows in parts:
         cut = _pieces(cloud.coordinates[rows, :2], options, cloud.source, rng)
-        pieces += [np.sort(rows[piece]) for piece in cut]
+        pieces += [np.sort(rows[piece]).astype(np.int32) for piece in cut]
         splits += [split] * len(cut)
     return Scene(
-        cloud=cloud,
+        read=read,
+        source=cloud.source,
         name=name,
+        size=len(cloud.coordinates),
         pieces=tuple(pieces),
         splits=tuple(splits),
         dropped=len(cloud.coordinates) - sum(map(len, pieces)),

@@ -1,8 +1,12 @@
-"""ModelNet40 and ModelNet10: objects of CAD models, as HDF5 (2,048 points) or as text with normals (10,000 points)."""
+"""ModelNet40 and ModelNet10: objects of CAD models, as HDF5 (2,048 points), as text with normals (10,000 points), or as
+pickles with normals (8,192 of these points, drawn by farthest point sampling)."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from point_peft.data.cloud import Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
@@ -18,10 +22,12 @@ from point_peft.data.sets.files import (
     prepared_set,
     table_of,
 )
+from point_peft.data.sets.pickles import read_pickle
 from point_peft.errors import DataError
 
 HDF5_ORIGIN = "ModelNet40 in HDF5 (https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip)"
 TEXT_ORIGIN = "ModelNet40 with normals (https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip)"
+PICKLE_ORIGIN = "Point-BERT's ModelNet (https://github.com/lulutang0608/Point-BERT/blob/master/DATASET.md)"
 VARIANTS = ("modelnet40", "modelnet10")
 NORMALS = ("nx", "ny", "nz")
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -35,8 +41,9 @@ def recognises_modelnet(path: Path) -> bool:
 def read_modelnet(path: Path, options: DataOptions) -> CloudSet:
     """The objects with the official training and test splits.
 
-    Where there is text, `options.variant` "modelnet10" takes the ten classes of that set; there, and in HDF5 that has
-    them, nx, ny and nz are channels. Raises `DataError` for what is missing, with its path.
+    In text and pickles `options.variant` "modelnet10" takes the ten classes of that set; there, and in HDF5 that has
+    them, nx, ny and nz are channels. Pickles go before the text beside them, of which they are a part. Raises
+    `DataError` for what is missing, with its path.
     """
     check_options(options, "modelnet40", tasks=["classification"], variants=VARIANTS)
     name = (options.variant or VARIANTS[0]).lower()
@@ -45,13 +52,18 @@ def read_modelnet(path: Path, options: DataOptions) -> CloudSet:
     if folder is None:
         raise DataError(
             f"{path} holds neither ply_data_train*.h5, as {HDF5_ORIGIN} does, nor modelnet40_train.txt, as "
-            f"{TEXT_ORIGIN} does; nothing is downloaded"
+            f"{TEXT_ORIGIN} does, nor {_pickle_name(name, 'train')}, as {PICKLE_ORIGIN} does; nothing is downloaded"
         )
     if text is None and name != VARIANTS[0]:
         raise DataError(f"{folder} is modelnet40 in HDF5, which has no {name}; the text files with normals have it")
     names = f"{name}_shape_names.txt" if text else "shape_names.txt"
     classes = tuple(lines_of(needed(folder / names, "one class a line", TEXT_ORIGIN if text else HDF5_ORIGIN)))
-    entries = _text_entries(folder, name, classes) if text else _hdf5_entries(folder)
+    if text is None:
+        entries = _hdf5_entries(folder)
+    elif any((folder / _pickle_name(name, split)).exists() for split in SPLITS):
+        entries = _pickle_entries(folder, name)
+    else:
+        entries = _text_entries(folder, name, classes)
     return prepared_set(entries, options, task="classification", classes=classes)
 
 
@@ -100,3 +112,42 @@ def _read_text(path: Path) -> Cloud:
     table = table_of(path, ["x", "y", "z", *NORMALS], ",")
     channels = dict(zip(NORMALS, table[:, 3:].T.astype("float32"), strict=True))
     return Cloud(coordinates=table[:, :3], channels=channels, source=str(path))
+
+
+def _pickle_name(name: str, split: Split) -> str:
+    return f"{name}_{split}_8192pts_fps.dat"
+
+
+def _pickle_entries(folder: Path, name: str) -> Iterator[Entry]:
+    for split in SPLITS:
+        file = needed(folder / _pickle_name(name, split), "a list of points (8192, 6) and one of labels", PICKLE_ORIGIN)
+        _, labels = _kept_pickle(file, file.stat().st_mtime_ns)
+        for row, label in enumerate(labels):
+            yield Entry(read=partial(_read_pickled, file, row), source=f"{file}[{row}]", label=label, split=split)
+
+
+@lru_cache(len(SPLITS))
+def _kept_pickle(path: Path, changed: int) -> tuple[list[npt.NDArray[np.float32]], list[int]]:
+    """Points (n, 6) and label of each object in a file as it was when it was last changed; it is read whole or not."""
+    content = read_pickle(path)
+    lists = isinstance(content, (list, tuple)) and [type(values) for values in content] == [list, list]
+    if not lists or len(content[0]) != len(content[1]):
+        raise DataError(f"{path} should hold a list of points and one of as many labels, but does not")
+    clouds = [np.asarray(points) for points in content[0]]
+    labels = [np.asarray(label) for label in content[1]]
+    for row, (points, label) in enumerate(zip(clouds, labels, strict=True)):
+        if points.ndim != 2 or points.shape[1] != 6 or points.dtype.kind != "f" or label.size != 1:
+            raise DataError(
+                f"{path}[{row}] should have points (n, 6) and one label, but has {points.dtype} {points.shape} and "
+                f"{label.size} labels"
+            )
+    return clouds, [int(label.reshape(-1)[0]) for label in labels]
+
+
+def _read_pickled(path: Path, row: int) -> Cloud:
+    clouds, _ = _kept_pickle(path, path.stat().st_mtime_ns)
+    if row >= len(clouds):
+        raise DataError(f"{path} has {len(clouds)} objects, but had more when it was opened; open it again")
+    table = clouds[row]
+    channels = dict(zip(NORMALS, table[:, 3:].T.astype(np.float32), strict=True))
+    return Cloud(coordinates=table[:, :3].astype(np.float64), channels=channels, source=f"{path}[{row}]")

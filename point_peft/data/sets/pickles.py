@@ -4,7 +4,6 @@ A pickle is a program that may call any function. Here the names of NumPy's make
 take numbers and nothing else, since NumPy's own trust the descriptions of types that they are given.
 """
 
-import io
 import pickle
 from codecs import encode
 from collections.abc import Mapping, Sequence
@@ -75,7 +74,8 @@ class _ArraysOnly(pickle.Unpickler):
 def read_pickle(path: Path) -> Any:
     """The lists, dicts, numbers and arrays in a pickle. Raises `DataError`, with the name, if it asks for more."""
     try:
-        return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        with path.open("rb") as file:
+            return _ArraysOnly(file, encoding="latin1").load()
     except (
         *(pickle.UnpicklingError, OSError, EOFError, LookupError),
         *(AttributeError, MemoryError, OverflowError, TypeError, ValueError),

@@ -1,6 +1,7 @@
 """S3DIS: rooms of six areas of buildings, with colours; each point is of one of 13 classes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from point_peft.data.cloud import Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.options import DataOptions
+from point_peft.data.scenes import cut_scene
 from point_peft.data.sets.files import check_options, class_number, folder_with, prepared_set, table_of
 from point_peft.errors import DataError
 
@@ -30,7 +32,12 @@ def recognises_s3dis(path: Path) -> bool:
 
 
 def read_s3dis(path: Path, options: DataOptions) -> CloudSet:
-    """The rooms, whole, in groups by area; where no groups are named, Area_5 is for tests, all others for training."""
+    """The rooms, whole, or, where `options.tile` is set, cut into square columns of this side, in metres.
+
+    Where groups are named in the options, they are areas, such as Area_6. Else Area_5 is for tests and all others for
+    training, and each room is a group, so that what is held out for validation are rooms of all areas, not an area. To
+    be cut, each room is read once at the start, and again when one of its pieces is asked for.
+    """
     check_options(options, "s3dis", "tile", tasks=["segmentation"], variants=())
     folder = _folder(path)
     if folder is None:
@@ -52,11 +59,17 @@ def _folder(path: Path) -> Path | None:
 
 
 def _entries(rooms: list[Path], options: DataOptions) -> Iterator[Entry]:
-    for room in rooms:
+    for number, room in enumerate(rooms):
         area = room.parent.name
         custom: Split = "test" if area == TEST_AREA else "train"
         split = None if options.names_groups else custom
-        yield Entry(read=partial(read_room, room), source=str(room), group=area, split=split)
+        group = area if options.names_groups else f"{area}/{room.name}"
+        read = partial(read_room, room)
+        if options.tile is None:
+            yield Entry(read=read, source=str(room), group=group, split=split)
+        else:
+            scene = cut_scene(read(), read, group, options, np.random.default_rng((options.seed, number)))
+            yield from (replace(entry, split=split) for entry in scene.entries())
 
 
 def read_room(path: Path) -> Cloud:
