@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from point_peft.training.state import trained
+from point_peft.training.state import is_sharded, trained
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ def try_once(model: nn.Module, backward: Callable[[], None]) -> Cost:
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        if not is_sharded(tensor):
+            kept[_place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, _same):
@@ -70,7 +71,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    own: Any = tensor
+    local: Tensor = own.to_local() if is_sharded(tensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

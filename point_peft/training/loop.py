@@ -178,9 +178,9 @@ class Loop:
         """Write the state, once, on the first process."""
         state = snapshot(self.model)
         optimizer = optimizer_state(self.optimizer)
+        average = None if self.average is None else self.average.state()
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
-            average = None if self.average is None else self.average.state()
             self.folder.checkpoint(
                 self.place,
                 {

@@ -74,7 +74,7 @@ class Predictor:
             extent = np.ptp(cloud.coordinates[np.isfinite(cloud.coordinates).all(axis=1)], axis=0)
             tile = 2 * float(extent.max()) + 1
         options = replace(self.options, split_along=None, gap=0.0, tile=tile)
-        return cut_scene(cloud, name, options, np.random.default_rng((self.options.seed, 0)))
+        return cut_scene(cloud, lambda: cloud, name, options, np.random.default_rng((self.options.seed, 0)))
 
     def _sample(self, cloud: Cloud, number: int, category: int = 0) -> tuple[Sample, npt.NDArray[np.int64]]:
         rng = np.random.default_rng((self.options.seed, number))

@@ -75,6 +75,8 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Within the block, every process has the whole of each parameter, also of those that are sharded."""
+    if any(map(is_sharded, model.parameters())):
+        model.state_dict()  # which puts shards back where a forward has left whole tensors; later it would undo this
     sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
         for module in model.modules()
