@@ -152,7 +152,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(_Ignored, name) for name in _METRICS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # Bytes that are no pickle make the unpickler fail in any of these ways.
         raise PointPeftError(f"{path} cannot be read as tensors only: {error}") from error
     for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):

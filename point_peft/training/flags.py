@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from point_peft.errors import PointPeftError, quoted
 from point_peft.schema import hints_of
+from point_peft.training.yaml_text import problem, read_yaml
 
 ABSENT: Any = object()
 """The value of a flag that was not given."""
@@ -69,9 +70,9 @@ def _is_sequence(kind: Any) -> bool:
 
 def _yaml(text: str, flag: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as error:
-        raise PointPeftError(f"{flag} is {quoted(text)}, which is no value: {' '.join(str(error).split())}") from error
+        raise PointPeftError(f"{flag} is {quoted(text)}, which is no value ({problem(error)})") from error
 
 
 def _shown(item: Field[Any]) -> str:

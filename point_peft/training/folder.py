@@ -62,8 +62,10 @@ class RunFolder:
                 raise PointPeftError(f"the run folder {path} is not empty and holds no run: name another")
             return "begin"
         if not resume:
-            how = "a finished run" if record["finished"] else "an unfinished run: go on with --resume (resume=True)"
-            raise PointPeftError(f"{path} holds {how}{'' if record['finished'] else ','} or name another folder")
+            how = (
+                "a finished run:" if record["finished"] else "an unfinished run: go on with --resume (resume=True), or"
+            )
+            raise PointPeftError(f"{path} holds {how} name another folder")
         if record["finished"]:
             return "end"
         return "resume" if (self.path / CHECKPOINT_FILE).exists() else "begin"

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import backbone_for
 from point_peft.errors import PointPeftError
-from point_peft.files.format import CARD_FILE, Card
+from point_peft.files.format import CARD_FILE, Card, read_folder
 from point_peft.files.saving import save_adapters
-from point_peft.files.tensors import unshared
+from point_peft.files.tensors import copy_tensors, unshared
 from point_peft.hub.card import card_of
 from point_peft.training import pictures
 from point_peft.training.folder import (
@@ -28,7 +28,6 @@ from point_peft.training.folder import (
     PICTURES,
     RECIPE_FILE,
     SAMPLES_FILE,
-    RunFolder,
     write_file,
 )
 from point_peft.training.inference import Inference
@@ -165,7 +164,9 @@ def load_values(model: nn.Module, folder: Path) -> None:
     if held is not None:
         names = held.active_adapters
         for name in names:
-            held.swap_adapter_(folder if len(names) == 1 or name == "default" else folder / name, name)
+            own = folder if len(names) == 1 or name == "default" else folder / name
+            _make_room(get_adapter(held, name), own)
+            held.swap_adapter_(own, name)
         return
     try:
         tensors = safetensors.torch.load_file(folder / MODEL_FILE)
@@ -178,9 +179,13 @@ def load_values(model: nn.Module, folder: Path) -> None:
     write_values(model, tensors)
 
 
-def finished_folder(folder: RunFolder) -> Path:
-    """The path of a run that has come to its end; raises `PointPeftError` for another."""
-    record = folder.record
-    if record is None or not record["finished"]:
-        raise PointPeftError(f"{str(folder.path)!r} holds no finished run: train, or go on with --resume")
-    return folder.path
+def _make_room(adapter: Adapter, folder: Path) -> None:
+    """Make the memory banks of an adapter as long as those of a folder's, whose rows they are about to get."""
+    rows, there = read_folder(folder).tensors, adapter.tensors()
+    longer = {
+        name: rows[name]
+        for name in adapter.free_rows() & rows.keys()
+        if rows[name].shape[1:] == there[name].shape[1:] and len(rows[name]) != len(there[name])
+    }
+    for name, value in longer.items():
+        copy_tensors({name: value}, adapter, there, there[name].device, {name: there[name].dtype})

@@ -205,7 +205,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Position, 
     """
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError, TypeError) as error:
         raise PointPeftError(f"the checkpoint '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(record, dict) or record.get("version") != VERSION:
         raise PointPeftError(f"'{path}' is no checkpoint of this version of point_peft: begin anew in another folder")
