@@ -77,6 +77,12 @@ class Progress:
             self.bar.close()
 
 
+def say(text: str) -> None:
+    """Write a result, on the standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def duration(seconds: float) -> str:
     """A time in words: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)

@@ -27,7 +27,7 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """The value that a YAML text stands for, of plain types; raises `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def problem(error: yaml.YAMLError) -> str:
