@@ -59,6 +59,7 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("data", metavar="DATA", nargs="*", type=Path, help=f"{DATA} (default: the run's)")
     command.add_argument("--split", default="test", choices=("train", "val", "test", "all"))
     command.add_argument("--corruptions", metavar="KINDS", help=f"all, or some of {','.join(CORRUPTIONS)}")
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, naming them")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=evaluate)
 

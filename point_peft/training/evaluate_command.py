@@ -47,7 +47,7 @@ def _clouds(run: OpenedRun, options: argparse.Namespace) -> CloudSet:
     paths = options.data or [Path(path) for path in data["paths"]]
     # Where all clouds are asked for, there need not be enough of them for splits.
     chosen = replace(run.options, val_share=0.0, test_share=0.0) if everything and options.data else run.options
-    clouds = read_data(paths, chosen, False)
+    clouds = read_data(paths, chosen, options.skip_bad or (data["skip_bad"] and not options.data))
     if not options.data and data["few_shot"] is not None:
         clouds = from_json(data["few_shot"], FewShot).drawn(clouds)
     clouds = with_classes_of(run, clouds)

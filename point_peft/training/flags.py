@@ -48,10 +48,10 @@ def given_flags(options: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
 
 def value_of(text: str, hint: Any, flag: str) -> Any:
     """The value that a text stands for: a list by commas, else YAML; a string stays a string."""
-    kinds = [hint, *get_args(hint)]
+    kinds = [hint] if _is_sequence(hint) else [hint, *get_args(hint)]
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
-    listed = [kind for kind in kinds if get_origin(kind) in (tuple, Sequence) or _is_sequence(kind)]
+    listed = [kind for kind in kinds if _is_sequence(kind)]
     if listed and not text.startswith(("[", "{")):
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if get_args(listed[0])[0] is str:

@@ -7,7 +7,7 @@ import json
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,19 @@ class _Asked:
     spec: ModelSpec
     data: DataOptions
     few_shot: FewShot | None
+    skip_bad: bool
     resume: bool
     log_with: Sequence[str] | None
+
+    @property
+    def data_in_words(self) -> dict[str, Any]:
+        """What a run's folder says of how the data were opened, as JSON."""
+        return {
+            "paths": [str(path.resolve()) for path in self.paths],
+            "options": to_json(self.data),
+            "few_shot": None if self.few_shot is None else to_json(self.few_shot),
+            "skip_bad": self.skip_bad,
+        }
 
     def about(self, clouds: CloudSet) -> dict[str, Any]:
         """What a run's folder says of the model and of the data."""
@@ -53,9 +64,7 @@ class _Asked:
             "name": name if task is None else f"{name}, {task.ways}-way {task.shots}-shot, trial {task.trial}",
             "model": self.spec.to_json(),
             "data": {
-                "paths": [str(path.resolve()) for path in self.paths],
-                "options": to_json(self.data),
-                "few_shot": None if task is None else to_json(task),
+                **self.data_in_words,
                 "categories": list(clouds.categories),
                 "codes": {name: list(codes) for name, codes in zip(clouds.classes, clouds.codes, strict=False)},
             },
@@ -74,21 +83,28 @@ def train(options: argparse.Namespace) -> int:
     if options.processes > 1:
         return _launched(options.processes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    clouds = read_data(asked.paths, asked.data, options.skip_bad)
+    clouds = read_data(asked.paths, asked.data, asked.skip_bad)
     if options.trials is None:
         _train(asked, clouds if few_shot is None else few_shot.drawn(clouds), out)
         if is_main():
             say(f"next: point-peft evaluate {out}; point-peft predict {out} FILE … --out FOLDER")
         return 0
-    assert few_shot is not None
-    tasks = [replace(few_shot, trial=few_shot.trial + number) for number in range(options.trials)]
-    drawn = [task.drawn(clouds) for task in tasks]
-    found = []
-    for task, own in zip(tasks, drawn, strict=True):
-        results = _train(replace(asked, few_shot=task), own, out / f"trial-{task.trial}")
-        found.append(results["test"][MEASURE])
-    _summarize(out, tasks, found)
+    assert few_shot is not None  # `_asked` has seen to that
+    numbers = range(few_shot.trial, few_shot.trial + options.trials)
+    _train_trials([replace(asked, few_shot=replace(few_shot, trial=number)) for number in numbers], clouds, out)
     return 0
+
+
+def _train_trials(trials: Sequence[_Asked], clouds: CloudSet, out: Path) -> None:
+    """Several runs in folders of a folder, and what came out on the whole; nothing begins if one cannot be drawn."""
+    tasks = [asked.few_shot for asked in trials if asked.few_shot is not None]
+    drawn = [task.drawn(clouds) for task in tasks]
+    places = [out / f"trial-{task.trial}" for task in tasks]
+    for asked, place in zip(trials, places, strict=True):
+        if RunFolder(place).check(asked.resume) == "end":
+            _check_finished(place, read_record(place), asked)
+    found = [_train(*each)["test"][MEASURE] for each in zip(trials, drawn, places, strict=True)]
+    _summarize(out, tasks, found)
 
 
 def _asked(options: argparse.Namespace) -> _Asked:
@@ -117,6 +133,7 @@ def _asked(options: argparse.Namespace) -> _Asked:
         spec=spec,
         data=DataOptions(**given, preparation=preparation, seed=options.data_seed),
         few_shot=few_shot,
+        skip_bad=options.skip_bad,
         resume=options.resume,
         log_with=options.log_with,
     )
@@ -125,6 +142,14 @@ def _asked(options: argparse.Namespace) -> _Asked:
 def _tell_finished(out: Path, asked: _Asked) -> None:
     """Say how a run ended that is already there; raises `PointPeftError` if it is not the one that is asked for."""
     record = read_record(out)
+    _check_finished(out, record, asked)
+    if is_main():
+        for split, own in record["results"].items():
+            say(f"{split}: {in_words(own)}")
+        say(f"{out} holds this run, and it is finished")
+
+
+def _check_finished(out: Path, record: Mapping[str, Any], asked: _Asked) -> None:
     there, wanted = Recipe.from_yaml(out / RECIPE_FILE).to_json(), asked.recipe.to_json()
     differing = [
         f"{name} {there[name]}, not {wanted[name]}"
@@ -133,12 +158,11 @@ def _tell_finished(out: Path, asked: _Asked) -> None:
     ]
     if record.get("model") != asked.spec.to_json():
         differing.append("another backbone or method")
+    data = record.get("data", {})
+    if any(data.get(name) != value for name, value in asked.data_in_words.items()):
+        differing.append("other data or another preparation of them")
     if differing:
         raise PointPeftError(f"{quoted(str(out))} holds a finished run with {differing[0]}: name another folder")
-    if is_main():
-        for split, own in record["results"].items():
-            say(f"{split}: {in_words(own)}")
-        say(f"{out} holds this run, and it is finished")
 
 
 def _train(asked: _Asked, clouds: CloudSet, out: Path) -> dict[str, dict[str, float]]:
