@@ -36,7 +36,7 @@ PROGRAM = "point-peft"
 DIFFERENT = 1
 ERROR = 2
 INTERRUPTED = 130
-"""What a shell says of a command that Ctrl-C ended."""
+"""The exit code that shells have for a command that Ctrl-C ended."""
 _SOURCE = "a folder, or a repository of the Hub"
 
 

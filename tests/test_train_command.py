@@ -18,7 +18,7 @@ from torch import nn
 
 from point_peft import PointPeftModel, cli
 from point_peft.backbones import PointTransformer, PointTransformerPartSeg, default_backbone
-from point_peft.training import fitting
+from point_peft.training.loop import Loop
 from point_peft.training.opening import open_run
 from tests.hub_server import HubServer
 
@@ -51,7 +51,8 @@ def cloud(kind: str, seed: int, count: int = 96) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng((len(kind), seed))
     points = rng.normal(size=(count, 3))
     if kind == "ball":
-        return points / np.linalg.norm(points, axis=1, keepdims=True)
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        return points
     if kind == "box":
         return rng.uniform(-1, 1, (count, 3))
     return points * [1, 1, 0.05]
@@ -126,8 +127,9 @@ def results(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def test_train(rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    assert run("train", rocks, "--out", out, *TINY, "--set", "layers_to_transform=[0]") == 0
+    out, file = tmp_path / "run", tmp_path / "own.py"
+    file.write_text(f"from {HERE} import make\n")
+    assert run("train", rocks, "--out", out, *TINY, "--backbone", f"{file}:make") == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [
         f"{rocks}: classification, 3 classes (ball, box, sheet); clouds: 12 train, 3 val, 3 test",
@@ -137,7 +139,7 @@ def test_train(rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {file.name for file in out.iterdir()} == FILES | ADAPTER
     card = (out / "README.md").read_text()
     assert "name: rocks (test)" in card and "| rocks (val) |" in card and "The classes of rocks (test):" in card
-    assert f"{HERE}:make (PointTransformer)" in card and str(tmp_path) not in card
+    assert "own.py:make (PointTransformer)" in card and str(tmp_path) not in card
 
 
 def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,9 +205,8 @@ def test_the_default_method_goes_through_the_hub_into_a_fresh_backbone(
 def test_full_fine_tuning_has_no_adapter_to_push(
     rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, file = tmp_path / "run", tmp_path / "own.py"
-    file.write_text(f"from {HERE} import make\n")
-    assert run("train", rocks, "--out", out, *BRIEF, "--backbone", f"{file}:make", "--method", "full") == 0
+    out = tmp_path / "run"
+    assert run("train", rocks, "--out", out, *BRIEF, "--backbone", f"{HERE}:make", "--method", "full") == 0
     assert {entry.name for entry in out.iterdir()} == FILES | {"model.safetensors"}
     capsys.readouterr()
     assert run("evaluate", out, "--json") == 0
@@ -243,7 +244,7 @@ def test_a_scene(tmp_path: Path) -> None:
     header = laspy.LasHeader(point_format=3, version="1.2")
     header.scales = np.full(3, 0.01)
     las = laspy.LasData(header)
-    places = rng.uniform(0, [24, 8, 8], (3000, 3)) + [500_000, 4_000_000, 0]
+    places = rng.uniform([500_000, 4_000_000, 0], [500_024, 4_000_008, 8], (3000, 3))
     las.x, las.y, las.z = places.T
     las.intensity = rng.integers(0, 1000, 3000).astype(np.uint16)
     las.classification = np.where(places[:, 2] > 4, 6, 2).astype(np.uint8)
@@ -309,7 +310,7 @@ def test_an_interrupted_run_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fitting.Loop, "run", interrupt)
+        patched.setattr(Loop, "run", interrupt)
         assert run("train", rocks, "--out", out, *TINY) == 130
     assert "say the same again with --resume" in capsys.readouterr().err
     refused(capsys, "holds an unfinished run: go on with --resume", "train", rocks, "--out", out, *TINY)

@@ -63,7 +63,7 @@ def listed(paths: Sequence[Path]) -> str:
 
 
 def name_of_data(paths: Sequence[Path]) -> str:
-    """What data may be called: by their file or folder, and by their folder where they are several or a list."""
+    """A name for data: that of their file or folder, and of their folder where they are several or a list."""
     first = paths[0].resolve()
     if first.is_dir():
         return first.name

@@ -36,7 +36,7 @@ ERROR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What the command was asked for, checked as far as it can be without reading the data."""
+    """A command, checked as far as it can be without reading the data."""
 
     paths: tuple[Path, ...]
     recipe: Recipe
@@ -49,7 +49,7 @@ class _Asked:
 
     @property
     def data_in_words(self) -> dict[str, Any]:
-        """What a run's folder says of how the data were opened, as JSON."""
+        """The entries of a run's folder on how the data were opened, as JSON."""
         return {
             "paths": [str(path.resolve()) for path in self.paths],
             "options": to_json(self.data),
@@ -58,7 +58,7 @@ class _Asked:
         }
 
     def about(self, clouds: CloudSet) -> dict[str, Any]:
-        """What a run's folder says of the model and of the data."""
+        """The entries of a run's folder on the model and the data."""
         name, task = name_of_data(self.paths), self.few_shot
         return {
             "name": name if task is None else f"{name}, {task.ways}-way {task.shots}-shot, trial {task.trial}",
