@@ -70,7 +70,7 @@ def ply(path: Path, points: npt.NDArray[np.float64], labels: npt.NDArray[np.int6
 def write_rocks(folder: Path, each: int = 6) -> Path:
     for kind in CLASSES:
         for number in range(each):
-            ply(folder / kind / f"{kind}_{number}.ply", cloud(kind, number))
+            ply(folder / kind / f"{kind}_{number}.ply", cloud(kind, number, 96 - number))
     return folder
 
 
@@ -139,6 +139,7 @@ def test_train(rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {file.name for file in out.iterdir()} == FILES | ADAPTER
     card = (out / "README.md").read_text()
     assert "name: rocks (test)" in card and "| rocks (val) |" in card and "The classes of rocks (test):" in card
+    assert "The classes, from 0 on: ball, box, sheet." in card
     assert "own.py:make (PointTransformer)" in card and str(tmp_path) not in card
 
 
@@ -276,7 +277,7 @@ def test_few_shot_trials(rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("train", rocks, "--out", out, *task, "--trials", 2, "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("trial-*/*")} == before
     other = (*TINY, "--few-shot", "2x2", "--trials", 2, "--resume")
-    refused(capsys, "finished run with other data", "train", rocks, "--out", out, *other)
+    refused(capsys, "a run with other data", "train", rocks, "--out", out, *other)
 
 
 def test_one_few_shot_trial_is_that_of_many(rocks: Path, tmp_path: Path) -> None:
@@ -295,9 +296,9 @@ def test_a_finished_run_is_told_and_not_changed(trained: Path, rocks: Path, caps
     assert "holds this run, and it is finished" in capsys.readouterr().out
     refused(capsys, "holds a finished run: name another folder", "train", rocks, "--out", trained, *TINY)
     more = ("train", rocks, "--out", trained, *TINY, "--resume")
-    refused(capsys, "a finished run with epochs 1, not 2", *more, "--epochs", 2)
-    refused(capsys, "a finished run with another backbone or method", *more, "--method", "lora")
-    refused(capsys, "a finished run with other data or another preparation", *more, "--scale", "none")
+    refused(capsys, "a run with epochs 1, not 2", *more, "--epochs", 2)
+    refused(capsys, "a run with another backbone or method", *more, "--method", "lora")
+    refused(capsys, "a run with other data or another preparation", *more, "--scale", "none")
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
@@ -306,7 +307,8 @@ def test_an_interrupted_run_is_gone_on_with(
 ) -> None:
     out = tmp_path / "run"
 
-    def interrupt(*_: object) -> None:
+    def interrupt(loop: Loop) -> None:
+        loop.checkpoint()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -316,7 +318,15 @@ def test_an_interrupted_run_is_gone_on_with(
     refused(capsys, "holds an unfinished run: go on with --resume", "train", rocks, "--out", out, *TINY)
     refused(capsys, "is not finished: go on with train --resume", "evaluate", out)
     refused(capsys, "is not finished: go on with train --resume", "push", out, "alice/rocks")
-    assert run("train", rocks, "--out", out, *TINY, "--resume") == 0
+    more = ("train", rocks, "--out", out, *TINY, "--resume")
+    refused(capsys, "a run with other data or another preparation", *more, "--num-points", 80)
+    refused(capsys, "a run with another backbone or method", *more, "--method", "lora")
+    whole = (out / "checkpoint.pt").read_bytes()
+    for damaged in (b"garbage", whole[:2000]):
+        (out / "checkpoint.pt").write_bytes(damaged)
+        refused(capsys, "checkpoint.pt' cannot be read", *more)
+    (out / "checkpoint.pt").write_bytes(whole)
+    assert run(*more) == 0
     assert run("evaluate", out) == 0
 
 
@@ -352,6 +362,7 @@ def test_an_interrupted_run_is_gone_on_with(
         (["--method", "full"], "--method full is full fine-tuning"),
         (["--set", "r=3"], "--set 'r=3': nearest: "),
         (["--set", "r"], "--set 'r' must be field=value"),
+        (["--num-points", "none"], "clouds of train have 91 to 96 points, and those of a batch must have equally many"),
         (["--log-with", "tensorbord"], "the tracker 'tensorbord' is unknown; installed: "),
         (["--log-with", "comet_ml"], "the tracker 'comet_ml' is not installed"),
         (["--few-shot", "5"], "'5' is not WAYSxSHOTS, such as 5x10"),
@@ -399,6 +410,17 @@ def test_wrong_files_of_backbones(
     refused(capsys, said, "train", rocks, "--out", out, *TINY, "--backbone", f"{file}:make", left=out)
     checkpoint = ("--checkpoint", file)
     refused(capsys, "cannot be read as tensors only", "train", rocks, "--out", out, *TINY, *checkpoint, left=out)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"format_version": 1}', '{"format_version": 1, "finished": true}'])
+def test_damaged_runs(
+    text: str, trained: Path, rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "run.json").write_text(text)
+    refused(capsys, "run", "evaluate", out)
+    refused(capsys, "run", "train", rocks, "--out", out, *TINY, "--resume")
 
 
 @pytest.fixture(

@@ -131,4 +131,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise PointPeftError(f"'{path}' is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise PointPeftError(f"'{path}' is not of this version of point_peft")
+    if not isinstance(record.get("finished"), bool):
+        raise PointPeftError(f"'{path}' does not say if the run is finished: it is not as point_peft wrote it")
     return record

@@ -150,6 +150,7 @@ def _section(loop: Loop, record: Mapping[str, Any], report: Sequence[tuple[str, 
     yield f"{record['task'].capitalize()} of {loop.count:,} training clouds{data} in {len(record['classes'])} classes;"
     yield f"{epochs}, of which epoch {record['best_epoch']} is kept, {chosen}."
     yield f"Everything that was chosen is in `{RECIPE_FILE}`."
+    yield from ("", f"The classes, from 0 on: {', '.join(map(markdown, record['classes']))}.")
     if record["results"]:
         names = list(next(iter(record["results"].values())))
         yield from ("", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|")

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.site import CHILD
-from point_peft.errors import PointPeftError
+from point_peft.errors import PointPeftError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -212,7 +212,8 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Position, 
     for name, value in identity.items():
         if record["identity"].get(name) != value:
             raise PointPeftError(
-                f"'{path}' is of a training with another {name}, {record['identity'].get(name)!r}, and not {value!r}: "
+                f"'{path}' is of a training with another {name}, {quoted(record['identity'].get(name))}, "
+                f"and not {quoted(value)}: "
                 "resume with the same, or begin anew in another folder"
             )
     parts = {name: value for name, value in record.items() if name not in ("version", "identity", "place")}

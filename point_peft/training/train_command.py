@@ -41,49 +41,48 @@ class _Asked:
     paths: tuple[Path, ...]
     recipe: Recipe
     spec: ModelSpec
-    data: DataOptions
+    options: DataOptions
     few_shot: FewShot | None
     skip_bad: bool
     resume: bool
     log_with: Sequence[str] | None
 
     @property
-    def data_in_words(self) -> dict[str, Any]:
+    def name(self) -> str:
+        """A name for the data, and for what is drawn from them."""
+        name, task = name_of_data(self.paths), self.few_shot
+        return name if task is None else f"{name}, {task.ways}-way {task.shots}-shot, trial {task.trial}"
+
+    @property
+    def data(self) -> dict[str, Any]:
         """The entries of a run's folder on how the data were opened, as JSON."""
         return {
             "paths": [str(path.resolve()) for path in self.paths],
-            "options": to_json(self.data),
+            "options": to_json(self.options),
             "few_shot": None if self.few_shot is None else to_json(self.few_shot),
             "skip_bad": self.skip_bad,
         }
 
     def about(self, clouds: CloudSet) -> dict[str, Any]:
         """The entries of a run's folder on the model and the data."""
-        name, task = name_of_data(self.paths), self.few_shot
-        return {
-            "name": name if task is None else f"{name}, {task.ways}-way {task.shots}-shot, trial {task.trial}",
-            "model": self.spec.to_json(),
-            "data": {
-                **self.data_in_words,
-                "categories": list(clouds.categories),
-                "codes": {name: list(codes) for name, codes in zip(clouds.classes, clouds.codes, strict=False)},
-            },
-        }
+        codes = {name: list(own) for name, own in zip(clouds.classes, clouds.codes, strict=False)}
+        data = {**self.data, "categories": list(clouds.categories), "codes": codes}
+        return {"name": self.name, "model": self.spec.to_json(), "data": data}
 
 
 def train(options: argparse.Namespace) -> int:
     """Train as the command line asks; returns the exit code."""
     asked = _asked(options)
     few_shot, out = asked.few_shot, options.out
-    if options.trials is None and RunFolder(out).check(asked.resume) == "end":
-        _tell_finished(out, asked)
+    if options.trials is None and _phase(out, asked) == "end":
+        _tell_finished(out)
         return 0
     if options.trials is not None:
         _check_trials(out, asked.resume)
     if options.processes > 1:
         return _launched(options.processes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    clouds = read_data(asked.paths, asked.data, asked.skip_bad)
+    clouds = read_data(asked.paths, asked.options, asked.skip_bad)
     if options.trials is None:
         _train(asked, clouds if few_shot is None else few_shot.drawn(clouds), out)
         if is_main():
@@ -101,8 +100,7 @@ def _train_trials(trials: Sequence[_Asked], clouds: CloudSet, out: Path) -> None
     drawn = [task.drawn(clouds) for task in tasks]
     places = [out / f"trial-{task.trial}" for task in tasks]
     for asked, place in zip(trials, places, strict=True):
-        if RunFolder(place).check(asked.resume) == "end":
-            _check_finished(place, read_record(place), asked)
+        _phase(place, asked)
     found = [_train(*each)["test"][MEASURE] for each in zip(trials, drawn, places, strict=True)]
     _summarize(out, tasks, found)
 
@@ -131,7 +129,7 @@ def _asked(options: argparse.Namespace) -> _Asked:
         paths=tuple(options.data),
         recipe=recipe,
         spec=spec,
-        data=DataOptions(**given, preparation=preparation, seed=options.data_seed),
+        options=DataOptions(**given, preparation=preparation, seed=options.data_seed),
         few_shot=few_shot,
         skip_bad=options.skip_bad,
         resume=options.resume,
@@ -139,17 +137,19 @@ def _asked(options: argparse.Namespace) -> _Asked:
     )
 
 
-def _tell_finished(out: Path, asked: _Asked) -> None:
-    """Say how a run ended that is already there; raises `PointPeftError` if it is not the one that is asked for."""
-    record = read_record(out)
-    _check_finished(out, record, asked)
+def _tell_finished(out: Path) -> None:
     if is_main():
-        for split, own in record["results"].items():
+        for split, own in read_record(out)["results"].items():
             say(f"{split}: {in_words(own)}")
         say(f"{out} holds this run, and it is finished")
 
 
-def _check_finished(out: Path, record: Mapping[str, Any], asked: _Asked) -> None:
+def _phase(out: Path, asked: _Asked) -> str:
+    """The phase of the run in a folder, as `RunFolder.check` says it; raises `PointPeftError` if it is another run."""
+    phase = RunFolder(out).check(asked.resume)
+    if phase == "begin":
+        return phase
+    record = read_record(out)
     there, wanted = Recipe.from_yaml(out / RECIPE_FILE).to_json(), asked.recipe.to_json()
     differing = [
         f"{name} {there[name]}, not {wanted[name]}"
@@ -158,11 +158,15 @@ def _check_finished(out: Path, record: Mapping[str, Any], asked: _Asked) -> None
     ]
     if record.get("model") != asked.spec.to_json():
         differing.append("another backbone or method")
-    data = record.get("data", {})
-    if any(data.get(name) != value for name, value in asked.data_in_words.items()):
+    # Data may have moved.
+    told = {**record.get("data", {}), "name": record.get("name"), "paths": None}
+    if any(told.get(name) != value for name, value in {**asked.data, "name": asked.name, "paths": None}.items()):
         differing.append("other data or another preparation of them")
     if differing:
-        raise PointPeftError(f"{quoted(str(out))} holds a finished run with {differing[0]}: name another folder")
+        raise PointPeftError(
+            f"{quoted(str(out))} holds a run with {differing[0]}: say the same again, or name another folder"
+        )
+    return phase
 
 
 def _train(asked: _Asked, clouds: CloudSet, out: Path) -> dict[str, dict[str, float]]:
@@ -170,6 +174,8 @@ def _train(asked: _Asked, clouds: CloudSet, out: Path) -> dict[str, dict[str, fl
     recipe = Recipe.from_json({**asked.recipe.to_json(), "task": clouds.task})
     parts = {split: clouds.part(split) for split in ("train", "val", "test")}
     _check_parts(asked.paths, clouds, parts)
+    if clouds.preparation.num_points is None and recipe.batch_size > 1:
+        _check_sizes(parts)
     if is_main():
         classes = ", ".join(clouds.classes[:SHOWN_CLASSES]) + (", …" if len(clouds.classes) > SHOWN_CLASSES else "")
         sizes = ", ".join(f"{len(part):,} {split}" for split, part in parts.items())
@@ -198,6 +204,17 @@ def _check_parts(paths: Sequence[Path], clouds: CloudSet, parts: dict[str, Cloud
         there = [split for split, part in parts.items() if len(part)]
         how = f"there are only {' and '.join(there)}" if there else "say how to split, as by --split-along x"
         raise PointPeftError(f"{listed(paths)}: no cloud is for training; {how}")
+
+
+def _check_sizes(parts: Mapping[str, CloudSet]) -> None:
+    """Raise `PointPeftError` if clouds of one split cannot be a batch."""
+    for split, part in parts.items():
+        sizes = [len(part[index].points) for index in range(len(part))]
+        if len(set(sizes)) > 1:
+            raise PointPeftError(
+                f"clouds of {split} have {min(sizes)} to {max(sizes)} points, and those of a batch must have equally "
+                "many: give --num-points, or --batch-size 1"
+            )
 
 
 def _check_trials(out: Path, resume: bool) -> None:
