@@ -160,7 +160,7 @@ def _accelerator(recipe: Recipe, out: Path, log_with: str | Sequence[str] | None
             known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
             what = "not installed" if name in known else "unknown"
             raise PointPeftError(
-                f"log_with: the tracker {quoted(name)} is {what}; installed: {', '.join(there) or 'none'}; known: "
+                f"accelerate refuses the tracker {quoted(name)}: it is {what}; installed: {', '.join(there)}; known: "
                 f"{', '.join(known)}"
             )
     # A training before this one, in the same process, may have had another precision.

@@ -225,7 +225,7 @@ def _check_trials(out: Path, resume: bool) -> None:
     there = [entry.name for entry in out.iterdir()] if out.exists() else []
     if there and not resume:
         raise PointPeftError(f"the run folder {path} is not empty: name another, or go on with its trials by --resume")
-    if any(not name.startswith("trial-") and name != SUMMARY_FILE for name in there):
+    if any(not name.startswith(("trial-", ".")) and name != SUMMARY_FILE for name in there):
         raise PointPeftError(f"the run folder {path} holds other things than trials: name another")
 
 
