@@ -1,7 +1,7 @@
 """The command line `point-peft`: adapters as files and on the Hub.
 
 Exit codes: 0 all right; 1 a difference (diff) or an adapter that is not in order (inspect); 2 wrong usage or an error,
-which is one line on stderr.
+which is one line on stderr; 130 interrupted.
 """
 
 import argparse
@@ -28,13 +28,15 @@ from point_peft.hub.pulling import Place, download, is_repo_id
 from point_peft.hub.pushing import Upload, push
 from point_peft.model import PointPeftModel, describe
 from point_peft.training.commands import add_commands
-from point_peft.training.folder import METRICS_FILE, PICTURES, RECIPE_FILE, RUN_FILE
+from point_peft.training.folder import METRICS_FILE, MODEL_FILE, PICTURES, RECIPE_FILE, RUN_FILE, read_record
 from point_peft.training.models import SPEC, made_by
 from point_peft.version import __version__
 
 PROGRAM = "point-peft"
 DIFFERENT = 1
 ERROR = 2
+INTERRUPTED = 130
+"""The exit code that shells have for a command that Ctrl-C ended."""
 _SOURCE = "a folder, or a repository of the Hub"
 
 
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (PointPeftError, OSError) as error:
             _say(f"{PROGRAM}: error: {' '.join(str(error).split())}", sys.stderr)
             return ERROR
+        except KeyboardInterrupt:
+            return INTERRUPTED
     return code
 
 
@@ -332,6 +336,8 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
         for path in paths:
             if path.is_file():
                 files["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
+    if not files and (folder / RUN_FILE).is_file():
+        raise AdapterFileError(f"the run in '{folder}' {_why_no_adapter(folder)}")
     if not files:
         raise AdapterFileError(f"there is no adapter in '{folder}': '{format.CONFIG_FILE}' is missing")
     if (folder / RUN_FILE).is_file():  # the card shows the pictures, and the recipe says how it was trained
@@ -339,6 +345,15 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
             if (folder / name).is_file():
                 files["/".join(filter(None, [subfolder, name]))] = (folder / name).read_bytes()
     return files
+
+
+def _why_no_adapter(folder: Path) -> str:
+    if not read_record(folder)["finished"]:
+        return "is not finished: go on with train --resume, and push it then"
+    return (
+        f"trained the model itself and has no adapter, only {MODEL_FILE}: adapters are pushed, as of train --method "
+        f"lora or linear_probe; upload that folder with 'hf upload REPO_ID {folder}'"
+    )
 
 
 def _pull(options: argparse.Namespace) -> int:

@@ -18,6 +18,8 @@ from point_peft.errors import PointPeftError
 
 # Where training scripts put the weights inside of what they save; the first that is there counts.
 CONTAINERS = ("model", "base_model", "state_dict", "model_state_dict")
+# The ways in which the unpickler fails over bytes that are no pickle.
+BROKEN = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 # What wraps a whole model: distributed training, and a container that was flattened into the names.
 WRAPPERS = ("module.", "base_model.")
 # Pre-training models keep the backbone under a name of their own, beside decoders and teachers. If one of these is
@@ -152,7 +154,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(_Ignored, name) for name in _METRICS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except BROKEN as error:
         raise PointPeftError(f"{path} cannot be read as tensors only: {error}") from error
     for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):

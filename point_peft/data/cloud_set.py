@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,7 @@ class CloudSet(Dataset[Sample]):
                 if not skip_bad:
                     raise
                 bad.append(str(error))
+                warnings.warn(f"left out: {error}", stacklevel=2)
             else:
                 good.append(index)
         if bad and not good:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from point_peft.adapting.adding import all_adapters
 from point_peft.anatomy.presets import known_anatomy
 from point_peft.data.cloud import UNKNOWN
 from point_peft.data.cloud_set import CloudSet
-from point_peft.errors import PointPeftError
+from point_peft.errors import PointPeftError, quoted
 from point_peft.parameter_groups import Rates, adapter_groups, parameter_groups_of
 from point_peft.training.cost import Cost, try_once
 from point_peft.training.feeding import Feed, labels_of, on_device, set_mode, size_of
@@ -157,6 +158,15 @@ def _train(loop: Loop, log_with: str | Sequence[str] | None) -> None:
 
 def _accelerator(recipe: Recipe, out: Path, log_with: str | Sequence[str] | None) -> Accelerator:
     trackers = [log_with] if isinstance(log_with, str) else list(log_with or [])
+    there = [tracker.value for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in there:
+            known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
+            what = "not installed" if name in known else "unknown"
+            raise PointPeftError(
+                f"accelerate refuses the tracker {quoted(name)}: it is {what}; installed: {', '.join(there)}; known: "
+                f"{', '.join(known)}"
+            )
     # A training before this one, in the same process, may have had another precision.
     AcceleratorState._reset_state()
 
@@ -337,7 +347,14 @@ def _trial(inference: Inference, drawn: Drawn, count: int, recipe: Recipe) -> Co
                 mean, auxiliary = inference.losses(batch, labels, weight, 1.0)
             (mean + auxiliary).backward()  # type: ignore[no-untyped-call]
 
-    return try_once(inference.model, backward)
+    try:
+        return try_once(inference.model, backward)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        first_one = f" of clouds {tuple(drawn[0, share.clouds[0]][0].shape)}" if share.clouds else ""
+        raise PointPeftError(
+            f"the first training step{first_one} fails: {' '.join(str(error).split())}; the model gets clouds as "
+            "num_points, channels and batch_size say"
+        ) from error
 
 
 def _loss(recipe: Recipe, counts: Tensor) -> Loss:

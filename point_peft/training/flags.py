@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from point_peft.errors import PointPeftError, quoted
 from point_peft.schema import hints_of
+from point_peft.training.yaml_text import problem, read_yaml
 
 ABSENT: Any = object()
 """The value of a flag that was not given."""
@@ -47,10 +48,10 @@ def given_flags(options: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
 
 def value_of(text: str, hint: Any, flag: str) -> Any:
     """The value that a text stands for: a list by commas, else YAML; a string stays a string."""
-    kinds = [hint, *get_args(hint)]
+    kinds = [hint] if _is_sequence(hint) else [hint, *get_args(hint)]
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
-    listed = [kind for kind in kinds if get_origin(kind) in (tuple, Sequence) or _is_sequence(kind)]
+    listed = [kind for kind in kinds if _is_sequence(kind)]
     if listed and not text.startswith(("[", "{")):
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if get_args(listed[0])[0] is str:
@@ -69,9 +70,9 @@ def _is_sequence(kind: Any) -> bool:
 
 def _yaml(text: str, flag: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as error:
-        raise PointPeftError(f"{flag} is {quoted(text)}, which is no value: {' '.join(str(error).split())}") from error
+        raise PointPeftError(f"{flag} is {quoted(text)}, which is no value ({problem(error)})") from error
 
 
 def _shown(item: Field[Any]) -> str:

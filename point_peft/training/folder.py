@@ -63,8 +63,10 @@ class RunFolder:
                 raise PointPeftError(f"the run folder {path} is not empty and holds no run: name another")
             return "begin"
         if not resume:
-            how = "a finished run" if record["finished"] else "an unfinished run: go on with --resume (resume=True)"
-            raise PointPeftError(f"{path} holds {how}{'' if record['finished'] else ','} or name another folder")
+            how = (
+                "a finished run:" if record["finished"] else "an unfinished run: go on with --resume (resume=True), or"
+            )
+            raise PointPeftError(f"{path} holds {how} name another folder")
         if record["finished"]:
             return "end"
         return "resume" if (self.path / CHECKPOINT_FILE).exists() else "begin"
@@ -144,4 +146,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise PointPeftError(f"'{path}' is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise PointPeftError(f"'{path}' is not of this version of point_peft")
+    if not isinstance(record.get("finished"), bool):
+        raise PointPeftError(f"'{path}' does not say if the run is finished: it is not as point_peft wrote it")
     return record

@@ -151,8 +151,10 @@ def adapted(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with a fresh adapter of the spec's methods; without any, the model itself, all of it trained."""
     if not spec.methods:
         return model.requires_grad_(True)
+    # Of a file only its name: where it lies is nobody else's concern.
     config = PeftConfig(
-        tuners=tuple(TunerConfig.from_json(own) for own in spec.methods), base_model_name_or_path=spec.backbone
+        tuners=tuple(TunerConfig.from_json(own) for own in spec.methods),
+        base_model_name_or_path=Path(spec.backbone).name,
     )
     return get_peft_model(model, config)
 
@@ -174,6 +176,8 @@ def method_configs(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[
             near = nearest_names(name, [*known, FULL], what="method")
             there = ", ".join([*known, FULL])
             raise PointPeftError(f"no method is called {quoted(name)}; nearest: {near}; there are {there}")
+        if method in chosen:
+            raise PointPeftError(f"--method {name} is given twice; several methods in one adapter are different ones")
         chosen[method] = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -202,8 +206,16 @@ def made_by(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
             raise PointPeftError(f"MODEL: {quoted(origin)} has no {quoted(name)}")
         made = getattr(made, part)
     if callable(made) and not isinstance(made, nn.Module):
-        taken = inspect.signature(made).parameters
-        made = made(**{name: value for name, value in arguments.items() if name in taken})
+        signature = inspect.signature(made)
+        given = {name: value for name, value in arguments.items() if name in signature.parameters}
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            raise PointPeftError(
+                f"MODEL: {quoted(spec)}: {error}; num_classes and cls_dim are given to what takes them, all else needs "
+                "a default"
+            ) from error
+        made = made(**given)
     if not isinstance(made, nn.Module):
         raise PointPeftError(f"MODEL: {quoted(spec)} gives a {type(made).__name__}, not an nn.Module")
     return made
@@ -217,11 +229,14 @@ def _imported(origin: str) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # as an import does; dataclasses and pickle look there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError) as error:
+            raise PointPeftError(f"MODEL: cannot import {quoted(origin)}: {error}") from error
         return module
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         return importlib.import_module(origin)
-    except ImportError as error:
+    except (SyntaxError, ImportError) as error:
         raise PointPeftError(f"MODEL: cannot import {quoted(origin)}: {error}") from error

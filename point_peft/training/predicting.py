@@ -21,9 +21,13 @@ from point_peft.data.optional import optional
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import prepare
 from point_peft.data.scenes import Scene, cut_scene
+from point_peft.errors import DataError
 from point_peft.training.feeding import on_device, set_mode
 from point_peft.training.inference import Inference
 from point_peft.training.objective import flat_scores
+
+LEGACY_CODES = 31
+"""The highest code of a class in points of formats before 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +120,13 @@ def labelled_file(
     if source.suffix.lower() in LAS:
         las = optional("laspy", "LAS and LAZ files").read(source)
         values = np.array([codes[name][0] if name in codes else i for i, name in enumerate(classes)])
-        written = np.asarray(las.classification).copy()
+        written = np.asarray(las.classification).astype(np.int64)
         written[labels >= 0] = values[labels[labels >= 0]]
+        if las.point_format.id < 6 and written.max(initial=0) > LEGACY_CODES:
+            raise DataError(
+                f"{source} has point format {las.point_format.id}, which holds codes of classes up to {LEGACY_CODES}, "
+                f"and {written.max()} was predicted: convert it to point format 6 or later"
+            )
         las.classification = written
         data = io.BytesIO()
         las.write(data, do_compress=True)

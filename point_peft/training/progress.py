@@ -62,9 +62,10 @@ class Progress:
         self.validation = f", validation {in_words(val)}" if val else ""
         left = (self.steps - self.done) * (time.monotonic() - self.begin) / max(self.done - self.first, 1)
         if self.bar is None:
+            rest = f", {duration(left)} left" if self.done < self.steps else ""
             self.say(
                 f"epoch {number}/{self.steps // self.per_epoch}: loss {loss:.3f}{self.validation}, "
-                f"{self.clouds_per_second():.0f} clouds/s, {duration(left)} left"
+                f"{self.clouds_per_second():.0f} clouds/s{rest}"
             )
 
     def clouds_per_second(self) -> float:
@@ -75,6 +76,12 @@ class Progress:
         """Take the bar off."""
         if self.bar is not None:
             self.bar.close()
+
+
+def say(text: str) -> None:
+    """Write a result, on the standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:

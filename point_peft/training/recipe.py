@@ -15,6 +15,7 @@ from point_peft.data.augmenting import AUGMENTATIONS
 from point_peft.data.cloud import Task
 from point_peft.errors import PointPeftError, nearest_names, quoted
 from point_peft.schema import Count, Factor, Limit, at_least, hints_of, to_json
+from point_peft.training.yaml_text import problem, read_yaml
 
 _SHARE = Limit("0 or more and less than 1", lambda value: 0 <= value < 1)
 Share = Annotated[float, _SHARE]
@@ -114,16 +115,22 @@ class Recipe:
     @staticmethod
     def from_yaml(path: str | Path) -> Recipe:
         """The recipe of a file; fields that it leaves out have their defaults."""
-        try:
-            values = yaml.safe_load(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise PointPeftError(f"the recipe {quoted(str(path))} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PointPeftError(
-                f"the recipe {quoted(str(path))} is no YAML: {' '.join(str(error).split())}"
-            ) from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise PointPeftError(f"the recipe {quoted(str(path))} holds a {type(values).__name__}, not fields by name")
-        return Recipe.from_json(values, f"the recipe {quoted(str(path))}")
+        return Recipe.from_json(fields_of_file(path), f"the recipe {quoted(str(path))}")
+
+
+def fields_of_file(path: str | Path) -> dict[str, Any]:
+    """The fields that a recipe's file states, not checked; raises `PointPeftError` if it holds no fields by name."""
+    name = quoted(str(path))
+    try:
+        values = read_yaml(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise PointPeftError(f"the recipe {name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PointPeftError(f"the recipe {name} is no YAML: {error}") from error
+    except yaml.YAMLError as error:
+        raise PointPeftError(f"the recipe {name} is no YAML ({problem(error)})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise PointPeftError(f"the recipe {name} holds a {type(values).__name__}, not fields by name")
+    return values

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import backbone_for
 from point_peft.errors import PointPeftError
-from point_peft.files.format import CARD_FILE, Card
+from point_peft.files.format import CARD_FILE, Card, read_folder
 from point_peft.files.saving import save_adapters
-from point_peft.files.tensors import unshared
-from point_peft.hub.card import card_of
+from point_peft.files.tensors import copy_tensors, unshared
+from point_peft.hub.card import card_of, markdown
 from point_peft.training import pictures
 from point_peft.training.folder import (
     CONFUSION_FILE,
@@ -28,7 +28,6 @@ from point_peft.training.folder import (
     PICTURES,
     RECIPE_FILE,
     SAMPLES_FILE,
-    RunFolder,
     write_file,
 )
 from point_peft.training.inference import Inference
@@ -116,7 +115,10 @@ def _save(loop: Loop, record: Mapping[str, Any], report: Sequence[tuple[str, int
         write_file(folder.path / CARD_FILE, f"# {kind}, trained with point_peft\n\n{section}")
         return
     names = held.active_adapters
-    results = {split: {k: round(v, 4) for k, v in own.items()} for split, own in record["results"].items()}
+    results = {
+        _named(record, split): {name: round(value, 2) for name, value in own.items() if name != "loss"}
+        for split, own in record["results"].items()
+    }
     said = {"results": results, "tags": (record["task"],)}
     adapters = {name: get_adapter(held, name) for name in names}
     card = partial(_card, partial(card_of, held.base_model, said), section)
@@ -135,21 +137,29 @@ def _card(card: Callable[[Adapter], Card], section: str, adapter: Adapter) -> Ca
     return over
 
 
+def _named(record: Mapping[str, Any], split: str) -> str:
+    """A split with the name of its data, such as "mars (test)", where that is known."""
+    return f"{record['name']} ({split})" if "name" in record else split
+
+
 def _section(loop: Loop, record: Mapping[str, Any], report: Sequence[tuple[str, int, float]]) -> Iterator[str]:
     yield from (SECTION, "")
     epochs = f"{record['epochs']} of {loop.recipe.epochs} epochs"
     chosen = "the best on validation" if loop.place.best is not None else "the last"
-    clouds = f"{loop.count:,} training clouds"
-    yield f"{record['task'].capitalize()} of {clouds} in {len(record['classes'])} classes; {epochs}, of which "
-    yield f"epoch {record['best_epoch']} is kept, {chosen}. Everything that was chosen is in `{RECIPE_FILE}`."
+    data = f" of {markdown(record['name'])}" if "name" in record else ""
+    yield f"{record['task'].capitalize()} of {loop.count:,} training clouds{data} in {len(record['classes'])} classes;"
+    yield f"{epochs}, of which epoch {record['best_epoch']} is kept, {chosen}."
+    yield f"Everything that was chosen is in `{RECIPE_FILE}`."
+    yield from ("", f"The classes, from 0 on: {', '.join(map(markdown, record['classes']))}.")
     if record["results"]:
         names = list(next(iter(record["results"].values())))
         yield from ("", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|")
         for split, own in record["results"].items():
-            yield f"| {split} | {' | '.join(in_unit(name, own[name]) for name in names)} |"
+            yield f"| {markdown(_named(record, split))} | {' | '.join(in_unit(name, own[name]) for name in names)} |"
     if report:
-        yield from ("", "| class | labels | right |", "|---|---|---|")
-        yield from (f"| {name} | {count:,} | {share:.1f} % |" for name, count, share in report)
+        last = _named(record, list(record["results"])[-1])
+        yield from ("", f"The classes of {markdown(last)}:", "", "| class | labels | right |", "|---|---|---|")
+        yield from (f"| {markdown(name)} | {count:,} | {share:.1f} % |" for name, count, share in report)
     for name, what in PICTURES.items():
         if (loop.folder.path / name).exists():
             yield from ("", f"![{what}]({name})")
@@ -165,7 +175,9 @@ def load_values(model: nn.Module, folder: Path) -> None:
     if held is not None:
         names = held.active_adapters
         for name in names:
-            held.swap_adapter_(folder if len(names) == 1 or name == "default" else folder / name, name)
+            place = folder if len(names) == 1 or name == "default" else folder / name
+            _make_room(get_adapter(held, name), place)
+            held.swap_adapter_(place, name)
         return
     try:
         tensors = safetensors.torch.load_file(folder / MODEL_FILE)
@@ -178,9 +190,13 @@ def load_values(model: nn.Module, folder: Path) -> None:
     write_values(model, tensors)
 
 
-def finished_folder(folder: RunFolder) -> Path:
-    """The path of a run that has come to its end; raises `PointPeftError` for another."""
-    record = folder.record
-    if record is None or not record["finished"]:
-        raise PointPeftError(f"{str(folder.path)!r} holds no finished run: train, or go on with --resume")
-    return folder.path
+def _make_room(adapter: Adapter, folder: Path) -> None:
+    """Make the memory banks of an adapter as long as those of a folder's, whose rows they are about to get."""
+    rows, there = read_folder(folder).tensors, adapter.tensors()
+    longer = {
+        name: rows[name]
+        for name in adapter.free_rows() & rows.keys()
+        if rows[name].shape[1:] == there[name].shape[1:] and len(rows[name]) != len(there[name])
+    }
+    for name, value in longer.items():
+        copy_tensors({name: value}, adapter, there, there[name].device, {name: there[name].dtype})

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.site import CHILD
-from point_peft.errors import PointPeftError
+from point_peft.errors import PointPeftError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,14 +207,15 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[Position, 
     """
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError, TypeError) as error:
         raise PointPeftError(f"the checkpoint '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(record, dict) or record.get("version") != VERSION:
         raise PointPeftError(f"'{path}' is no checkpoint of this version of point_peft: begin anew in another folder")
     for name, value in identity.items():
         if record["identity"].get(name) != value:
             raise PointPeftError(
-                f"'{path}' is of a training with another {name}, {record['identity'].get(name)!r}, and not {value!r}: "
+                f"'{path}' is of a training with another {name}, {quoted(record['identity'].get(name))}, "
+                f"and not {quoted(value)}: "
                 "resume with the same, or begin anew in another folder"
             )
     parts = {name: value for name, value in record.items() if name not in ("version", "identity", "place")}
