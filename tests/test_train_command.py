@@ -256,7 +256,7 @@ def test_a_scene(tmp_path: Path) -> None:
     assert run("predict", out, tmp_path / "town.laz", "--out", tmp_path / "p") == 0
     made = laspy.read(tmp_path / "p" / "town.laz")
     assert len(made.points) == 3000 and np.array_equal(made.intensity, las.intensity)
-    assert not np.array_equal(made.classification, las.classification)
+    assert set(np.unique(made.classification).tolist()) <= {2, 6}
 
 
 def test_few_shot_trials(rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
