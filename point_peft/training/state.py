@@ -75,8 +75,8 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Within the block, every process has the whole of each parameter, also of those that are sharded."""
-    if any(map(is_sharded, model.parameters())):
-        model.state_dict()  # which puts shards back where a forward has left whole tensors; later it would undo this
+    if _SHARDED in sys.modules:
+        model.state_dict()  # puts shards back in their places, where a forward has left whole tensors
     sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
         for module in model.modules()
