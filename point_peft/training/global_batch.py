@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -57,7 +57,9 @@ class GlobalBatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_part(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % self.own == 0
+        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter) or tensor.ndim == 0:
+            return False  # a parameter, such as prompts before they are given to each cloud, is no part of a batch
+        return len(tensor) > 0 and len(tensor) % self.own == 0
 
     def _drawn(self, func: Callable[..., Any], like: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """This process's rows of what `func` gives for the whole batch."""
