@@ -43,6 +43,8 @@ class TunerConfig(ABC):
     method: ClassVar[str]
     peft_type: ClassVar[str | None] = None
     """The name of the method in the PEFT package, if its adapters can be written in PEFT's format."""
+    adapts_columns: ClassVar[bool] = False
+    """True of the method that fits clouds with other columns, by its fields `channels` and `backbone_channels`."""
     combines: ClassVar[bool] = False
     """True where several adapters of the method can become one, by `combined`."""
 

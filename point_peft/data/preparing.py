@@ -1,6 +1,7 @@
 """From a cloud as it was measured to the points that a model takes."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from point_peft.config import check_fields, require
 from point_peft.data.cloud import COORDINATES, Cloud
 from point_peft.errors import DataError, nearest_names, quoted
-from point_peft.schema import Limit, at_least
+from point_peft.schema import FrozenMapping, Limit, at_least
 
 LARGEST = 1e18
 """No coordinate is larger than this: the squares of larger ones do not fit into float32."""
@@ -36,6 +37,8 @@ class Preparation:
     """Points farther than this from the centre, in the unit of the file, are dropped."""
     channels: tuple[str, ...] = COORDINATES
     """The columns of a sample, the coordinates first."""
+    channel_scale: Mapping[str, float] = FrozenMapping()
+    """Channel -> the value of it, in the unit of the file, that becomes 1, such as {intensity: 255}."""
     most_bad: Annotated[float, Limit("0 to 1", lambda value: 0 <= value <= 1)] = 0.1
     """The share of rows with NaN or infinity up to which these are dropped with a warning; more is an error."""
 
@@ -44,6 +47,11 @@ class Preparation:
         scale = self.scale
         lengths = "'sphere', 'none' or a length of more than 0"
         require(scale in ("sphere", "none") if isinstance(scale, str) else scale > 0, self, "scale", lengths)
+        for name, value in self.channel_scale.items():
+            scaled = name in self.channels[3:] and value > 0
+            require(
+                scaled, self, "channel_scale", f"numbers above 0 for {', '.join(self.channels[3:]) or 'no channel'}"
+            )
         once = len(set(self.channels)) == len(self.channels)
         require(self.channels[:3] == COORDINATES and once, self, "channels", "'x', 'y', 'z', then others, each once")
 
@@ -85,7 +93,7 @@ def prepare(cloud: Cloud, preparation: Preparation, rng: np.random.Generator) ->
     points = np.empty((len(rows), len(preparation.channels)), np.float32)
     points[:, :3] = columns
     for column, name in enumerate(extra, 3):
-        points[:, column] = cloud.channels[name][rows]
+        points[:, column] = cloud.channels[name][rows] / preparation.channel_scale.get(name, 1.0)
     return Prepared(points, None if cloud.labels is None else cloud.labels[rows], rows)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from point_peft.data.cloud import COORDINATES
 from point_peft.data.corrupting import CORRUPTIONS
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
@@ -34,6 +35,14 @@ def add_commands(commands: Commands) -> None:
         "--method", metavar="NAME", action="append", help=f"several are one adapter; {FULL}: none (default: point_peft)"
     )
     command.add_argument("--set", metavar="FIELD=VALUE", action="append", default=[], help="of a method")
+    command.add_argument(
+        "--backbone-channels",
+        metavar="NAMES",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        default=COORDINATES,
+        help="the columns that the backbone takes; where --channels are others, an input adapter goes between "
+        "(default: x,y,z)",
+    )
     command.add_argument("--recipe", metavar="FILE", type=Path, help="a YAML file; flags go before it")
     command.add_argument("--resume", action="store_true", help="go on where the run was interrupted, or begin it")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, naming them")

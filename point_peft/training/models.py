@@ -195,6 +195,26 @@ def method_configs(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[
     return tuple(METHODS[method](**values).to_json() for method, values in chosen.items())
 
 
+def with_columns(
+    methods: tuple[dict[str, Any], ...], channels: Sequence[str], backbone_channels: Sequence[str]
+) -> tuple[dict[str, Any], ...]:
+    """The methods, with an input adapter before them where clouds have other columns than the backbone takes.
+
+    Raises `PointPeftError` for full fine-tuning, which has no adapter to put one in.
+    """
+    adapting = {name: kind for name, kind in METHODS.items() if kind.adapts_columns}
+    if list(channels) == list(backbone_channels) or any(own["method"] in adapting for own in methods):
+        return methods
+    if not methods:
+        raise PointPeftError(
+            f"--channels {','.join(channels)} are not the columns of the backbone, {','.join(backbone_channels)}, and "
+            f"without an adapter nothing is put between: say --backbone-channels, or another --method than {FULL}"
+        )
+    fields = {"channels": list(channels), "backbone_channels": list(backbone_channels)}
+    (name,) = adapting
+    return TunerConfig.from_json({"method": name, **fields}).to_json(), *methods
+
+
 def made_by(spec: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The backbone that `package.module:callable` or `file.py:callable` makes, given those arguments that it takes."""
     origin, _, name = spec.rpartition(":")

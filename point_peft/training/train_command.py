@@ -23,7 +23,7 @@ from point_peft.schema import to_json
 from point_peft.training.fitting import fit
 from point_peft.training.flags import given_flags
 from point_peft.training.folder import RECIPE_FILE, RunFolder, read_record, write_file
-from point_peft.training.models import ModelSpec, adapted, backbone_for_task, method_configs, to_inputs_of
+from point_peft.training.models import ModelSpec, adapted, backbone_for_task, method_configs, to_inputs_of, with_columns
 from point_peft.training.progress import in_words, say
 from point_peft.training.recipe import Recipe, fields_of_file
 from point_peft.training.tasks import FewShot, is_main, listed, name_of_data, read_data
@@ -114,7 +114,9 @@ def _asked(options: argparse.Namespace) -> _Asked:
     # The run can then be opened from any folder.
     backbone = f"{Path(origin).resolve()}:{name}" if colon and origin.endswith(".py") else options.backbone
     checkpoint = None if options.checkpoint is None else str(Path(options.checkpoint).resolve())
-    spec = ModelSpec(backbone=backbone, checkpoint=checkpoint, methods=method_configs(method, options.set))
+    preparation = Preparation(**given_flags(options, Preparation))
+    methods = with_columns(method_configs(method, options.set), preparation.channels, options.backbone_channels)
+    spec = ModelSpec(backbone=backbone, checkpoint=checkpoint, methods=methods)
     given = given_flags(options, DataOptions)
     if "task" in stated:
         given = {"task": stated["task"], **given}
@@ -124,7 +126,6 @@ def _asked(options: argparse.Namespace) -> _Asked:
     if few_shot is not None:
         few_shot = replace(few_shot, trial=options.trial or 0)
         given = {"val_share": 0.0, **given}  # a task has no validation, so nothing is held out for one
-    preparation = Preparation(**given_flags(options, Preparation))
     return _Asked(
         paths=tuple(options.data),
         recipe=recipe,

@@ -55,6 +55,7 @@ class InputAdapterConfig(TunerConfig):
     """
 
     method: ClassVar[str] = "INPUT_ADAPTER"
+    adapts_columns: ClassVar[bool] = True
 
     channels: Sequence[str] | None = None
     """The columns of the clouds that the adapter takes, in their order."""
