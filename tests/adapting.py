@@ -33,6 +33,11 @@ Config = TunerConfig | PeftConfig
 Pair = tuple[str, TinyBackbone]
 """A method, or a method with what a backbone asks of it as `tools.capabilities` labels it, and that backbone."""
 
+Grouped = tuple[tuple[str, ...], TinyBackbone]
+"""Methods, the tuners of one adapter, and a backbone."""
+How = str | Config | tuple[str, ...]
+"""A method, a configuration, or the methods of one adapter."""
+
 METHOD_NAMES = sorted(METHODS)
 PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() for method in capabilities.labels(name)]
 """Pairs that the page of capabilities calls supported, in the form that it asks for, and those it does not know."""
@@ -86,6 +91,45 @@ def few(pairs: Sequence[Pair], of: Callable[[TinyBackbone], str] = lambda backbo
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 
 
+def one_adapter(methods: Sequence[str]) -> PeftConfig:
+    return PeftConfig(tuners=[config(method) for method in methods])
+
+
+def each_group(groups: Iterable[Grouped], *, smoke: str | None = None) -> pytest.MarkDecorator:
+    """Run a test of `methods` and `backbone` on each of the groups; those of the backbone `smoke` are quick ones."""
+    named = []
+    for methods, backbone in groups:
+        marks = [pytest.mark.smoke] if backbone.name == smoke else []
+        named.append(pytest.param(methods, backbone, id=f"{'+'.join(methods)}-{backbone.name}", marks=marks))
+    return pytest.mark.parametrize(("methods", "backbone"), named)
+
+
+def few_groups(pairs: Sequence[Pair], most: int = 4) -> list[Grouped]:
+    """As few groups as there are with every method in one and every kind of backbone, `most` methods in each.
+
+    For what is compared bit by bit or tensor by tensor: of all methods at once, that shows what it shows of each.
+    Models of our own come first, of these what supports most of the methods that are left, and then what registered
+    last: variants, which are smaller.
+    """
+    supported: dict[str, list[str]] = {}
+    for method, backbone in pairs:
+        supported.setdefault(backbone.name, []).append(method)
+    forms, left_kinds = {form_of(method) for method, _ in pairs}, {backbone.kind for _, backbone in pairs}
+    groups: list[Grouped] = []
+    while forms or left_kinds:
+        gains = {}
+        for name, methods in supported.items():
+            new = min(len(forms.intersection(map(form_of, methods))), most)
+            of_kind = BACKBONES[name].kind in left_kinds or not left_kinds
+            gains[name] = of_kind, new > 0, not BACKBONES[name].needs, new
+        name = max(reversed(gains), key=gains.__getitem__)
+        methods = [method for method in supported[name] if form_of(method) in forms] or supported[name]
+        groups.append((tuple(methods[:most]), BACKBONES[name]))
+        forms -= set(map(form_of, methods[:most]))
+        left_kinds -= {BACKBONES[name].kind}
+    return groups
+
+
 def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
     """Run a test of `methods` on as few groups as there are with nine at most: the tuners of one adapter.
 
@@ -94,7 +138,7 @@ def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
     holds for those to come as well.
     """
     count = math.ceil(len(methods) / 9)
-    return pytest.mark.parametrize("methods", [methods[first::count] for first in range(count)], ids="+".join)
+    return pytest.mark.parametrize("methods", [tuple(methods[first::count]) for first in range(count)], ids="+".join)
 
 
 every_pair = each(PAIRS, smoke="point_mae")
@@ -151,9 +195,7 @@ def full_point_mae() -> PointTransformer:
 # ---- making adapted models -------------------------------------------------------------------------------------------
 
 
-def adapt(
-    backbone: TinyBackbone, how: str | Config, *, seed: int = 0, fresh: bool = False, **options: Any
-) -> PointPeftModel:
+def adapt(backbone: TinyBackbone, how: How, *, seed: int = 0, fresh: bool = False, **options: Any) -> PointPeftModel:
     """An adapted backbone in eval mode, its banks filled; but for `fresh`, all its tensors at random values."""
     torch.manual_seed(seed)
     model = get_peft_model(backbone.build(), stated(how, backbone), **options)
@@ -184,17 +226,17 @@ def tensors(model: AdapterSet, name: str = "default") -> dict[str, Tensor]:
     return get_adapter(model, name).tensors()
 
 
-def add(
-    model: AdapterSet, backbone: TinyBackbone, how: str | Config, name: str, *, seed: int = 1, **options: Any
-) -> None:
+def add(model: AdapterSet, backbone: TinyBackbone, how: How, name: str, *, seed: int = 1, **options: Any) -> None:
     """A further adapter, like that of `adapt`."""
     torch.manual_seed(seed)
     model.add_adapter(name, stated(how, backbone), **options)
     complete(model, backbone, name, seed, fresh=False)
 
 
-def stated(how: str | Config, backbone: TinyBackbone) -> PeftConfig:
+def stated(how: How, backbone: TinyBackbone) -> PeftConfig:
     """The configuration, with the anatomy if no preset tells it, so that it is not traced again and again."""
+    if isinstance(how, tuple):
+        how = one_adapter(how)
     chosen = PeftConfig.of(config(how) if isinstance(how, str) else how)
     return chosen if backbone.traced is None else dataclasses.replace(chosen, anatomy=backbone.traced)
 
