@@ -606,7 +606,7 @@ SETS: tuple[tuple[str, ...], ...] = (("a",), ("b",), (), ("a", "b"), ("b", "a"))
 
 
 def _crowd(
-    backbone: TinyBackbone, method: str, args: Args, sets: Sequence[tuple[str, ...]]
+    backbone: TinyBackbone, method: str | tuple[str, ...], args: Args, sets: Sequence[tuple[str, ...]]
 ) -> tuple[PointPeftModel, dict[tuple[str, ...], Tensor]]:
     """A model of the adapters that are named in `sets`, and what each of these gives."""
     model = adapt(backbone, method, adapter_name="a")
