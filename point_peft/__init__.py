@@ -24,6 +24,7 @@ from point_peft.tuners.ga_prompt import GAPromptConfig
 from point_peft.tuners.gem import GEMConfig
 from point_peft.tuners.ia3 import IA3Config
 from point_peft.tuners.idpt import IDPTConfig
+from point_peft.tuners.input_adapter import InputAdapterConfig
 from point_peft.tuners.linear_probe import LinearProbeConfig
 from point_peft.tuners.lora import LoraConfig
 from point_peft.tuners.norm_tuning import NormTuningConfig
@@ -53,6 +54,7 @@ __all__ = [
     "HubError",
     "IA3Config",
     "IDPTConfig",
+    "InputAdapterConfig",
     "LinearProbeConfig",
     "LoraConfig",
     "MatchError",

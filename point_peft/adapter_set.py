@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from point_peft import status
@@ -32,8 +31,9 @@ from point_peft.files.saving import Format, save_adapters
 from point_peft.hub.card import card_of, for_repository
 from point_peft.hub.pulling import Place, Token, check_names, folder_of
 from point_peft.hub.pushing import Upload, files_below, push
+from point_peft.parameter_groups import Rates, adapter_groups
 from point_peft.running.activation import Key, active_adapters
-from point_peft.running.forward import Forward, auxiliary_losses
+from point_peft.running.forward import Forward, auxiliary_loss
 from point_peft.running.nested import Args, call_arguments
 from point_peft.status import LayerStatus, ModelStatus
 from point_peft.version import __version__
@@ -240,12 +240,7 @@ class AdapterSet(nn.Module):
         for it alone.
         """
         check_unmerged(self.merged, "adapters cannot take turns")
-        names = adding.task_names(self.adapters, adapter_names)
-        if any(module.training for module in (self, self.base_model)):
-            raise AdapterError(
-                "adapter_names is for inference: call model.eval() first, or train one adapter at a time"
-            )
-        return mixed.forward_mixed(self, args, dict(kwargs), names)
+        return mixed.forward_mixed(self, args, dict(kwargs), adding.task_names(self.adapters, adapter_names))
 
     # ---- what is trained, and how things stand ----
 
@@ -258,6 +253,19 @@ class AdapterSet(nn.Module):
         """Keep the parameters of these adapters as they are."""
         for adapter in meant_adapters(self.adapters, adapter_name).values():
             adapter.requires_grad_(False)
+
+    def parameter_groups(
+        self, lr: float, *, head_lr: float | None = None, prompt_lr: float | None = None, weight_decay: float = 0.05
+    ) -> list[dict[str, Any]]:
+        """Groups of the trainable parameters for an optimizer of torch; rates that are None are `lr`.
+
+        Heads, and other modules that are saved whole, learn at `head_lr`, prompts, their coordinates and prefix tokens
+        at `prompt_lr`. These tokens, norms, biases and gates have no weight decay. A group's `name` says what is in it.
+
+        >>> optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, head_lr=5e-4))
+        """
+        rates = Rates(lr=lr, head_lr=head_lr, prompt_lr=prompt_lr, weight_decay=weight_decay)
+        return adapter_groups(self.base_model, all_adapters(self.adapters).values(), self.anatomy, rates)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters of the model, adapters included."""
@@ -291,10 +299,7 @@ class AdapterSet(nn.Module):
         It is the sum over all active adapters, each term weighted by its configuration. `torch.nn.DataParallel` runs
         forwards on threads of its own, and theirs are not seen here.
         """
-        losses = auxiliary_losses(self)
-        if losses:
-            return torch.stack([loss.float() for loss in losses]).sum()
-        return torch.zeros((), device=next(self.base_model.parameters()).device)
+        return auxiliary_loss(self)
 
     # ---- merging ----
 
@@ -310,9 +315,7 @@ class AdapterSet(nn.Module):
         """
         check_unmerged(self.merged, "no second adapter can be merged")
         name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)
-        values = folded(self.base_model, name, adapter)
-        self.merged = {name: {key: self.base_model.get_parameter(key).detach().clone() for key in values}}
-        overwrite_weights(self.base_model, values)
+        self.merged = {name: overwrite_weights(self.base_model, folded(self.base_model, name, adapter))}
         adding.activate(self, ())
 
     def unmerge(self) -> None:
@@ -352,9 +355,9 @@ class AdapterSet(nn.Module):
         the progress bar names it. Where none or several are such, rows are reduced without classes and a warning says
         so.
 
-        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained.
-        Under accelerate, or torch.distributed alone, each process goes through its own batches and all end with the
-        same bank.
+        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained. Of
+        more than 65,536 clouds only prototypes are held, so a loader may be longer than memory. Under accelerate, or
+        torch.distributed alone, each process goes through its own batches and all end with the same bank.
 
         >>> from point_peft import PointPEFTConfig
         >>> model.add_adapter("task", PointPEFTConfig())
@@ -427,8 +430,7 @@ class AdapterSet(nn.Module):
         said = {"results": results or {}, "datasets": tuple(datasets), "license": license, "tags": tuple(tags)}
         with tempfile.TemporaryDirectory() as folder:
             self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag})
-            files = files_below(Path(folder), subfolder)
-        files = for_repository(files, repo_id)
+            files = for_repository(files_below(Path(folder), subfolder), repo_id)
         message = commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}"
         return push(Upload(files, repo_id, message, commit_description, private, token, revision, create_pr))
 

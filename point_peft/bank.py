@@ -1,22 +1,29 @@
 """A memory bank built from batches of training clouds, by one process or several."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from point_peft.adapting.adapter import Adapter
+from point_peft.adapting.adapter import Adapter, get_adapter
+from point_peft.adapting.fitting import fitted
 from point_peft.adapting.mixed import choosing
 from point_peft.anatomy.description import Steps
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.parts.base import Bank
+from point_peft.parts.prototypes import Stream, joined, reduced
 from point_peft.running.forward import Root, close_forward, open_forward
 from point_peft.running.nested import Args, Kwargs, all_arguments, call_arguments, leaves
 from point_peft.running.second import eval_mode
+
+T = TypeVar("T")
+EXACT_ROWS = 65_536
+"""Clouds, of all processes, up to which a bank is reduced from all of their features; those of more are streamed."""
 
 
 def bank_of(adapter: Adapter, name: str) -> Bank:
@@ -51,9 +58,7 @@ def build_bank(
     if size is not None and (type(size) is not int or size < 1):
         raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
     ranks = _ranks()
-    features: list[Tensor] = []
-    labels: list[dict[Steps, Tensor]] = []
-    places: list[Steps] = []
+    harvest = Harvest(bank.size if size is None else size)
     # One process of several draws a bar, and none does where stderr is no terminal: that is what None means.
     hidden = ranks is not None and torch.distributed.get_rank() > 0
     progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
@@ -61,31 +66,112 @@ def build_bank(
         for batch in progress:
             inputs = _model_inputs(batch, to_inputs)
             tokens = _frozen_tokens(root, *inputs, bank.source, name)
-            features.append(bank.query(tokens).float().cpu())
-            count = len(features[-1])
+            features = bank.query(tokens).float().cpu()
             if to_labels is None:
-                labels.append(_possible_labels(batch, inputs, count))
+                labels = _possible_labels(batch, inputs, len(features))
             else:
-                labels.append({(): _checked_labels(to_labels(batch), count)})
-            places = _common([dict.fromkeys(places), labels[-1]] if labels[1:] else labels)
-            progress.set_description(f"memory bank (labels: {_shown(places)})", refresh=False)
-    if ranks is not None:
-        gathered: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(gathered, (features, labels))
-        features = [entry for part, _ in gathered for entry in part]
-        labels = [entry for _, part in gathered for entry in part]
-    if not features:
-        raise AdapterError("build_memory_bank got no batches")
-    # Sorted rows do not depend on the order of batches and processes, and a cloud seen twice counts once.
-    rows, member = torch.unique(torch.cat(features), dim=0, return_inverse=True)
-    classes, places = None, _common(labels)  # of all processes
-    if len(places) == 1:
-        classes = torch.cat([found[places[0]] for found in labels])
-        classes = torch.zeros(len(rows), dtype=classes.dtype).scatter_(0, member, classes)
+                labels = {(): _checked_labels(to_labels(batch), len(features))}
+            harvest.take(features, labels)
+            progress.set_description(f"memory bank (labels: {_shown(harvest.places)})", refresh=False)
+    rows, classes, count, places = harvest.rows(ranks)
     kept = bank.fill(rows, classes, size)
-    if classes is None and kept < len(rows):
+    if classes is None and kept < count:
         why = f"those of the batches may be {_shown(places)}" if places else "no tensor of every batch can be theirs"
-        _warn_unlabelled(len(rows), kept, f"{why}; to_labels=function that turns a batch into its labels gives them")
+        _warn_unlabelled(count, kept, f"{why}; to_labels=function that turns a batch into its labels gives them")
+
+
+class Harvest:
+    """The features of batches that one process has seen, and what may be their labels; prototypes, if they are many.
+
+    `size` is the number of rows that they will be reduced to, None: all are kept.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+        self.features: list[Tensor] = []
+        self.labels: list[dict[Steps, Tensor]] = []
+        self.places: list[Steps] = []
+        """The places where every batch has what may be labels."""
+        self.count = 0
+        self.stream: Stream | None = None
+        self.place: Steps | None = None
+        """The place of the labels of what was streamed; None: it has none, as there was more than one place."""
+
+    @property
+    def most(self) -> float:
+        """Rows that may be held."""
+        return math.inf if self.size is None else max(EXACT_ROWS, 2 * self.size)
+
+    def take(self, features: Tensor, labels: dict[Steps, Tensor]) -> None:
+        """Take the features (b, c) of a batch, and what may be their labels."""
+        if self.stream is None or self.place is not None:
+            self.places = _common([dict.fromkeys(self.places), labels]) if self.count else list(labels)
+        self.count += len(features)
+        self.features.append(features)
+        self.labels.append(labels)
+        # Prototypes are half of what may be held, rows that wait for them the other.
+        if sum(map(len, self.features)) > (self.most if self.stream is None else self.most // 2):
+            self.condense()
+
+    def condense(self) -> None:
+        """Turn the rows that are held into prototypes."""
+        if not self.features or self.size is None:
+            return
+        if self.stream is None:
+            self.stream = Stream(self.size, int(self.most) // 2)
+            self.place = self.places[0] if len(self.places) == 1 else None
+        elif self.place is not None and self.place not in self.places:
+            self.place = None
+            self.stream.forget_labels()
+        place = self.place
+        labels = None if place is None else torch.cat([found[place] for found in self.labels])
+        self.stream.add(torch.cat(self.features), labels)
+        self.features, self.labels = [], []
+
+    def rows(self, ranks: int | None) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
+        """The rows (n, c), the class of each if it is known, the number of all, and where labels may be.
+
+        The same in all processes.
+        """
+        if sum(_gathered(self.count, ranks)) > self.most:
+            self.condense()
+            return joint_rows(_gathered(self, ranks))
+        shards = _gathered((self.features, self.labels), ranks)
+        features = [entry for part, _ in shards for entry in part]
+        labels = [entry for _, part in shards for entry in part]
+        if not features:
+            raise AdapterError("build_memory_bank got no batches")
+        # Sorted rows do not depend on the order of batches and processes, and a cloud seen twice counts once.
+        rows, member = torch.unique(torch.cat(features), dim=0, return_inverse=True)
+        classes, places = None, _common(labels)
+        if len(places) == 1:
+            classes = torch.cat([found[places[0]] for found in labels])
+            classes = torch.zeros(len(rows), dtype=classes.dtype).scatter_(0, member, classes)
+        return rows, classes, len(rows), places
+
+
+def joint_rows(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int, list[Steps]]:
+    """The same of processes that have all streamed what they had; their labels count where all have the same."""
+    streamed = [(harvest, harvest.stream) for harvest in harvests if harvest.stream is not None]
+    size, place = streamed[0][0].size, streamed[0][0].place
+    assert size is not None  # without one, nothing is streamed
+    labelled = place is not None and all(harvest.place == place for harvest, _ in streamed)
+    for _, stream in streamed:
+        if not labelled:
+            stream.forget_labels()
+    count = sum(stream.rows for _, stream in streamed)
+    rows, classes = reduced(joined([stream.sums for _, stream in streamed]), size, count)
+    places = _common([dict.fromkeys(harvest.places) for harvest, _ in streamed])
+    return rows, classes if labelled else None, count, places
+
+
+def _gathered(value: T, ranks: int | None) -> list[T]:
+    """The values of all processes."""
+    if ranks is None:
+        return [value]
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def _warn_unlabelled(count: int, kept: int, why: str) -> None:
@@ -98,7 +184,7 @@ def _warn_unlabelled(count: int, kept: int, why: str) -> None:
 
 def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
     with torch.no_grad(), choosing(root, ()):
-        forward = open_forward(root, args, kwargs)
+        forward = open_forward(root, *fitted(get_adapter(root, adapter_name), args, kwargs))
         try:
             return root.backbone_tokens(forward, source, adapter_name)
         finally:

@@ -5,8 +5,6 @@ which is one line on stderr.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import secrets
@@ -19,7 +17,7 @@ from typing import Any, TextIO
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from point_peft.config import TunerConfig
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
@@ -29,12 +27,14 @@ from point_peft.hub.card import for_repository
 from point_peft.hub.pulling import Place, download, is_repo_id
 from point_peft.hub.pushing import Upload, push
 from point_peft.model import PointPeftModel, describe
+from point_peft.training.commands import add_commands
+from point_peft.training.folder import METRICS_FILE, PICTURES, RECIPE_FILE, RUN_FILE
+from point_peft.training.models import SPEC, made_by
 from point_peft.version import __version__
 
 PROGRAM = "point-peft"
 DIFFERENT = 1
 ERROR = 2
-_MODEL = "package.module:callable or file.py:callable that makes the backbone, with its weights"
 _SOURCE = "a folder, or a repository of the Hub"
 
 
@@ -72,12 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_diff, revision=None, subfolder=None)
 
     command = commands.add_parser("describe", help="say what point_peft understands of a backbone")
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("model", metavar="MODEL", help=SPEC)
     command.add_argument("--input", metavar="SHAPE", type=_shape, help="run it on random clouds, such as 2,1024,3")
     command.set_defaults(run=_describe)
 
     command = commands.add_parser("merge", help="fold an adapter into the weights of its backbone")
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("model", metavar="MODEL", help=SPEC)
     command.add_argument("source", metavar="ADAPTER", help=_SOURCE)
     command.add_argument("output", metavar="OUTPUT.safetensors", type=Path, help="the file to write, a state dict")
     _add_place(command)
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="FOLDER", type=Path)
     _add_place(command)
     command.set_defaults(run=_pull)
+    add_commands(commands)
     return parser
 
 
@@ -282,7 +283,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def _describe(options: argparse.Namespace) -> int:
     shapes = [] if options.input is None else [options.input]
     clouds = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
-    _say(str(describe(_model(options.model), *clouds)))
+    _say(str(describe(made_by(options.model, {}), *clouds)))
     return 0
 
 
@@ -290,7 +291,7 @@ def _merge(options: argparse.Namespace) -> int:
     output: Path = options.output
     if output.suffix != ".safetensors":
         raise PointPeftError(f"OUTPUT is {str(output)!r}; allowed: a name that ends with .safetensors")
-    model = PointPeftModel.from_pretrained(_model(options.model), _folder(options.source, options))
+    model = PointPeftModel.from_pretrained(made_by(options.model, {}), _folder(options.source, options))
     tensors = model.merge_and_unload().state_dict()
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -304,41 +305,6 @@ def _merge(options: argparse.Namespace) -> int:
         temporary.unlink(missing_ok=True)
     _say(f"{output}: {len(tensors)} tensors, {output.stat().st_size:,} bytes")
     return 0
-
-
-def _model(spec: str) -> nn.Module:
-    """The backbone that `package.module:callable` or `file.py:callable` makes."""
-    origin, _, name = spec.rpartition(":")
-    if not origin or not name:
-        raise PointPeftError(f"MODEL is {quoted(spec)}; allowed: {_MODEL}")
-    made: Any = _module(origin)
-    for part in name.split("."):
-        if part not in dir(made):
-            raise PointPeftError(f"MODEL: {quoted(origin)} has no {quoted(name)}")
-        made = getattr(made, part)
-    if callable(made) and not isinstance(made, nn.Module):
-        made = made()
-    if not isinstance(made, nn.Module):
-        raise PointPeftError(f"MODEL: {quoted(spec)} gives a {type(made).__name__}, not an nn.Module")
-    return made
-
-
-def _module(origin: str) -> Any:
-    if origin.endswith(".py"):
-        if not Path(origin).is_file():
-            raise PointPeftError(f"MODEL: there is no file {quoted(origin)}")
-        spec = importlib.util.spec_from_file_location(Path(origin).stem, origin)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # as an import does; dataclasses and pickle look there
-        spec.loader.exec_module(module)
-        return module
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        return importlib.import_module(origin)
-    except ImportError as error:
-        raise PointPeftError(f"MODEL: cannot import {quoted(origin)}: {error}") from error
 
 
 def _push(options: argparse.Namespace) -> int:
@@ -368,6 +334,10 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
                 files["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
     if not files:
         raise AdapterFileError(f"there is no adapter in '{folder}': '{format.CONFIG_FILE}' is missing")
+    if (folder / RUN_FILE).is_file():  # the card shows the pictures, and the recipe says how it was trained
+        for name in (RECIPE_FILE, METRICS_FILE, *PICTURES):
+            if (folder / name).is_file():
+                files["/".join(filter(None, [subfolder, name]))] = (folder / name).read_bytes()
     return files
 
 

@@ -63,7 +63,7 @@ class TunerConfig(ABC):
         METHODS[name] = cls
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         for layer in self.layers_to_transform or ():
             require(layer >= 0, self, "layers_to_transform", "block numbers from 0")
 
@@ -162,7 +162,7 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         require(bool(self.tuners), self, "tuners", "a list of at least one method's configuration")
 
     @staticmethod
@@ -247,7 +247,7 @@ def require(holds: bool, config: object, name: str, allowed: str) -> None:
         raise PointPeftError(f"{type(config).__name__}.{name} is {quoted(getattr(config, name))}; allowed: {allowed}")
 
 
-def _check_fields(config: Any) -> None:
+def check_fields(config: Any) -> None:
     """Freeze what is given for the fields, so that it can be hashed, and check it against their annotations."""
     for name, hint in hints_of(config.__class__).items():
         object.__setattr__(config, name, frozen(getattr(config, name)))

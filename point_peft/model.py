@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.attaching import follow_modules
+from point_peft.adapting.fitting import fit_inputs
 from point_peft.adapting.heads import HeadSource
 from point_peft.adapting.proving import begin_proof, end_proof
 from point_peft.adapting.site import CHILD, SITE
@@ -148,8 +149,9 @@ class _Method:
         follow_modules(base, args)
         forward = open_forward(self.root, args, kwargs)
         forward.method = self.name
-        begin_proof(forward, base)
         try:
+            args, kwargs = fit_inputs(forward)
+            begin_proof(forward, base)
             output = getattr(base, self.name)(*args, **kwargs)
         finally:
             close_forward(forward)

@@ -26,6 +26,7 @@ __all__ = [
     "leaf_of",
     "made_when",
     "overwrite",
+    "run_backward",
     "scan",
 ]
 # BatchNorm and NormBase are what batch norms, and all norms with running statistics, are known by: users' own as well.
@@ -62,3 +63,13 @@ def made_when(node: Any) -> int:
 def overwrite(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target in one call, in which Ctrl-C is not heard: all of them or none."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def run_backward(loss: Tensor) -> None:
+    """Run the backward pass of a loss () in whatever modes are on.
+
+    `Tensor.backward` is itself a function that modes see, and switches them off while it runs.
+    """
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

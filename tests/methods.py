@@ -24,6 +24,10 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 """Method -> fields that are smaller than their defaults; sizes only, and only where the defaults take long."""
 
 
+HEADS_ALONE = ("INPUT_ADAPTER", "LINEAR_PROBE")
+"""Methods that by their defaults put nothing into the backbone and train heads alone."""
+
+
 def config(method: str, **changes: Any) -> TunerConfig:
     """The method's defaults, at a tiny size, with changes; a label of `tools.capabilities` holds changes too."""
     name, stated = labelled(method)

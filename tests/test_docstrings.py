@@ -16,6 +16,7 @@ METHODS = [
     PointPeftModel.load_adapter,
     PointPeftModel.build_memory_bank,
     PointPeftModel.forward_tasks,
+    PointPeftModel.parameter_groups,
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from point_peft import METHODS, AdapterError, AdapterFileError, LoraConfig, PointPeftModel, get_peft_model
 from tests.adapting import complete, every_method, fingerprint, move, run, tensors
-from tests.methods import config
+from tests.methods import HEADS_ALONE, config
 from tests.zoo import BACKBONES, TinyBackbone
 
 PLAIN = BACKBONES["compact"]
@@ -39,7 +39,7 @@ def shared(how: str) -> TinyBackbone:
 
 
 @pytest.mark.parametrize("how", ["parameter", "memory"])
-@pytest.mark.parametrize("method", [method for method in sorted(METHODS) if method != "LINEAR_PROBE"])
+@pytest.mark.parametrize("method", [method for method in sorted(METHODS) if method not in HEADS_ALONE])
 def test_merging_names_both_and_leaves_the_base(method: str, how: str) -> None:
     backbone = shared(how)
     base = backbone.make().eval()

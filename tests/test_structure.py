@@ -41,6 +41,7 @@ ORDER = [
     "hub",
     "bank",
     "status",
+    "parameter_groups",
     "adapter_set",
     "model",
     "data",
@@ -54,6 +55,8 @@ is the file that gathers them."""
 PIPELINE = tuple(PACKAGE / name for name in ("data", "training"))
 BACKBONES_SEE = {"errors", "geometry"}
 """The reference backbones know nothing of the library, and the library knows nothing of them."""
+NAMES_BACKBONES = ("training.models",)
+"""Modules that give users backbones by name."""
 
 METHODS = sorted(path.parent.name for path in PACKAGE.glob("tuners/*/__init__.py"))
 MAY_NAME_METHODS = ("tuners", "integrations", "backbones", "", "cli", "__main__")
@@ -151,7 +154,7 @@ def may_import(importer: str, imported: str) -> bool:
     if unit(importer) == "backbones":
         return unit(imported) in BACKBONES_SEE
     if imported == "" or unit(imported) == "backbones":
-        return False
+        return importer in NAMES_BACKBONES
     return rank(imported) < rank(importer)
 
 
@@ -289,7 +292,7 @@ def test_files_functions_and_classes_are_short() -> None:
 def test_the_package_is_small() -> None:
     backbones = PACKAGE / "backbones"
     sizes = {
-        "the engine": (17_300, [s for s in package() if not {backbones, *PIPELINE} & set(s.path.parents)]),
+        "the engine": (17_500, [s for s in package() if not {backbones, *PIPELINE} & set(s.path.parents)]),
         "from files to a run": (6_500, [s for s in package() if set(PIPELINE) & set(s.path.parents)]),
         "the flagship": (800, sources(PACKAGE / "tuners" / "point_peft")),
         "what is read in an hour": (950, [Source(PACKAGE / name) for name in READ_IN_AN_HOUR]),

@@ -7,6 +7,7 @@ from torch import nn
 
 from point_peft.adapting import border
 from point_peft.adapting.adapter import adapters_by_name, calls_at
+from point_peft.adapting.fitting import fit_inputs
 from point_peft.adapting.proving import begin_proof, end_proof, note_run
 from point_peft.adapting.site import CHILD, SITE, Site, here, hook
 from point_peft.adapting.weights import adapted_tensors
@@ -21,7 +22,7 @@ PLAIN = (nn.Linear, nn.LayerNorm)
 
 
 @hook
-def enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     site: Site = module.__dict__[SITE]
     root = site.root
     if module.__dict__.get("_is_replica", False) and CHILD in module._modules:
@@ -31,7 +32,9 @@ def enter_model(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     gone = [name for name in forward.active if name not in adapters_by_name(root)]
     if gone:
         raise AdapterError(f"adapter '{gone[0]}' is active in this thread or task, but was deleted: call set_adapter")
+    args, kwargs = fit_inputs(forward)
     begin_proof(forward, module)
+    return args, kwargs
 
 
 @hook

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.fitting import fitting_states
 from point_peft.adapting.second_pass import answering, run_plain
 from point_peft.errors import AdapterError
 from point_peft.running.activation import choose_adapters, chosen_adapters
@@ -40,6 +41,8 @@ def forward_tasks(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
 
 
 def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | None]) -> Any:
+    if any(module.training for module in (root.adapters, root.base_model)):
+        raise AdapterError("adapter_names is for inference: call model.eval() first, or train one adapter at a time")
     batch, random = Batch.of(args, kwargs, len(names)), _random_numbers(root)
     if len(set(names)) == 1:
         return _run(root, names[0], args, kwargs, random)
@@ -48,7 +51,8 @@ def forward_mixed(root: Root, args: Args, kwargs: Kwargs, names: Sequence[str | 
     groups = {name: torch.tensor(rows, device=device) for name, rows in places.items()}
     asking = [name for name in groups if name is not None and get_adapter(root, name).asks_backbone]
     with sharing(root, args, kwargs, batch.count) as (whole, parts):
-        if root.anatomy is not None and root.anatomy.stem:
+        alike = not any(fitting_states(get_adapter(root, name)) for name in groups if name is not None)
+        if root.anatomy is not None and root.anatomy.stem and alike:
             run_plain(root, whole, "stem", None)
         outputs = _run_groups(root, parts, batch, {n: groups[n] for n in groups if n not in asking}, random)
         if asking:

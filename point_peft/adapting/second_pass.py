@@ -62,8 +62,10 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
 
     def take() -> Tensor:
         batch, rows = forward.whole, forward.rows
+        if batch is None or forward.given is not None:  # with arguments of its own
+            return _second_pass(root, forward, source, owner)
         # Where groups are random, those of the forwards before this one are others.
-        if batch is None or (rows is None and forward.stem.computed and key in batch.cache):
+        if rows is None and forward.stem.computed and key in batch.cache:
             return _second_pass(root, forward, source, owner)
         tokens = batch.once(key, lambda: _second_pass(root, forward if rows is None else batch, source, owner))
         return tokens if rows is None else tokens[rows]

@@ -99,7 +99,10 @@ def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
     return values
 
 
-def overwrite_weights(base: nn.Module, values: Mapping[str, Tensor]) -> None:
+def overwrite_weights(base: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write values into the backbone's tensors; returns those that were there."""
+    before = {name: base.get_parameter(name).detach().clone() for name in values}
     with torch.no_grad():
         for name, value in values.items():
             base.get_parameter(name).copy_(value)
+    return before

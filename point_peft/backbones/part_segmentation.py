@@ -42,7 +42,8 @@ class PointTransformerPartSeg(nn.Module):
 
     The label is one-hot, `(b, num_labels)` or `(b, 1, num_labels)`. There is no prefix token. The tokens after the
     blocks numbered in `taps` are each normalised and joined; the defaults are Point-MAE's for ShapeNetPart. For PCP-MAE
-    `pos_features="sine"`, see `PointTransformer`. Points with features, such as normals, are `(b, n, in_channels)`.
+    `pos_features="sine"`, see `PointTransformer`. Points with features, such as normals, are
+    `(b, n, in_channels)`. A head of less than 1024 channels is our own, for small encoders.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PointTransformerPartSeg(nn.Module):
         taps: tuple[int, ...] = (3, 7, 11),
         pos_features: Literal["xyz", "sine"] = "xyz",
         in_channels: int = 3,
+        head_width: int = 1024,
     ) -> None:
         super().__init__()
         if trans_dim % num_heads:
@@ -83,13 +85,13 @@ class PointTransformerPartSeg(nn.Module):
         self.label_conv = nn.Sequential(
             nn.Conv1d(num_labels, 64, 1, bias=False), nn.BatchNorm1d(64), nn.LeakyReLU(0.2, inplace=True)
         )
-        self.propagation_0 = FeaturePropagation(joined, (4 * trans_dim, 1024))
-        self.convs1 = nn.Conv1d(1024 + 2 * joined + 64, 512, 1)
-        self.bns1 = nn.BatchNorm1d(512)
+        self.propagation_0 = FeaturePropagation(joined, (4 * trans_dim, head_width))
+        self.convs1 = nn.Conv1d(head_width + 2 * joined + 64, head_width // 2, 1)
+        self.bns1 = nn.BatchNorm1d(head_width // 2)
         self.dp1 = nn.Dropout(0.5)
-        self.convs2 = nn.Conv1d(512, 256, 1)
-        self.bns2 = nn.BatchNorm1d(256)
-        self.convs3 = nn.Conv1d(256, cls_dim, 1)
+        self.convs2 = nn.Conv1d(head_width // 2, head_width // 4, 1)
+        self.bns2 = nn.BatchNorm1d(head_width // 4)
+        self.convs3 = nn.Conv1d(head_width // 4, cls_dim, 1)
 
         self.apply(init_weights)
 

@@ -61,7 +61,7 @@ class Sample(NamedTuple):
     """() int64."""
 
 
-class Batch(NamedTuple):
+class CloudBatch(NamedTuple):
     """Samples of one size, one on the other; the first two items are what loops for classification expect."""
 
     points: Tensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from point_peft.data.cloud import UNKNOWN, Batch, Entry, Sample, Split, Task
+from point_peft.data.cloud import UNKNOWN, CloudBatch, Entry, Sample, Split, Task
 from point_peft.data.preparing import Preparation, prepare
 from point_peft.errors import DataError, PointPeftError, quoted
 
@@ -33,6 +33,8 @@ class CloudSet(Dataset[Sample]):
     """The names of the classes, by label."""
     categories: tuple[str, ...] = ("",)
     """The kinds of objects whose parts are asked for, by number."""
+    codes: tuple[tuple[int, ...], ...] = ()
+    """The codes in the files that are of each class; empty where files have none."""
     preparation: Preparation = Preparation()  # noqa: RUF009 - it is frozen
     seed: int = 0
     numbers: tuple[int, ...] = ()
@@ -52,7 +54,7 @@ class CloudSet(Dataset[Sample]):
         return sample
 
     def _prepared(self, entry: Entry, number: int) -> Sample:
-        points, labels = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
+        points, labels, _ = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
         if self.task == "classification":
             label = torch.tensor(UNKNOWN if entry.label is None else entry.label)
         elif labels is None:
@@ -117,7 +119,7 @@ class CloudSet(Dataset[Sample]):
         return self.subset(good) if bad else self
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> CloudBatch:
     """One batch of samples, which must be of one size."""
     sizes = {tuple(sample.points.shape) for sample in samples}
     if len(sizes) > 1:
@@ -126,4 +128,4 @@ def collate(samples: Sequence[Sample]) -> Batch:
             f"collate them for a model that takes packed clouds, by {quoted('collate_packed')}"
         )
     points, labels, categories = (torch.stack(list(column)) for column in zip(*samples, strict=True))
-    return Batch(points, labels, categories)
+    return CloudBatch(points, labels, categories)

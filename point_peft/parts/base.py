@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakSet
@@ -57,6 +57,8 @@ class Part(nn.Module):
     """Names of those of the module's tensors that it has trained copies of, which may stand in their places."""
     needs_coordinates: ClassVar[bool] = False
     """True of a part that, at a block, needs one patch token for each of the coordinates that were seen."""
+    token_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Names of its parameters that are tokens, such as prompts, or places in space: optimizers treat them apart."""
     in_second_pass: ClassVar[bool] = False
     """True of a part that acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
     tuner: int = 0
@@ -113,8 +115,12 @@ class SharedState(nn.Module):
     prefix: str = ""
     free_rows: ClassVar[frozenset[str]] = frozenset()
     """Buffers whose number of rows is not told by the configuration."""
+    token_parameters: frozenset[str] = frozenset()
+    """Names of its parameters that are tokens or places in space, as of a `Part`."""
     tuned_tokens: frozenset[str] = frozenset()
     """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
+    takes: Hashable = None
+    """The form of the model's arguments that `fit` expects, which active adapters must agree on; None: any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,20 +136,21 @@ class SharedState(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self._lacks_rows():
+        if self.lacks_rows():
             self.waiting.add(copied)
         return copied
 
-    def _lacks_rows(self) -> bool:
+    def lacks_rows(self) -> bool:
+        """Tell whether it is still to be filled."""
         return any(len(self.get_buffer(name)) == 0 for name in self.free_rows)
 
     def hand_on(self) -> None:
         """Give the rows that it now has to the copies that wait for some and have none of their own."""
-        if self._lacks_rows():
+        if self.lacks_rows():
             return
         copies, self.waiting = list(self.waiting), WeakSet()
         for copied in copies:
-            if copied._lacks_rows():
+            if copied.lacks_rows():
                 for name in self.free_rows:
                     rows = self.get_buffer(name)
                     setattr(copied, name, copied.new_buffer(name, rows.shape).copy_(rows))
@@ -179,6 +186,10 @@ class SharedState(nn.Module):
         """The name in a file of the tensor that this module's state dict calls `name`."""
         return f"{self.prefix}.{name}" if self.prefix else name
 
+    def fit(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments of the model as the backbone takes them, of those that it is called with."""
+        return args, kwargs
+
     def check(self, base_model: nn.Module) -> None:
         """Raise `AdapterError` if what came from a file fits the tensors but cannot be worked with on this backbone."""
         return
@@ -189,6 +200,8 @@ class Bank(SharedState):
 
     source: str
     """The tokens that the features come from: "backbone" or "stem"."""
+    size: int | None = None
+    """Rows that `fill` reduces more of them to; None: it keeps all."""
 
     @property
     def bank(self) -> Bank:

@@ -37,19 +37,40 @@ def _is_shared_on_cpu(norm: Norm, x: Tensor) -> bool:
 def _of_all_processes(norm: Norm, x: Tensor) -> Tensor:
     """x (n, c) normalised by the mean and variance over all processes, with gradient to all."""
     assert isinstance(norm, nn.SyncBatchNorm)
-    total: Tensor = _Sum.apply(torch.cat([x.sum(dim=0), x.new_tensor([len(x)])]), norm.process_group)  # type: ignore[no-untyped-call]
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
+    mean, var = norm.running_mean, norm.running_var
+    return shared_batch_norm(x, mean, var, norm.weight, norm.bias, momentum or 0.0, norm.eps, norm.process_group)
+
+
+def shared_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: Any,
+) -> Tensor:
+    """x (n, c) normalised by the statistics over the processes of a group, None: all, with gradient to all of them.
+
+    Running statistics move by `momentum`. Processes may have different numbers of rows.
+    """
+    rows = x.to(torch.promote_types(x.dtype, torch.float32))
+    total: Tensor = _Sum.apply(torch.cat([rows.sum(dim=0), rows.new_tensor([len(rows)])]), group)  # type: ignore[no-untyped-call]
     n = total[-1].detach()
     mean = total[:-1] / n
-    squares: Tensor = _Sum.apply((x - mean).square().sum(dim=0), norm.process_group)  # type: ignore[no-untyped-call]
-    var = squares / n
-    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+    var: Tensor = _Sum.apply((rows - mean).square().sum(dim=0), group) / n  # type: ignore[no-untyped-call]
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            norm.num_batches_tracked += 1
-            share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, share)
-            norm.running_var.lerp_(var * n / (n - 1), share)
-    x = (x - mean) * torch.rsqrt(var + norm.eps)
-    return x if norm.weight is None else x * norm.weight + norm.bias
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * n / (n - 1)).to(running_var.dtype), momentum)
+    rows = (rows - mean) * torch.rsqrt(var + eps)
+    rows = rows if weight is None else rows * weight
+    return (rows if bias is None else rows + bias).to(x.dtype)
 
 
 class _Sum(torch.autograd.Function):

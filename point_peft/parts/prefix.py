@@ -57,6 +57,7 @@ class TunedTokens(SharedState):
         for name, tensor in kept.items():
             self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
         self.tuned_tokens = frozenset(tuned)
+        self.token_parameters = frozenset(name.replace(".", "/") for name in tuned)
         self.kept = frozenset(kept)
         self.compared: tuple[tuple[int, int], ...] = ()
         """Where the tensors lay, and how often each had been written to, when they were last compared."""

@@ -83,6 +83,8 @@ class Forward:
         self.parent = parent
         self.inputs: tuple[Args, Kwargs] | None = None
         """The arguments of the model, until the forward ends; None in a direct call of a part of it."""
+        self.given: tuple[Args, Kwargs] | None = None
+        """The arguments of the call, where an adapter takes others than the backbone."""
         self.method: str | None = None
         """The method that was called instead of the model itself."""
         self.seen = Seen()
@@ -197,9 +199,12 @@ def close_forward(forward: Forward) -> None:
         _direct.set(forward.root.key, None)
 
 
-def auxiliary_losses(root: Root) -> tuple[Tensor, ...]:
-    """The terms that parts added to the training loss in the last forward of this thread or task."""
-    return _losses.get(root.key) or root.losses
+def auxiliary_loss(root: Root) -> Tensor:
+    """The sum of the terms that parts added to the training loss in the last forward of this thread or task."""
+    losses = _losses.get(root.key) or root.losses
+    if losses:
+        return torch.stack([loss.float() for loss in losses]).sum()
+    return torch.zeros((), device=next(root.base_model.parameters()).device)
 
 
 def opened(root: Root) -> Forward | None:

@@ -1,1 +1,10 @@
-"""One recipe of training, on accelerate."""
+"""One recipe of training, on accelerate: adapters, heads and whole models, on one process or on several.
+
+from point_peft.training import Recipe, fit
+run = fit(model, train, val, Recipe(epochs=50, lr=3e-3), out="runs/first")
+"""
+
+from point_peft.training.fitting import Run, fit
+from point_peft.training.recipe import Recipe
+
+__all__ = ["Recipe", "Run", "fit"]

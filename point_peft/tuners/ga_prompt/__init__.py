@@ -301,6 +301,8 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 class ShapeState(SharedState):
     """State of the blocks of one stage: where the prompts lie, and the MLP that makes the shape of the code."""
 
+    token_parameters = frozenset({"prompt_coordinates"})
+
     def __init__(self, prefix: str, prompts: int, shape: nn.Sequential | None) -> None:
         super().__init__()
         self.prefix = prefix
@@ -316,6 +318,7 @@ class CloudPart(Part):
     """
 
     prefix = "ga_prompt"
+    token_parameters = frozenset({"point_prompts"})
 
     def __init__(
         self, tap: Tap, shift_net: ShiftNet | None, config: GAPromptConfig, shapes: tuple[int, ...], feature: int | None
@@ -398,6 +401,7 @@ class ShapedPart(SequencePart):
     """Prompts go in before the block; propagation and A act on the patches after it; then the prompts come out."""
 
     prefix = "ga_prompt"
+    token_parameters = frozenset({"embeddings"})
 
     def __init__(self, stage: Stage, number: int, config: GAPromptConfig, *, prompts: bool, propagates: bool) -> None:
         super().__init__(stage, number)

@@ -83,6 +83,7 @@ class GEMPart(SequencePart):
     """x <- x + spatial(x), then x <- x + context(x), for the patch tokens ahead of a block."""
 
     prefix = "gem"
+    token_parameters = frozenset({"context.latents"})
 
     def __init__(self, stage: Stage, number: int, config: GEMConfig) -> None:
         super().__init__(stage, number)

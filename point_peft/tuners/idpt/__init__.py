@@ -101,6 +101,7 @@ class PromptPosition(SharedState):
     """The position (c,) of the prompt, one for all blocks."""
 
     prefix = "idpt.position"
+    token_parameters = frozenset({"position"})
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class BlockPart(SequencePart):
     """Prompts go in before the block; the geometry-aware adapter and A act after it; then the prompts come out."""
 
     prefix = "point_peft"
+    token_parameters = frozenset({"prompt.embeddings"})
 
     def __init__(
         self,

@@ -143,6 +143,8 @@ def _room(like: Tensor, k: int) -> Tensor:
 class StageGeometry(SharedState):
     """State that the blocks of one stage share: the local attention, and the coordinates Q of their prompts."""
 
+    token_parameters = frozenset({"prompt_coordinates"})
+
     def __init__(self, prefix: str, local_attention: LocalAttention, prompts: int) -> None:
         super().__init__()
         self.prefix = prefix

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from point_peft.errors import AdapterError
 from point_peft.parts.base import Bank
-
-# Rows that are widened to float32 and compared at a time, about 3 MB of them: what lies in a core's cache is read five
-# times as fast, and memory stays bounded whatever the size of the bank.
-CHUNK_ROWS = 2048
+from point_peft.parts.prototypes import CHUNK_ROWS, check_lengths, prototypes
 
 
 class MemoryBank(Bank):
@@ -64,11 +61,7 @@ class MemoryBank(Bank):
         if features.ndim != 2 or features.shape[1] != wanted:
             raise AdapterError(f"a memory bank is (rows, {wanted}) here, got {tuple(features.shape)}")
         features = features.detach()
-        # In chunks, because a copy in float32 may be twice the size of a bank that just fits into memory.
-        for part in torch.split(features, CHUNK_ROWS):
-            norms = part.float().norm(dim=1)
-            if not bool((norms.isfinite() & (norms > 0)).all()):
-                raise AdapterError("every row of a memory bank must be finite and not zero")
+        check_lengths(features)
         limit = self.size if size is None else size
         if limit is not None:
             features = prototypes(features, labels, limit)
@@ -136,58 +129,3 @@ def query_of(tokens: Tensor) -> Tensor:
     """The feature (b, c) of a cloud: the maximum over its patch tokens (b, g, c)."""
     query: Tensor = reduce(tokens, "b g c -> b c", "max")
     return query
-
-
-def prototypes(features: Tensor, labels: Tensor | None, size: int, *, iterations: int = 25) -> Tensor:
-    """`size` rows that stand for features (n, c): k-means in each class, with as equal a share for each as can be.
-
-    Deterministic: the first centres of a class are farthest points of its features, beginning with its first.
-    """
-    if size >= len(features):
-        return features
-    groups = [features] if labels is None else [features[labels == label] for label in torch.unique(labels)]
-    if size < len(groups):
-        raise AdapterError(
-            f"{len(features)} rows cannot be reduced to {size}: there are {len(groups)} classes, and each keeps at "
-            "least one. Give no labels, or a larger size: build_memory_bank's, or bank_size in the configuration"
-        )
-    shares = _shares([len(group) for group in groups], size)
-    return torch.cat([_k_means(group, share, iterations) for group, share in zip(groups, shares, strict=True)])
-
-
-def _shares(sizes: list[int], total: int) -> list[int]:
-    """Number of the `total` rows that each class gets: the same for all, but no more than it has."""
-    shares = [0] * len(sizes)
-    while sum(shares) < total:
-        open_groups = [i for i, size in enumerate(sizes) if shares[i] < size]
-        for i in open_groups[: total - sum(shares)]:
-            shares[i] += 1
-    return shares
-
-
-def _k_means(features: Tensor, count: int, iterations: int) -> Tensor:
-    if count >= len(features):
-        return features
-    features = nn.functional.normalize(features.float(), dim=1)
-    centres = features[_least_alike(features, count)]
-    for _ in range(iterations):
-        member = torch.cat([(part @ centres.T).argmax(dim=1) for part in torch.split(features, CHUNK_ROWS)])
-        sums = torch.zeros_like(centres).index_add_(0, member, features)
-        filled = sums.norm(dim=1, keepdim=True) > 0
-        moved = torch.where(filled, nn.functional.normalize(sums, dim=1), centres)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres
-
-
-def _least_alike(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of features (n, c) of unit length: the first, then each the farthest from those before it."""
-    index = torch.zeros(count, dtype=torch.int64, device=features.device)
-    # Of unit vectors the farthest is the one with the least product, which takes half the time of a distance.
-    likeness = features @ features[0]
-    for step in range(1, count):
-        last = likeness.argmin()
-        index[step] = last
-        torch.maximum(likeness, features @ features[last], out=likeness)
-    return index

@@ -70,6 +70,7 @@ class DeepPrompts(SequencePart):
     """Prompts that a block has to itself: they go in before it and are dropped after it."""
 
     prefix = "vpt"
+    token_parameters = frozenset({"embeddings"})
 
     def __init__(self, stage: Stage, number: int, count: int, dropout: float, *, pooled: bool) -> None:
         super().__init__(stage, number)
@@ -94,6 +95,7 @@ class ShallowPrompts(LastingPrompts):
     """Prompts that stay from the first block to the last; only the part at the first one holds them."""
 
     prefix = "vpt"
+    token_parameters = frozenset({"embeddings"})
 
     def __init__(self, stage: Stage, number: int, count: int, dropout: float, *, pooled: bool) -> None:
         super().__init__(stage, number, begins=count > 0, pooled=pooled)
