@@ -52,8 +52,6 @@ from tests.zoo import BACKBONES, Args, TinyBackbone
 
 ALONE = few(representatives(PAIRS), of=lambda backbone: backbone.name)
 """Every method once, and every backbone."""
-APART = "NORM_TUNING"
-"""Where a norm of an unknown class is given other tensors, it runs no other part: it is tried alone everywhere."""
 
 
 def groups(pairs: Sequence[Pair]) -> list[Grouped]:
@@ -62,10 +60,9 @@ def groups(pairs: Sequence[Pair]) -> list[Grouped]:
 
     What is compared bit by bit or for every tensor of an adapter is compared for each of its methods.
     """
-    chosen: dict[tuple[str, bool | str], tuple[list[str], TinyBackbone]] = {}
+    chosen: dict[tuple[str, bool], tuple[list[str], TinyBackbone]] = {}
     for method, backbone in pairs:
-        of = APART if method == APART else config(method).identity_at_init
-        chosen.setdefault((backbone.name, of), ([], backbone))[0].append(method)
+        chosen.setdefault((backbone.name, config(method).identity_at_init), ([], backbone))[0].append(method)
     return [(tuple(methods), backbone) for methods, backbone in chosen.values()]
 
 
