@@ -130,15 +130,20 @@ def few_groups(pairs: Sequence[Pair], most: int = 4) -> list[Grouped]:
     return groups
 
 
+def groups_of(methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """The methods in as few groups as there are with nine at most."""
+    count = math.ceil(len(methods) / 9)
+    return [tuple(methods[first::count]) for first in range(count)]
+
+
 def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
-    """Run a test of `methods` on as few groups as there are with nine at most: the tuners of one adapter.
+    """Run a test of `methods` on groups of them, each the tuners of one adapter.
 
     A compiler or an exporter then meets the backbone, and starts, once a group. What a test shows of every method, it
     shows of every tensor of the adapter. Any two methods can be one adapter, which `tests/test_representatives.py`
     holds for those to come as well.
     """
-    count = math.ceil(len(methods) / 9)
-    return pytest.mark.parametrize("methods", [tuple(methods[first::count]) for first in range(count)], ids="+".join)
+    return pytest.mark.parametrize("methods", groups_of(methods), ids="+".join)
 
 
 every_pair = each(PAIRS, smoke="point_mae")
@@ -244,7 +249,7 @@ def stated(how: How, backbone: TinyBackbone) -> PeftConfig:
 def complete(model: AdapterSet, backbone: TinyBackbone, name: str, seed: int, fresh: bool) -> None:
     adapter = get_adapter(model, name)
     for bank in banks(adapter):
-        bank._buffers.update(_bank_buffers(model, backbone, name, adapter.config))
+        bank._buffers.update(_bank_buffers(model, backbone, name, bank))
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 100)
         with torch.no_grad():
@@ -271,15 +276,16 @@ def banks(adapter: Adapter) -> list[Bank]:
     return [state for state in adapter.shared_states() if isinstance(state, Bank)]
 
 
-_filled: dict[tuple[str, PeftConfig], dict[str, Tensor]] = {}
+_filled: dict[tuple[Any, ...], dict[str, Tensor]] = {}
 
 
-def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, how: PeftConfig) -> dict[str, Tensor]:
-    """Buffers of an adapter's bank once it is built; built once for a configuration on a backbone."""
-    key = (backbone.name, how)
+def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, bank: Bank) -> dict[str, Tensor]:
+    """Buffers of an adapter's bank once it is built; built once for what its rows depend on."""
+    types = tuple(buffer.dtype for buffer in bank.buffers())
+    key = (backbone.name, get_adapter(model, name).config.anatomy, bank.source, bank.size, types)
     if key not in _filled:
         build_bank(model, backbone, name)
-        _filled[key] = {k: v for k, v in banks(get_adapter(model, name))[0]._buffers.items() if v is not None}
+        _filled[key] = {k: v for k, v in bank._buffers.items() if v is not None}
     return {k: v.clone() for k, v in _filled[key].items()}
 
 
