@@ -95,11 +95,12 @@ def test_a_norm_that_is_given_other_tensors_runs_the_parts_of_other_methods_too(
     alone = [dataclasses.replace(tuner, target_modules=["blocks.1.norm1"]) for tuner in tuners]
     model = get_peft_model(backbone, PeftConfig(tuners=alone, modules_to_save=[])).eval()
     move(model)
-    given, found = [], []
-    norm.register_forward_hook(lambda module, args, output: given.extend(args) or found.append(output))
+    calls = []
+    norm.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
     model(*BACKBONES["point_mae"].inputs(2, 0)).square().sum().backward()
     tensors = {name.rpartition(".")[2]: tensor for name, tensor in get_adapter(model, "default").tensors().items()}
-    changed = tensors["weight"] * given[0] / (given[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert torch.allclose(found[0], changed * tensors["gamma"] + tensors["beta"], atol=1e-5)
+    ((given, found),) = calls
+    changed = tensors["weight"] * given / (given.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(found, changed * tensors["gamma"] + tensors["beta"], atol=1e-5)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.adapters.parameters())
     assert not any(row.unproven_adapters for row in model.get_layer_status())
