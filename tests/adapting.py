@@ -33,6 +33,11 @@ Config = TunerConfig | PeftConfig
 Pair = tuple[str, TinyBackbone]
 """A method, or a method with what a backbone asks of it as `tools.capabilities` labels it, and that backbone."""
 
+Grouped = tuple[tuple[str, ...], TinyBackbone]
+"""Methods, the tuners of one adapter, and a backbone."""
+How = str | Config | tuple[str, ...]
+"""A method, a configuration, or the methods of one adapter."""
+
 METHOD_NAMES = sorted(METHODS)
 PAIRS: list[Pair] = [(method, backbone) for name, backbone in BACKBONES.items() for method in capabilities.labels(name)]
 """Pairs that the page of capabilities calls supported, in the form that it asks for, and those it does not know."""
@@ -86,15 +91,59 @@ def few(pairs: Sequence[Pair], of: Callable[[TinyBackbone], str] = lambda backbo
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 
 
+def one_adapter(methods: Sequence[str]) -> PeftConfig:
+    return PeftConfig(tuners=[config(method) for method in methods])
+
+
+def each_group(groups: Iterable[Grouped], *, smoke: str | None = None) -> pytest.MarkDecorator:
+    """Run a test of `methods` and `backbone` on each of the groups; those of the backbone `smoke` are quick ones."""
+    named = []
+    for methods, backbone in groups:
+        marks = [pytest.mark.smoke] if backbone.name == smoke else []
+        named.append(pytest.param(methods, backbone, id=f"{'+'.join(methods)}-{backbone.name}", marks=marks))
+    return pytest.mark.parametrize(("methods", "backbone"), named)
+
+
+def few_groups(pairs: Sequence[Pair], most: int = 4) -> list[Grouped]:
+    """As few groups as there are with every method in one and every kind of backbone, `most` methods in each.
+
+    For what is compared bit by bit or tensor by tensor: of all methods at once, that shows what it shows of each.
+    Models of our own come first, of these what supports most of the methods that are left, and then what registered
+    last: variants, which are smaller.
+    """
+    supported: dict[str, list[str]] = {}
+    for method, backbone in pairs:
+        supported.setdefault(backbone.name, []).append(method)
+    forms, left_kinds = {form_of(method) for method, _ in pairs}, {backbone.kind for _, backbone in pairs}
+    groups: list[Grouped] = []
+    while forms or left_kinds:
+        gains = {}
+        for name, methods in supported.items():
+            new = min(len(forms.intersection(map(form_of, methods))), most)
+            of_kind = BACKBONES[name].kind in left_kinds or not left_kinds
+            gains[name] = of_kind, new > 0, not BACKBONES[name].needs, new
+        name = max(reversed(gains), key=gains.__getitem__)
+        methods = [method for method in supported[name] if form_of(method) in forms] or supported[name]
+        groups.append((tuple(methods[:most]), BACKBONES[name]))
+        forms -= set(map(form_of, methods[:most]))
+        left_kinds -= {BACKBONES[name].kind}
+    return groups
+
+
+def groups_of(methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """The methods in as few groups as there are with nine at most."""
+    count = math.ceil(len(methods) / 9)
+    return [tuple(methods[first::count]) for first in range(count)]
+
+
 def in_groups(methods: Sequence[str]) -> pytest.MarkDecorator:
-    """Run a test of `methods` on as few groups as there are with nine at most: the tuners of one adapter.
+    """Run a test of `methods` on groups of them, each the tuners of one adapter.
 
     A compiler or an exporter then meets the backbone, and starts, once a group. What a test shows of every method, it
     shows of every tensor of the adapter. Any two methods can be one adapter, which `tests/test_representatives.py`
     holds for those to come as well.
     """
-    count = math.ceil(len(methods) / 9)
-    return pytest.mark.parametrize("methods", [methods[first::count] for first in range(count)], ids="+".join)
+    return pytest.mark.parametrize("methods", groups_of(methods), ids="+".join)
 
 
 every_pair = each(PAIRS, smoke="point_mae")
@@ -151,9 +200,7 @@ def full_point_mae() -> PointTransformer:
 # ---- making adapted models -------------------------------------------------------------------------------------------
 
 
-def adapt(
-    backbone: TinyBackbone, how: str | Config, *, seed: int = 0, fresh: bool = False, **options: Any
-) -> PointPeftModel:
+def adapt(backbone: TinyBackbone, how: How, *, seed: int = 0, fresh: bool = False, **options: Any) -> PointPeftModel:
     """An adapted backbone in eval mode, its banks filled; but for `fresh`, all its tensors at random values."""
     torch.manual_seed(seed)
     model = get_peft_model(backbone.build(), stated(how, backbone), **options)
@@ -184,17 +231,17 @@ def tensors(model: AdapterSet, name: str = "default") -> dict[str, Tensor]:
     return get_adapter(model, name).tensors()
 
 
-def add(
-    model: AdapterSet, backbone: TinyBackbone, how: str | Config, name: str, *, seed: int = 1, **options: Any
-) -> None:
+def add(model: AdapterSet, backbone: TinyBackbone, how: How, name: str, *, seed: int = 1, **options: Any) -> None:
     """A further adapter, like that of `adapt`."""
     torch.manual_seed(seed)
     model.add_adapter(name, stated(how, backbone), **options)
     complete(model, backbone, name, seed, fresh=False)
 
 
-def stated(how: str | Config, backbone: TinyBackbone) -> PeftConfig:
+def stated(how: How, backbone: TinyBackbone) -> PeftConfig:
     """The configuration, with the anatomy if no preset tells it, so that it is not traced again and again."""
+    if isinstance(how, tuple):
+        how = one_adapter(how)
     chosen = PeftConfig.of(config(how) if isinstance(how, str) else how)
     return chosen if backbone.traced is None else dataclasses.replace(chosen, anatomy=backbone.traced)
 
@@ -202,7 +249,7 @@ def stated(how: str | Config, backbone: TinyBackbone) -> PeftConfig:
 def complete(model: AdapterSet, backbone: TinyBackbone, name: str, seed: int, fresh: bool) -> None:
     adapter = get_adapter(model, name)
     for bank in banks(adapter):
-        bank._buffers.update(_bank_buffers(model, backbone, name, adapter.config))
+        bank._buffers.update(_bank_buffers(model, backbone, name, bank))
     if not fresh:
         generator = torch.Generator().manual_seed(seed + 100)
         with torch.no_grad():
@@ -229,15 +276,16 @@ def banks(adapter: Adapter) -> list[Bank]:
     return [state for state in adapter.shared_states() if isinstance(state, Bank)]
 
 
-_filled: dict[tuple[str, PeftConfig], dict[str, Tensor]] = {}
+_filled: dict[tuple[Any, ...], dict[str, Tensor]] = {}
 
 
-def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, how: PeftConfig) -> dict[str, Tensor]:
-    """Buffers of an adapter's bank once it is built; built once for a configuration on a backbone."""
-    key = (backbone.name, how)
+def _bank_buffers(model: AdapterSet, backbone: TinyBackbone, name: str, bank: Bank) -> dict[str, Tensor]:
+    """Buffers of an adapter's bank once it is built; built once for what its rows depend on."""
+    types = tuple(buffer.dtype for buffer in bank.buffers())
+    key = (backbone.name, get_adapter(model, name).config.anatomy, bank.source, bank.size, types)
     if key not in _filled:
         build_bank(model, backbone, name)
-        _filled[key] = {k: v for k, v in banks(get_adapter(model, name))[0]._buffers.items() if v is not None}
+        _filled[key] = {k: v for k, v in bank._buffers.items() if v is not None}
     return {k: v.clone() for k, v in _filled[key].items()}
 
 

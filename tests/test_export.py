@@ -99,13 +99,13 @@ def first_points(points: Tensor, count: int) -> Tensor:
 
 def test_onnx_of_adapters_on_a_merged_lora(tmp_path):
     """Two methods on what LoRA merged into; farthest points are one loop of the graph."""
-    model, batches = adapt(ONE_BLOCK, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
+    model, batches = adapt(SIMPLE, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
     with torch.no_grad():
         lora = model(*clouds(1, 1))
         merged = model.merge_and_unload()
-        assert distance(merged(*clouds(1, 1)), lora) < 1e-4 < 1e-3 < distance(lora, ONE_BLOCK.build()(*clouds(1, 1)))
+        assert distance(merged(*clouds(1, 1)), lora) < 1e-4 < 1e-3 < distance(lora, SIMPLE.build()(*clouds(1, 1)))
         adapted = get_peft_model(merged, PeftConfig(tuners=[config(method) for method in ON_MERGED])).eval()
-        complete(adapted, dataclasses.replace(ONE_BLOCK, name="merged"), "default", seed=0, fresh=False)
+        complete(adapted, dataclasses.replace(SIMPLE, name="merged"), "default", seed=0, fresh=False)
         expected = [adapted(*clouds(batch, batch)) for batch in batches]
     found = outputs_of_onnx(exported(adapted), tmp_path / "model.onnx", batches)
     assert all(distance(output, wanted) < 1e-4 for output, wanted in zip(found, expected, strict=True))
@@ -115,9 +115,9 @@ def test_onnx_of_adapters_on_a_merged_lora(tmp_path):
 
 
 def test_what_is_exported_is_what_set_adapter_chose():
-    """Of two methods that of which nothing is at a block."""
-    model = adapt(SIMPLE, "LORA")
-    add(model, SIMPLE, "LINEAR_PROBE", "other")
+    """Of two methods that of which nothing is at a block; the backbone with its search for farthest points."""
+    model = adapt(ONE_BLOCK, "LORA")
+    add(model, ONE_BLOCK, "LINEAR_PROBE", "other")
     model.set_adapter("other")
     with torch.no_grad():
         program = torch.export.export(model, clouds(3, 5))

@@ -18,6 +18,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer, PointTransformerPartSeg
 from tests.adapting import (
     PAIRS,
+    How,
     adapt,
     assert_same_values,
     banks,
@@ -72,14 +73,15 @@ def in_bfloat16(backbone: TinyBackbone, args: Args) -> tuple[nn.Module, float]:
         pytest.skip(f"{backbone.name} itself does not run in bfloat16")
 
 
-def valued(model: PointPeftModel, backbone: TinyBackbone, method: str) -> PointPeftModel:
+def valued(model: PointPeftModel, backbone: TinyBackbone, method: How) -> PointPeftModel:
     """The model with the values of the adapter of `adapt`, in its own types."""
     own, source = (get_adapter(one, "default") for one in (model, adapt(backbone, method)))
     for bank, other in zip(banks(own), banks(source), strict=True):
         bank._buffers.update(other._buffers)
+    values = source.tensors()
     with torch.no_grad():
         for name, tensor in own.tensors().items():
-            tensor.copy_(source.tensors()[name])
+            tensor.copy_(values[name])
     return model.eval()
 
 

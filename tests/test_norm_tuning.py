@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from point_peft import AnatomyError, NormTuningConfig, PeftConfig, SSFConfig, get_peft_model
 from point_peft.adapting.adapter import get_adapter
-from tests.adapting import full_point_mae, moved
+from tests.adapting import full_point_mae, move, moved
 from tests.zoo import BACKBONES
 
 pytestmark = pytest.mark.smoke
+
+
+class OwnRMSNorm(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def adapted(name, **fields):
@@ -42,14 +53,6 @@ def test_tuned_tensors_are_the_norms_own(name: str):
 
 @pytest.mark.parametrize("norm", ["rms", "rms of its own", "without bias"])
 def test_norms_without_bias(norm: str):
-    class OwnRMSNorm(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.rand(width))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
     made = {
         "rms": lambda: torch.nn.RMSNorm(24),
         "rms of its own": lambda: OwnRMSNorm(24),
@@ -83,3 +86,21 @@ def test_beside_ssf_at_the_same_norms():
     tuners = (NormTuningConfig(), SSFConfig())
     both = get_peft_model(full_point_mae(), PeftConfig(tuners=tuners, modules_to_save=[]))
     assert both.get_nb_trainable_parameters()[0] == 19_200 + 102_912
+
+
+@pytest.mark.parametrize("tuners", [(NormTuningConfig(), SSFConfig()), (SSFConfig(), NormTuningConfig())])
+def test_a_norm_that_is_given_other_tensors_runs_the_parts_of_other_methods_too(tuners):
+    backbone = BACKBONES["point_mae"].build()
+    norm = backbone.get_submodule("blocks.blocks.1").norm1 = OwnRMSNorm(24)
+    alone = [dataclasses.replace(tuner, target_modules=["blocks.1.norm1"]) for tuner in tuners]
+    model = get_peft_model(backbone, PeftConfig(tuners=alone, modules_to_save=[])).eval()
+    move(model)
+    calls = []
+    norm.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    model(*BACKBONES["point_mae"].inputs(2, 0)).square().sum().backward()
+    tensors = {name.rpartition(".")[2]: tensor for name, tensor in get_adapter(model, "default").tensors().items()}
+    ((given, found),) = calls
+    changed = tensors["weight"] * given / (given.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(found, changed * tensors["gamma"] + tensors["beta"], atol=1e-5)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.adapters.parameters())
+    assert not any(row.unproven_adapters for row in model.get_layer_status())

@@ -36,6 +36,7 @@ from point_peft import (
 from point_peft.adapting.adapter import get_adapter
 from point_peft.anatomy.presets import known_anatomy
 from tests.adapting import (
+    METHOD_NAMES,
     PAIRS,
     adapt,
     add,
@@ -45,16 +46,20 @@ from tests.adapting import (
     complete,
     distance,
     each,
+    each_group,
     every_method,
     few,
+    few_groups,
     fingerprint,
     form_of,
     frozen,
     gradients,
     held,
+    in_groups,
     in_threads,
     kinds,
     loss_of,
+    one_adapter,
     plain,
     representatives,
     rescramble,
@@ -72,6 +77,7 @@ from tools import capabilities
 # ---- which method on which backbone ----------------------------------------------------------------------------------
 
 a_few = each(few(representatives(PAIRS)))
+few_together = each_group(few_groups(PAIRS))
 every_backbone = each(few(representatives(PAIRS), of=lambda backbone: backbone.name))
 
 
@@ -106,6 +112,10 @@ def test_representatives_are_every_method_on_every_kind_and_every_backbone() -> 
     assert set(some) <= set(found) and len(some) < len(found) / 3
     assert {form_of(method) for method, _ in some} == {form_of(method) for method, _ in PAIRS}
     assert {backbone.kind for _, backbone in some} == {backbone.kind for _, backbone in PAIRS}
+    joint = few_groups(PAIRS)
+    assert {form_of(method) for methods, _ in joint for method in methods} == {form_of(method) for method, _ in PAIRS}
+    assert {backbone.kind for _, backbone in joint} == {backbone.kind for _, backbone in PAIRS}
+    assert all((method, backbone) in PAIRS for methods, backbone in joint for method in methods)
     each_once = few(found, of=lambda backbone: backbone.name)
     assert {form_of(method) for method, _ in each_once} == {form_of(method) for method, _ in PAIRS}
     assert {backbone.name for _, backbone in each_once} == {backbone.name for _, backbone in PAIRS}
@@ -196,9 +206,11 @@ def _set_training(model: PointPeftModel, who: str) -> None:
         model.base_model.train()
 
 
-@a_few
-def test_the_backbone_s_checkpoint_loads_into_the_adapted_model(method: str, backbone: TinyBackbone) -> None:
-    model, other = adapt(backbone, method), frozen(backbone)
+@few_together
+def test_the_backbone_s_checkpoint_loads_into_the_adapted_model(
+    methods: tuple[str, ...], backbone: TinyBackbone
+) -> None:
+    model, other = adapt(backbone, methods), frozen(backbone)
     assert model.get_base_model() is model.base_model and type(model.base_model) is type(other)
     torch.manual_seed(1)
     enliven(other)
@@ -236,12 +248,12 @@ def test_loading_does_not_disturb_the_adapter_in_training(method: str, tmp_path:
 # ---- several adapters ------------------------------------------------------------------------------------------------
 
 
-@a_few
-def test_adapters_are_swapped_without_a_trace(method: str, backbone: TinyBackbone) -> None:
-    model = adapt(backbone, method, adapter_name="a")
+@few_together
+def test_adapters_are_swapped_without_a_trace(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
+    model = adapt(backbone, methods, adapter_name="a")
     alone_a = run(model, backbone)
-    alone_b = run(adapt(backbone, method, seed=1, adapter_name="b"), backbone)
-    add(model, backbone, method, "b", seed=1)
+    alone_b = run(adapt(backbone, methods, seed=1, adapter_name="b"), backbone)
+    add(model, backbone, methods, "b", seed=1)
     assert model.active_adapters == ("a",) and torch.equal(run(model, backbone), alone_a)
     model.set_adapter("b")
     assert torch.equal(run(model, backbone), alone_b) and not torch.equal(alone_a, alone_b)
@@ -278,13 +290,9 @@ def _with(model: PointPeftModel, backbone: TinyBackbone, names: Sequence[str], a
         return run(model, backbone, args)
 
 
-@a_few
-def test_two_methods_are_one_adapter(method: str, backbone: TinyBackbone, tmp_path: Path) -> None:
-    """A method with the next one of those that its backbone supports."""
-    labels = capabilities.labels(backbone.name)
-    other = labels[(labels.index(method) + 1) % len(labels)]
-    how = PeftConfig(tuners=[config(name) for name in sorted((method, other))])
-    model = _check_one_adapter(how, backbone)
+@few_together
+def test_several_methods_are_one_adapter(methods: tuple[str, ...], backbone: TinyBackbone, tmp_path: Path) -> None:
+    model = _check_one_adapter(methods, backbone)
     output = run(model, backbone)
     model.save_pretrained(tmp_path)
     torch.manual_seed(999)
@@ -298,10 +306,11 @@ _threes = [_labels[i : i + 3] for i in range(0, len(_labels), 3)]
 @pytest.mark.parametrize("methods", [one + other for one, other in itertools.combinations(_threes, 2)], ids=" ".join)
 def test_any_two_methods_are_one_adapter(methods: Sequence[str]) -> None:
     """Six at a time, so that each two of all are together in one of them."""
-    _check_one_adapter(PeftConfig(tuners=[config(method) for method in methods]), BACKBONES["compact"])
+    _check_one_adapter(tuple(methods), BACKBONES["compact"])
 
 
-def _check_one_adapter(how: PeftConfig, backbone: TinyBackbone) -> PointPeftModel:
+def _check_one_adapter(methods: tuple[str, ...], backbone: TinyBackbone) -> PointPeftModel:
+    how = one_adapter(methods)
     model = adapt(backbone, how, fresh=True)
     changed = distance(run(model, backbone), plain(backbone))
     assert changed < 1e-5 if how.identity_at_init else changed > 1e-4
@@ -338,12 +347,14 @@ def test_adapters_of_different_methods_live_side_by_side(method: str, backbone: 
     assert after == before
 
 
-@a_few
-def test_an_adapter_has_a_head_of_its_own_shape(method: str, backbone: TinyBackbone, tmp_path: Path) -> None:
-    model = adapt(backbone, method, adapter_name="a")
+@few_together
+def test_an_adapter_has_a_head_of_its_own_shape(
+    methods: tuple[str, ...], backbone: TinyBackbone, tmp_path: Path
+) -> None:
+    model = adapt(backbone, methods, adapter_name="a")
     first = run(model, backbone)
     path, factory = backbone.other_head
-    add(model, backbone, method, "seven", heads={path: factory})
+    add(model, backbone, methods, "seven", heads={path: factory})
     with model.use_adapter("seven"):
         output = run(model, backbone)
     assert output.shape == (*first.shape[:-1], 7)
@@ -351,7 +362,7 @@ def test_an_adapter_has_a_head_of_its_own_shape(method: str, backbone: TinyBackb
     model.save_pretrained(tmp_path, "seven")
     reloaded = PointPeftModel.from_pretrained(backbone.build(), tmp_path, "seven").eval()
     assert torch.equal(run(reloaded, backbone), output)
-    given = adapt(backbone, method, heads={path: factory()})
+    given = adapt(backbone, methods, heads={path: factory()})
     assert run(given, backbone).shape[-1] == 7
     with given.disable_adapter():
         assert run(given, backbone).shape[-1] == CLASSES
@@ -360,9 +371,9 @@ def test_an_adapter_has_a_head_of_its_own_shape(method: str, backbone: TinyBackb
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
-@a_few
-def test_a_deep_copy_is_adapted_and_independent(method: str, backbone: TinyBackbone) -> None:
-    model = adapt(backbone, method)
+@few_together
+def test_a_deep_copy_is_adapted_and_independent(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
+    model = adapt(backbone, methods)
     output = run(model, backbone)
     copied = copy.deepcopy(model)
     assert torch.equal(run(copied, backbone), output)
@@ -379,9 +390,9 @@ def test_a_deep_copy_is_adapted_and_independent(method: str, backbone: TinyBackb
     assert run(model, backbone).shape == output.shape
 
 
-@a_few
-def test_pickle_and_torch_save_carry_the_whole_model(method: str, backbone: TinyBackbone) -> None:
-    model = adapt(backbone, method)
+@few_together
+def test_pickle_and_torch_save_carry_the_whole_model(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
+    model = adapt(backbone, methods)
     output = run(model, backbone)
     file = io.BytesIO()
     torch.save(model, file)
@@ -393,15 +404,15 @@ def test_pickle_and_torch_save_carry_the_whole_model(method: str, backbone: Tiny
     assert not torch.equal(run(copied, backbone), output) and torch.equal(run(model, backbone), output)
 
 
-@a_few
-def test_replicas_of_data_parallel_run_on_their_own_tensors(method: str, backbone: TinyBackbone) -> None:
-    model = adapt(backbone, method, adapter_name="a")
-    add(model, backbone, method, "b")
+@few_together
+def test_replicas_of_data_parallel_run_on_their_own_tensors(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
+    model = adapt(backbone, methods, adapter_name="a")
+    add(model, backbone, methods, "b")
     injected = backbone.build()
-    inject_adapter(injected, stated(method, backbone), "a")
+    inject_adapter(injected, stated(methods, backbone), "a")
     holder = held(injected)
     complete(holder, backbone, "a", 0, fresh=False)
-    add(holder, backbone, method, "b")
+    add(holder, backbone, methods, "b")
     injected.eval()
     args = backbone.inputs(2, 6)
     shards = [backbone.slice(args, i) for i in range(2)]
@@ -464,14 +475,25 @@ def _replicate(model: nn.Module, factor: float) -> nn.Module:
 # ---- gradient checkpointing ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+# Those that change nothing when fresh are one adapter; two that put tokens before the others cannot be checkpointed
+# together. Each alone with the reentrant kind, which some of them refuse.
+AS_ONE = [
+    tuple(method for method in METHOD_NAMES if config(method).identity_at_init),
+    *[(method,) for method in METHOD_NAMES if not config(method).identity_at_init],
+]
+CHECKPOINTED = [
+    *[pytest.param(methods, False, id=f"{'+'.join(methods)}-saved-tensors") for methods in AS_ONE],
+    *[pytest.param((method,), True, id=f"{method}-reentrant") for method in METHOD_NAMES],
+]
+
+
 @pytest.mark.parametrize("again", ["inside", "block", "container"])
-@every_method
-def test_gradient_checkpointing_gives_the_same_gradients(method: str, again: Any, reentrant: bool) -> None:
+@pytest.mark.parametrize(("methods", "reentrant"), CHECKPOINTED)
+def test_gradient_checkpointing_gives_the_same_gradients(methods: tuple[str, ...], again: Any, reentrant: bool) -> None:
     backbone = BACKBONES["compact"]
-    found = _plain_step(method)
+    found = _plain_step(methods)
     for backward in (_backward, _backward_elsewhere):
-        model = _checkpointed(backbone, method, again, reentrant)
+        model = _checkpointed(backbone, methods, again, reentrant)
         with _refusing(reentrant):
             _assert_same_step(_step(model, backbone, backward), found)
 
@@ -487,16 +509,16 @@ def _refusing(reentrant: bool) -> Iterator[None]:
 
 
 @functools.cache
-def _plain_step(method: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def _plain_step(methods: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     backbone = BACKBONES["compact"]
-    return _step(adapt(backbone, method).train(), backbone, _backward)
+    return _step(adapt(backbone, methods).train(), backbone, _backward)
 
 
-def _checkpointed(backbone: TinyBackbone, method: str, again: Any, reentrant: bool) -> PointPeftModel:
+def _checkpointed(backbone: TinyBackbone, methods: tuple[str, ...], again: Any, reentrant: bool) -> PointPeftModel:
     """The model of `adapt`, in train mode, with checkpointing."""
     base = compact_like(backbone.build(), again=again, reentrant=reentrant)
     torch.manual_seed(0)
-    model = get_peft_model(base, config(method), example_inputs=backbone.example)
+    model = get_peft_model(base, stated(methods, backbone), example_inputs=backbone.example)
     complete(model, backbone, "default", 0, fresh=False)
     return model.train()
 
@@ -530,16 +552,21 @@ def _backward_elsewhere(loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("again", "reentrant"), [("inside", False), ("block", False), ("container", False), ("block", True)]
+    ("again", "methods", "reentrant"),
+    [
+        *[(again, *of.values) for again in ("inside", "block", "container") for of in CHECKPOINTED if not of.values[1]],
+        *[("block", *of.values) for of in CHECKPOINTED if of.values[1]],
+    ],
 )
-@every_method
-def test_checkpointing_remembers_the_adapter_of_each_forward(method: str, again: Any, reentrant: bool) -> None:
+def test_checkpointing_remembers_the_adapter_of_each_forward(
+    methods: tuple[str, ...], again: Any, reentrant: bool
+) -> None:
     """Two forwards with different adapters, then their backward passes: in turn, and as one.
 
     The reentrant kind is tried at blocks alone: what it runs again elsewhere, the test above compares.
     """
     with _refusing(reentrant):
-        _assert_same_gradients(_remembered(method, again=again, reentrant=reentrant), _remembered(method))
+        _assert_same_gradients(_remembered(methods, again=again, reentrant=reentrant), _remembered(methods))
 
 
 def _assert_same_gradients(found: dict[tuple[str, str], dict[str, Tensor]], wanted: dict[tuple[str, str], Any]) -> None:
@@ -551,13 +578,13 @@ def _assert_same_gradients(found: dict[tuple[str, str], dict[str, Tensor]], want
 
 
 @functools.cache
-def _remembered(method: str, **checkpointing: Any) -> dict[tuple[str, str], dict[str, Tensor]]:
+def _remembered(methods: tuple[str, ...], **checkpointing: Any) -> dict[tuple[str, str], dict[str, Tensor]]:
     """(order, adapter) -> the gradients of two adapters, by both orders of their backward passes."""
     backbone = BACKBONES["compact"]
     torch.manual_seed(0)
-    model = get_peft_model(compact_like(backbone.build(), **checkpointing), config(method), "a")
+    model = get_peft_model(compact_like(backbone.build(), **checkpointing), stated(methods, backbone), "a")
     complete(model, backbone, "a", 0, fresh=False)
-    add(model, backbone, method, "b")
+    add(model, backbone, methods, "b")
     model.eval()
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for order in ("in turn", "at once"):
@@ -579,7 +606,7 @@ SETS: tuple[tuple[str, ...], ...] = (("a",), ("b",), (), ("a", "b"), ("b", "a"))
 
 
 def _crowd(
-    backbone: TinyBackbone, method: str, args: Args, sets: Sequence[tuple[str, ...]]
+    backbone: TinyBackbone, method: str | tuple[str, ...], args: Args, sets: Sequence[tuple[str, ...]]
 ) -> tuple[PointPeftModel, dict[tuple[str, ...], Tensor]]:
     """A model of the adapters that are named in `sets`, and what each of these gives."""
     model = adapt(backbone, method, adapter_name="a")
@@ -588,10 +615,10 @@ def _crowd(
     return model, {names: _with(model, backbone, names, args) for names in sets}
 
 
-@a_few
-def test_eight_threads_with_adapters_of_their_own(method: str, backbone: TinyBackbone) -> None:
+@few_together
+def test_eight_threads_with_adapters_of_their_own(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
     args = backbone.inputs(1, 5)
-    model, expected = _crowd(backbone, method, args, SETS)
+    model, expected = _crowd(backbone, methods, args, SETS)
     everyone = threading.Barrier(8, timeout=LONG)
 
     def with_use(names: tuple[str, ...]) -> None:
@@ -610,11 +637,11 @@ def test_eight_threads_with_adapters_of_their_own(method: str, backbone: TinyBac
         in_threads([functools.partial(task, names) for names in itertools.islice(itertools.cycle(expected), 8)])
 
 
-@every_method
-def test_asyncio_tasks_with_adapters_of_their_own(method: str) -> None:
+@in_groups(METHOD_NAMES)
+def test_asyncio_tasks_with_adapters_of_their_own(methods: tuple[str, ...]) -> None:
     backbone = BACKBONES["point_mae"]
     args = backbone.inputs(1, 5)
-    model, expected = _crowd(backbone, method, args, SETS)
+    model, expected = _crowd(backbone, methods, args, SETS)
 
     async def with_use(names: tuple[str, ...]) -> None:
         with model.use_adapter(names):
@@ -662,9 +689,9 @@ def _raising(module: nn.Module, error: BaseException, when: str) -> Iterator[Non
         handle.remove()
 
 
-@a_few
-def test_an_exception_in_a_forward_leaves_nothing_behind(method: str, backbone: TinyBackbone) -> None:
-    model, args = adapt(backbone, method), backbone.inputs(2, 6)
+@few_together
+def test_an_exception_in_a_forward_leaves_nothing_behind(methods: tuple[str, ...], backbone: TinyBackbone) -> None:
+    model, args = adapt(backbone, methods), backbone.inputs(2, 6)
     assert model.anatomy is not None
     first, last = model.anatomy.blocks[0], model.anatomy.blocks[-1]
     output = run(model, backbone)
@@ -683,11 +710,11 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(method: str, backbone: 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt("stop here")], ids=repr)
-@every_method
-def test_an_exception_does_not_reach_a_direct_call(method: str, error: BaseException) -> None:
+@in_groups(METHOD_NAMES)
+def test_an_exception_does_not_reach_a_direct_call(methods: tuple[str, ...], error: BaseException) -> None:
     """A forward that was interrupted with an adapter active must not be taken for a forward that still runs."""
     backbone = BACKBONES["point_mae"]
-    model, base = adapt(backbone, method), backbone.build()
+    model, base = adapt(backbone, methods), backbone.build()
     (points,) = backbone.inputs(2, 6)
     (others,) = backbone.inputs(3, 7)
     block = model.base_model.get_submodule("blocks.blocks.1")
@@ -697,7 +724,7 @@ def test_an_exception_does_not_reach_a_direct_call(method: str, error: BaseExcep
     plain_features: Any = base.forward_features
     with model.disable_adapter(), torch.no_grad():
         assert torch.equal(adapted_features(others), plain_features(others))
-    assert torch.equal(run(model, backbone), run(adapt(backbone, method), backbone))
+    assert torch.equal(run(model, backbone), run(adapt(backbone, methods), backbone))
 
 
 @pytest.mark.parametrize(
@@ -787,11 +814,12 @@ def test_a_failed_injection_leaves_the_model_as_it_was(name: str, failure: str, 
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-@a_few
-def test_a_failure_beside_a_method_leaves_the_model_as_it_was(
-    method: str, backbone: TinyBackbone, entrance: str
+@few_together
+def test_a_failure_beside_methods_leaves_the_model_as_it_was(
+    methods: tuple[str, ...], backbone: TinyBackbone, entrance: str
 ) -> None:
-    options = {"config": stated(PeftConfig(tuners=[config(method), ToyConfig(fails=True)]), backbone)}
+    tuners = [*(config(method) for method in methods), ToyConfig(fails=True)]
+    options = {"config": stated(PeftConfig(tuners=tuners), backbone)}
     _check_failure(backbone, entrance, options, RuntimeError, "the toy fails")
 
 
@@ -876,18 +904,20 @@ def test_a_block_that_gets_other_tokens_is_reported(method: str, layout: str, me
 # ---- a model that keeps its class ------------------------------------------------------------------------------------
 
 
-@a_few
-def test_an_injected_model_keeps_its_class_and_checkpoint(method: str, backbone: TinyBackbone, tmp_path: Path) -> None:
+@few_together
+def test_an_injected_model_keeps_its_class_and_checkpoint(
+    methods: tuple[str, ...], backbone: TinyBackbone, tmp_path: Path
+) -> None:
     without = frozen(backbone)
     base = backbone.build()
     before = fingerprint(base)
     torch.manual_seed(0)
-    model = inject_adapter(base, stated(method, backbone))
+    model = inject_adapter(base, stated(methods, backbone))
     assert model is base and type(model) is type(without) and "forward" not in vars(model)
     holder = held(model)
     assert holder.get_base_model() is model
     complete(holder, backbone, "default", 0, fresh=False)
-    expected = run(adapt(backbone, method), backbone)
+    expected = run(adapt(backbone, methods), backbone)
     assert torch.equal(run(model, backbone), expected)
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert trainable == {id(parameter) for parameter in holder.parameters()} != set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from point_peft import PointPeftModel, describe, get_peft_model, inject_adapter
-from tests.adapting import adapt, distance, every_method, loss_of, run, stated, tensors
+from tests.adapting import (
+    METHOD_NAMES,
+    How,
+    adapt,
+    distance,
+    every_method,
+    groups_of,
+    in_groups,
+    loss_of,
+    one_adapter,
+    run,
+    stated,
+    tensors,
+)
 from tests.methods import config
 from tests.test_inputs import assert_learns, cast, in_bfloat16, valued
 from tests.test_representatives import a_few
@@ -21,9 +35,14 @@ POINT_MAE = BACKBONES["point_mae"]
 HALF = (torch.bfloat16, torch.float16)
 
 
-def in_half(backbone: TinyBackbone, method: str, dtype: torch.dtype, **options: Any) -> PointPeftModel:
+def in_half(backbone: TinyBackbone, method: How, dtype: torch.dtype, **options: Any) -> PointPeftModel:
     """An adapter, with the values of the one of `adapt`, made on a backbone that is in half precision already."""
     return valued(get_peft_model(backbone.build().to(dtype), stated(method, backbone), **options), backbone, method)
+
+
+@functools.cache
+def in_float32(methods: tuple[str, ...]) -> Tensor:
+    return run(adapt(POINT_MAE, methods), POINT_MAE)
 
 
 def types(model: PointPeftModel) -> set[torch.dtype]:
@@ -42,37 +61,38 @@ def test_on_a_backbone_in_half_precision(method: str, backbone: TinyBackbone) ->
     assert_learns(model, backbone, args)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@every_method
-def test_every_method_in_half_precision(method: str, dtype: torch.dtype) -> None:
-    model, args = in_half(POINT_MAE, method, dtype), cast(POINT_MAE.inputs(2, 5), dtype)
+@pytest.mark.parametrize(("dtype", "far"), [(torch.bfloat16, 0.25), (torch.float16, 0.06)])
+@in_groups(METHOD_NAMES)
+def test_every_method_in_half_precision(methods: tuple[str, ...], dtype: torch.dtype, far: float) -> None:
+    """Where coordinates are rounded that much, other points are the farthest."""
+    model, args = in_half(POINT_MAE, methods, dtype), cast(POINT_MAE.inputs(2, 5), dtype)
     output = run(model, POINT_MAE, args)
-    assert output.dtype == dtype and distance(output.float(), run(adapt(POINT_MAE, method), POINT_MAE)) < 0.06
+    assert output.dtype == dtype and distance(output.float(), in_float32(methods)) < far
     assert_learns(model, POINT_MAE, args)
-    kept = in_half(POINT_MAE, method, dtype, autocast_adapter_dtype=False)
+    kept = get_peft_model(POINT_MAE.build().to(dtype), one_adapter(methods), autocast_adapter_dtype=False)
     assert types(kept) == {dtype}
 
 
 @pytest.mark.parametrize("widens", [True, False])
-@every_method
-def test_blocks_in_another_type_than_the_rest(method: str, widens: bool) -> None:
+@in_groups(METHOD_NAMES)
+def test_blocks_in_another_type_than_the_rest(methods: tuple[str, ...], widens: bool) -> None:
     """As where a user has cast the blocks: each gets its tokens in its type, and they come out in float32."""
     base = POINT_MAE.build()
     for block in describe(base).blocks:
         module = base.get_submodule(block.path).to(torch.bfloat16)
         module.register_forward_pre_hook(lambda _, args: tuple(value.to(torch.bfloat16) for value in args))
         module.register_forward_hook(lambda _, args, output: output.float())
-    model = valued(get_peft_model(base, config(method), autocast_adapter_dtype=widens), POINT_MAE, method)
+    model = valued(get_peft_model(base, one_adapter(methods), autocast_adapter_dtype=widens), POINT_MAE, methods)
     assert types(model) == {torch.float32}
     output = run(model, POINT_MAE)
-    assert output.dtype == torch.float32 and distance(output, run(adapt(POINT_MAE, method), POINT_MAE)) < 0.06
+    assert output.dtype == torch.float32 and distance(output, in_float32(methods)) < 0.06
     assert_learns(model, POINT_MAE, POINT_MAE.inputs(2, 5))
 
 
-@every_method
-def test_small_steps_are_not_lost(method: str) -> None:
+@in_groups(METHOD_NAMES)
+def test_small_steps_are_not_lost(methods: tuple[str, ...]) -> None:
     """Every value that has a gradient moves in a step of AdamW at 1e-4, in a loop with a gradient scaler."""
-    model, args = in_half(POINT_MAE, method, torch.float16), cast(POINT_MAE.inputs(4, 5), torch.float16)
+    model, args = in_half(POINT_MAE, methods, torch.float16), cast(POINT_MAE.inputs(4, 5), torch.float16)
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
     optimizer, scaler = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0), torch.amp.GradScaler("cpu", 64.0)
@@ -87,14 +107,15 @@ def test_small_steps_are_not_lost(method: str) -> None:
         assert bool((parameter.detach() != old)[moves].all())
 
 
-@every_method
-def test_files_say_their_types_and_loading_keeps_the_rule(method: str, tmp_path: Path) -> None:
-    model, args = in_half(POINT_MAE, method, torch.bfloat16), cast(POINT_MAE.inputs(2, 5), torch.bfloat16)
+@pytest.mark.parametrize("methods", [*groups_of(METHOD_NAMES), ("LORA",)], ids="+".join)
+def test_files_say_their_types_and_loading_keeps_the_rule(methods: tuple[str, ...], tmp_path: Path) -> None:
+    model, args = in_half(POINT_MAE, methods, torch.bfloat16), cast(POINT_MAE.inputs(2, 5), torch.bfloat16)
     model.save_pretrained(tmp_path / "wide")
     with safe_open(tmp_path / "wide" / "adapter_model.safetensors", framework="pt") as file:
         said = {str(file.get_tensor(name).dtype) for name in file.keys() if "memory_bank" not in name}  # noqa: SIM118
     assert said <= {"torch.float32", "torch.int64"}
-    assert "bfloat16" in (tmp_path / "wide" / "adapter_config.json").read_text() or method == "LORA"  # in PEFT's format
+    in_format_of_peft = methods == ("LORA",)
+    assert "bfloat16" in (tmp_path / "wide" / "adapter_config.json").read_text() or in_format_of_peft
 
     def again(folder: str, **options: Any) -> PointPeftModel:
         torch.manual_seed(3)
@@ -106,8 +127,9 @@ def test_files_say_their_types_and_loading_keeps_the_rule(method: str, tmp_path:
     narrow.save_pretrained(tmp_path / "narrow")
     widened, kept = again("narrow"), again("narrow", autocast_adapter_dtype=False)
     assert types(widened) == {torch.float32} and types(kept) == {torch.bfloat16}
+    narrowed = tensors(narrow)
     for name, tensor in tensors(widened).items():
-        assert torch.equal(tensor, tensors(narrow)[name].to(tensor.dtype)), name
+        assert torch.equal(tensor, narrowed[name].to(tensor.dtype)), name
     assert torch.equal(run(kept, POINT_MAE, args), run(narrow, POINT_MAE, args))
 
 

@@ -84,8 +84,9 @@ def attach_sites(root: Root, adapter: Adapter) -> None:
         module = marked(root, path)
         if begin_reading not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(begin_reading)
-            # Where it is the model itself that reads, this has to end before the forward does.
-            module.register_forward_hook(end_reading, always_call=True, prepend=not path)
+            # First: parts at the same module act once it has been read, and the forward, where the model itself reads,
+            # ends after that.
+            module.register_forward_hook(end_reading, always_call=True, prepend=True)
     note_links(root)
 
 

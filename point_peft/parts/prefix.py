@@ -133,7 +133,7 @@ class PrefixPart(Part):
 
     def _called_before(self, call: Call) -> bool:
         """Count the calls of this block in the forward; true if it ran before, as one used for several layers does."""
-        key = call.adapter, call.path
+        key = self.key(call, call.path)
         if call.forward.recomputing:
             if call.forward.calls[key] > 1:
                 raise AdapterError(

@@ -98,8 +98,8 @@ class Forward:
         self.rows: Tensor | None = None
         """The samples of it that this forward runs, None for all."""
         self.cache: dict[Hashable, Any] = {}
-        self.calls: Counter[tuple[str, str]] = Counter()
-        """(adapter, site) -> calls so far, where a part must tell its first call from others."""
+        self.calls: Counter[tuple[str, int, str]] = Counter()
+        """(adapter, number of the method, site) -> calls so far, where a part must tell its first call from others."""
         self.losses: list[Tensor] = []
         """Terms that parts add to the training loss."""
         self.apart = False
