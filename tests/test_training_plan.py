@@ -83,7 +83,7 @@ def test_clouds_of_every_form_are_augmented() -> None:
         def __getitem__(self, index: int) -> Any:
             return self.sample
 
-    forms = [Sample(points, label, torch.tensor(2)), (points, label), [points, label, "name"]]
+    forms: list[Any] = [Sample(points, label, torch.tensor(2)), (points, label), [points, label, "name"]]
     moved: list[Any] = [Drawn(One(form), ("jitter",), 0)[0, 0] for form in forms]
     for before, after in zip(forms, moved, strict=True):
         assert type(after) is type(before) and len(after) == len(before)
