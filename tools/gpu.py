@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,11 +35,15 @@ from benchmarks.speed import measure
 from benchmarks.tables import HEADLINE
 from point_peft import PointPeftModel, geometry
 from point_peft.adapting.adapter import get_adapter
+from point_peft.training import fit
 from tests.adapting import METHOD_NAMES, ONE_BLOCK, adapt, banks, distance, frozen, gradients, loss_of
+from tests.methods import config
+from tests.training import QUICK, adapted, losses, shapes
 from tests.zoo import BACKBONES
 from tools.methods import machine, table
 
 BACKBONE = BACKBONES["point_bert"]
+Precision = Literal["no", "bf16", "fp16"]
 LIMIT = 330.0
 """Seconds after which no further check begins."""
 
@@ -51,6 +56,8 @@ class Sizes:
     compiled: Sequence[str]
     """Those of them that are compiled."""
     backend: str
+    precisions: Sequence[Precision]
+    """In which a training is tried."""
     clouds: Sequence[tuple[int, int]]
     """(clouds, points) for sampling and neighbours."""
     sections: Sequence[str]
@@ -62,6 +69,7 @@ FULL = Sizes(
     methods=METHOD_NAMES,
     compiled=METHOD_NAMES,
     backend="inductor",
+    precisions=("no", "bf16", "fp16"),
     clouds=((8, 2048), (8, 16384), (64, 2048)),
     sections=("published", "reference"),
     rounds=5,
@@ -70,6 +78,7 @@ SMALLEST = Sizes(
     methods=["LORA", "POINT_PEFT"],
     compiled=["LORA"],
     backend="eager",
+    precisions=("bf16",),
     clouds=((2, 128),),
     sections=("reference",),
     rounds=1,
@@ -148,6 +157,19 @@ def is_compiled(method: str, device: torch.device, backend: str) -> str:
     return f"{backend}: {off:.0e}"
 
 
+def is_trained(precision: Precision, device: torch.device) -> str:
+    """Two epochs by `fit`; on a GPU, what it said of memory beside what it took."""
+    recipe = replace(QUICK, mixed_precision=precision)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = fit(adapted(config("POINT_PEFT")), shapes(15, 1), shapes(9, 2), recipe, out=Path(folder) / "run")
+        curve = losses(run.folder)
+    assert curve[-1] < curve[0], f"the loss rose from {curve[0]:.2f} to {curve[-1]:.2f}"
+    peak = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB" if device.type == "cuda" else ""
+    return f"{run.results['val']['accuracy']:.0f} % on validation{peak}"
+
+
 def _inputs(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(value.to(device) for value in BACKBONE.inputs(3, 5))
 
@@ -211,6 +233,8 @@ def checks(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[tuple[s
         yield f"{method}: agrees with the CPU", partial(agrees_with_cpu, method, device)
         yield f"{method}: half precision", partial(in_half_precision, method, device)
         yield f"{method}: saved and loaded", partial(is_saved_and_loaded, method, device)
+    for precision in sizes.precisions:
+        yield f"POINT_PEFT: trained by fit in {precision}", partial(is_trained, precision, device)
     for clouds in sizes.clouds:
         name = "sampling and neighbours: {} clouds of {} points".format(*clouds)
         yield name, partial(samples_and_searches, clouds, device)

@@ -123,6 +123,11 @@ def fit(
     else:
         folder.begin(recipe, {"task": recipe.task, "classes": list(names), **(about or {})})
     loop.progress.say(str(cost))
+    if _launched_alone():
+        loop.progress.say(
+            "accelerate launch has started one process, as it starts several on CPUs by MPI alone: for N of them say "
+            "torchrun --nproc_per_node N, or train with --processes N"
+        )
     _train(loop, log_with)
     evaluated = {split: own for split, own in (("val", val), ("test", test)) if own is not None}
     record, results = finish(loop, names, evaluated, {**(about or {})})
@@ -186,6 +191,12 @@ def _accelerator(recipe: Recipe, out: Path, log_with: str | Sequence[str] | None
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise PointPeftError("Recipe.mixed_precision is 'fp16', which needs a GPU; allowed on CPUs: 'no', 'bf16'")
     return made
+
+
+def _launched_alone() -> bool:
+    """Tell whether `accelerate launch --cpu` was asked for several processes and gave one."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    return asked and "WORLD_SIZE" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ
 
 
 def _finished(folder: RunFolder, model: nn.Module) -> Run:
