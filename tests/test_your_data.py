@@ -1,4 +1,4 @@
-"""docs/your_data.md, followed word for word: its commands, its recipe and its Python, in their order, on small clouds."""
+"""docs/your_data.md, followed word for word: its commands, its recipe and its Python, in their order, on few clouds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def follow(text: str, names: dict[str, Any]) -> None:
 
 
 def run_commands(block: str, names: dict[str, Any]) -> None:
-    for line in block.splitlines():
+    for line in block.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if words:
             assert words[0] == "point-peft" and cli.main(words[1:]) == 0, line
