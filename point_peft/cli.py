@@ -41,7 +41,9 @@ _SOURCE = "a folder, or a repository of the Hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    options.arguments = arguments
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -15,6 +15,7 @@ from point_peft.data.preparing import Preparation
 from point_peft.errors import PointPeftError
 from point_peft.training.flags import add_flags, field_docs, given_flags, value_of
 from point_peft.training.recipe import Recipe
+from point_peft.training.train_command import without_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +127,8 @@ def test_a_recipes_file_means_what_people_mean(tmp_path: Path) -> None:
 
 def test_a_value_of_a_method() -> None:
     assert value_of("q,v", Sequence[str], "--set target_modules") == ["q", "v"]
+
+
+@pytest.mark.parametrize("given", [["--processes", "2"], ["--processes=2"]])
+def test_processes_are_started_with_the_same_words(given: list[str]) -> None:
+    assert without_processes(["train", "d", *given, "--lr", "2"]) == ["train", "d", "--lr", "2"]

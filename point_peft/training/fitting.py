@@ -122,13 +122,7 @@ def fit(
         loop.progress.say(f"resumed after step {loop.place.step} of {loop.steps}")
     else:
         folder.begin(recipe, {"task": recipe.task, "classes": list(names), **(about or {})})
-    loop.progress.say(str(cost))
-    if _launched_alone():
-        loop.progress.say(
-            "accelerate launch has started one process, as it starts several on CPUs by MPI alone: for N of them say "
-            "torchrun --nproc_per_node N, or train with --processes N"
-        )
-    _train(loop, log_with)
+    _train(loop, cost, log_with)
     evaluated = {split: own for split, own in (("val", val), ("test", test)) if own is not None}
     record, results = finish(loop, names, evaluated, {**(about or {})})
     folder.finish(record)
@@ -146,7 +140,13 @@ def fit(
     )
 
 
-def _train(loop: Loop, log_with: str | Sequence[str] | None) -> None:
+def _train(loop: Loop, cost: Cost, log_with: str | Sequence[str] | None) -> None:
+    loop.progress.say(str(cost))
+    if _launched_alone():
+        loop.progress.say(
+            "accelerate launch has started one process, as it starts several on CPUs by MPI alone: for N of them say "
+            "torchrun --nproc_per_node N, or train with --processes N"
+        )
     if log_with is not None:
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in loop.recipe.to_json().items()}
         loop.accelerator.init_trackers("point_peft", config=plain)

@@ -151,10 +151,10 @@ def adapted(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with a fresh adapter of the spec's methods; without any, the model itself, all of it trained."""
     if not spec.methods:
         return model.requires_grad_(True)
-    # Of a file only its name: where it lies is nobody else's concern.
+    # Of a file only its name: where it lies is nobody else's concern. And no name that could be a repository's.
     config = PeftConfig(
         tuners=tuple(TunerConfig.from_json(own) for own in spec.methods),
-        base_model_name_or_path=Path(spec.backbone).name,
+        base_model_name_or_path=f"{Path(spec.backbone).name} (a backbone of point-peft train)",
     )
     return get_peft_model(model, config)
 

@@ -95,6 +95,11 @@ class Drawn(Dataset[Any]):
         if not self.augmentations:
             return sample
         rng = np.random.default_rng((self.seed, CLOUD, epoch, index))
+        if not isinstance(sample, (tuple, list)) or len(sample) < 2 or not isinstance(sample[0], torch.Tensor):
+            raise PointPeftError(
+                f"Recipe.augment moves samples (points, label, …) with points as a tensor, and this data set gives a "
+                f"{type(sample).__name__}: set augment=() and augment in the data set"
+            )
         points, label, *rest = sample
         category = rest[0] if rest else torch.tensor(0)
         moved = augment(Sample(points, label, category), self.augmentations, rng, self.normals)

@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import backbone_for
+from point_peft.data.preparing import Preparation
 from point_peft.errors import PointPeftError
 from point_peft.files.format import CARD_FILE, Card, read_folder
 from point_peft.files.saving import save_adapters
 from point_peft.files.tensors import copy_tensors, unshared
 from point_peft.hub.card import card_of, markdown
+from point_peft.schema import from_json
 from point_peft.training import pictures
 from point_peft.training.folder import (
     CONFUSION_FILE,
@@ -151,6 +153,10 @@ def _section(loop: Loop, record: Mapping[str, Any], report: Sequence[tuple[str, 
     yield f"{epochs}, of which epoch {record['best_epoch']} is kept, {chosen}."
     yield f"Everything that was chosen is in `{RECIPE_FILE}`."
     yield from ("", f"The classes, from 0 on: {', '.join(map(markdown, record['classes']))}.")
+    if "data" in record:
+        preparation = from_json(record["data"]["options"]["preparation"], Preparation)
+        yield from ("", "Clouds go in as `point_peft.data.preparing.prepare` makes them with", "")
+        yield from ("```python", repr(preparation), "```")
     if record["results"]:
         names = list(next(iter(record["results"].values())))
         yield from ("", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|")

@@ -6,7 +6,6 @@ import argparse
 import json
 import signal
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def train(options: argparse.Namespace) -> int:
     if options.trials is not None:
         _check_trials(out, asked.resume)
     if options.processes > 1:
-        return _launched(options.processes)
+        return _launched(options.processes, options.arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     clouds = read_data(asked.paths, asked.options, asked.skip_bad)
     if options.trials is None:
@@ -214,7 +213,7 @@ def _check_sizes(parts: Mapping[str, CloudSet]) -> None:
         if len(set(sizes)) > 1:
             raise PointPeftError(
                 f"clouds of {split} have {min(sizes)} to {max(sizes)} points, and those of a batch must have equally "
-                "many: give --num-points, or --batch-size 1"
+                "many: give --num-points"
             )
 
 
@@ -248,15 +247,18 @@ def _summarize(out: Path, tasks: Sequence[FewShot], found: Sequence[float]) -> N
         )
 
 
-def _launched(processes: int) -> int:
+def without_processes(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line without --processes and its number."""
+    number = [before == "--processes" for before in ("", *arguments[:-1])]
+    kept = zip(arguments, number, strict=True)
+    return [text for text, is_number in kept if not is_number and text.partition("=")[0] != "--processes"]
+
+
+def _launched(processes: int, arguments: Sequence[str]) -> int:
     """Start this command again in several processes, as torchrun does."""
-    arguments = [text for text in sys.argv[1:] if text != "--processes"]
-    position = sys.argv[1:].index("--processes") if "--processes" in sys.argv[1:] else None
-    if position is not None:
-        del arguments[position]  # the number that followed it
-    arguments = [text for text in arguments if not text.startswith("--processes=")]
     try:
-        launch(["--nproc_per_node", str(processes), "--standalone", "-m", "point_peft", *arguments])
+        again = without_processes(arguments)
+        launch(["--nproc_per_node", str(processes), "--standalone", "-m", "point_peft", *again])
     except ChildFailedError:
         return ERROR  # each process has said what was wrong
     return 0
