@@ -35,7 +35,7 @@ from tests.zoo import BACKBONES, clouds
 BACKBONE = without_search(BACKBONES["point_bert"])
 """With more than one block, because methods share and grow things from block to block."""
 SIMPLE = without_search(ONE_BLOCK)
-ON_MERGED = ("POINT_PEFT", "IDPT")
+ON_MERGED = ("POINT_PEFT",)
 """A method that groups points and asks a bank, and one that looks for near features."""
 ANY = {0: torch.export.Dim.DYNAMIC}
 
@@ -98,7 +98,7 @@ def first_points(points: Tensor, count: int) -> Tensor:
 
 
 def test_onnx_of_adapters_on_a_merged_lora(tmp_path):
-    """Two methods on what LoRA merged into; farthest points are one loop of the graph."""
+    """A method on what LoRA merged into; farthest points are one loop of the graph."""
     model, batches = adapt(SIMPLE, LoraConfig(r=2, modules_to_save=[])), (1, 2, 5)
     with torch.no_grad():
         lora = model(*clouds(1, 1))

@@ -34,7 +34,7 @@ def unit_rows(count: int, channels: int = 24, seed: int = 0) -> Tensor:
 # ---- retrieval -------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent
-MILLION = """
+MANY = """
 import torch
 from torch import nn
 from point_peft.tuners.point_peft.prior import MemoryBank
@@ -46,7 +46,7 @@ block = nn.functional.normalize(torch.randn(10_000, 384, generator=generator), d
 query = torch.randn(8, 384, generator=generator)
 start = peak()
 bank = MemoryBank(384, 8, "backbone", torch.float16, leave_nearest_out=False).eval()
-bank.rows = torch.empty(1_000_000, 384, dtype=torch.float16)
+bank.rows = torch.empty(250_000, 384, dtype=torch.float16)
 best = torch.empty(8, 0)
 for number, rows in enumerate(bank.rows.split(10_000)):
     rows.copy_(block.roll(number, dims=1))
@@ -59,13 +59,13 @@ print((peak() - start) * 1024 / 1e6)
 """
 
 
-def test_retrieval_among_a_million_rows_takes_less_than_a_gigabyte() -> None:
-    """The rows themselves, 768 MB in half precision, and all that retrieval takes beside them."""
+def test_retrieval_among_many_rows_takes_no_copy_of_them() -> None:
+    """The rows themselves, 192 MB in half precision, and all that retrieval takes beside them, in MB."""
     done = subprocess.run(
-        [sys.executable, "-c", MILLION], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LONG
+        [sys.executable, "-c", MANY], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LONG
     )
     assert done.returncode == 0, done.stderr
-    assert 700 < float(done.stdout) < 1000
+    assert 175 < float(done.stdout) < 300
 
 
 # ---- reduction -------------------------------------------------------------------------------------------------------
