@@ -38,7 +38,7 @@ from point_peft.training.plan import STEP, Drawn, check_shares, epoch_batches, i
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
 from point_peft.training.report import finish, load_values
-from point_peft.training.state import Average, Position, adapters_of, is_sharded, trained
+from point_peft.training.state import Average, Position, adapters_of, is_sharded, trained, write_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +114,13 @@ def fit(
         split: _label_counts(own, split, names, feed, accelerator) for split, own in sets.items() if own is not None
     }
     _check(recipe, model, counts, val)
-    loop, cost = _prepared(model, train, val, recipe, accelerator, folder, feed, counts["train"])
     folder.identity = _identity(recipe, model, names, counts)
-    if phase == "resume":
-        loop.place, parts = folder.resume()
-        loop.resume(parts)
-        loop.progress.say(f"resumed after step {loop.place.step} of {loop.steps}")
+    place, parts = folder.resume() if phase == "resume" else (Position(), {})
+    if parts:
+        write_values(model, parts["values"])  # with a bank, as the trial of the first step is to meet it
+    loop, cost = _prepared(model, train, val, recipe, accelerator, folder, feed, counts["train"])
+    if parts:
+        loop.resume(place, parts)
     else:
         folder.begin(recipe, {"task": recipe.task, "classes": list(names), **(about or {})})
     _train(loop, cost, log_with)
@@ -290,7 +291,7 @@ def _prepared(
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(model)
-    if recipe.memory_bank and folder.check(True) != "resume":
+    if recipe.memory_bank:
         _build_banks(model, train, recipe, accelerator, feed)
     inference = Inference(
         model=model,

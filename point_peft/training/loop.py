@@ -191,9 +191,10 @@ class Loop:
                 },
             )
 
-    def resume(self, parts: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
-        write_values(self.model, parts["values"])
+    def resume(self, place: Position, parts: dict[str, Any]) -> None:
+        """Take the place and the state of a checkpoint; the model has its values already."""
+        self.place = place
+        self.progress.say(f"resumed after step {place.step} of {self.steps}")
         load_optimizer(self.optimizer, parts["optimizer"])
         if self.average is not None:
             self.average.load(parts["average"])
