@@ -14,7 +14,15 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 from point_peft import tuners
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import METHODS, PeftConfig, TunerConfig
-from point_peft.errors import AdapterError, AdapterFileError, AnatomyError, HubError, MatchError, PointPeftError
+from point_peft.errors import (
+    AdapterError,
+    AdapterFileError,
+    AnatomyError,
+    DataError,
+    HubError,
+    MatchError,
+    PointPeftError,
+)
 from point_peft.hub.pulling import list_adapters
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.tuners.bitfit import BitFitConfig
@@ -49,6 +57,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "DAPTConfig",
+    "DataError",
     "GAPromptConfig",
     "GEMConfig",
     "HubError",
