@@ -17,7 +17,7 @@ from tests.zoo import TinyBackbone
 # The models are tiny: a second thread only waits for the first, and for ever where the cores are busy.
 torch.set_num_threads(1)
 # Examples take as long as they take: no test depends on how fast the machine is.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 # Attached hooks keep torch.nn's layers from their fused inference path, which rounds otherwise; comparisons go without.
 torch.backends.mha.set_fastpath_enabled(False)
