@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from point_peft import AdapterError, PointPEFTConfig, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.files.format import TENSOR_FILE
+from point_peft.parts.prototypes import prototypes
 from point_peft.running.nested import leaves
-from point_peft.tuners.point_peft.prior import MemoryBank, prototypes
+from point_peft.tuners.point_peft.prior import MemoryBank
 from tests.adapting import PAIRS, adapt, banks, each, full_point_mae, run
 from tests.hanging import LONG
 from tests.zoo import BACKBONES, TinyBackbone

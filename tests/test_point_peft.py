@@ -31,11 +31,12 @@ from point_peft.anatomy.structure import find_blocks
 from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Block, Group
 from point_peft.parts.propagation import Neighbourhoods, coordinates_of
+from point_peft.parts.prototypes import prototypes
 from point_peft.tuners.point_peft import prior
 from point_peft.tuners.point_peft.adapter import MlpPart
 from point_peft.tuners.point_peft.block import BlockPart
 from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
-from point_peft.tuners.point_peft.prior import MemoryBank, prototypes, query_of
+from point_peft.tuners.point_peft.prior import MemoryBank, query_of
 from tests import golden
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES
