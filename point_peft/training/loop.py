@@ -160,16 +160,17 @@ class Loop:
         if self.val is not None:
             with nullcontext() if self.average is None else self.average.in_place():
                 val, _ = self.inference.measure(self.val)
-                self._keep_best(number, val[monitored(self.recipe.task == "segmentation")])
+                self._keep_best(number, val[monitored(self.recipe.task == "segmentation")], val["loss"])
         self.folder.log(step=self.place.step, epoch=number, train_loss=mean, **{f"val_{k}": v for k, v in val.items()})
         self.accelerator.log({"train_loss": mean, **{f"val_{k}": v for k, v in val.items()}}, step=self.place.step)
         self.progress.epoch(number, mean, val)
         self.checkpoint()
 
-    def _keep_best(self, number: int, value: float) -> None:
+    def _keep_best(self, number: int, value: float, loss: float) -> None:
         place = self.place
-        if place.best is None or value > place.best:
-            place.best, place.best_epoch, place.worse, place.best_values = value, number, 0, snapshot(self.model)
+        if place.best is None or (value, -loss) > (place.best, -place.best_loss):
+            place.best, place.best_loss, place.best_epoch, place.worse = value, loss, number, 0
+            place.best_values = snapshot(self.model)
         else:
             place.worse += 1
             place.stopped = self.recipe.patience is not None and place.worse >= self.recipe.patience

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -177,6 +178,8 @@ class Position:
     """The sum of the losses of this epoch's steps so far."""
     best: float | None = None
     """The measure of the best epoch on validation."""
+    best_loss: float = math.inf
+    """That of the best epoch, by which epochs are told apart that are equally good."""
     best_epoch: int = 0
     worse: int = 0
     """Epochs since then."""
