@@ -11,7 +11,7 @@ from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.tuners.dapt import DynamicAdapter
 from tests import golden
-from tests.adapting import adapt, distance, full_point_mae, one_graph, run, without_search
+from tests.adapting import adapt, distance, full_point_mae, run
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -236,14 +236,6 @@ def test_a_head_that_pools_prompts_needs_them():
     model = adapt(BACKBONES["point_mae"], DAPTConfig(internal_prompts=False), heads=PUBLISHED)
     with pytest.raises(AdapterError, match="a head pools prompts, and none"):
         model(*clouds(2, 0))
-
-
-def test_it_compiles_in_one_graph():
-    """With positions that are added once, and a head that pools the prompts of both blocks."""
-    model = adapt(without_search(BACKBONES["point_bert"]), DAPTConfig(position="once"), heads=PUBLISHED)
-    (points,) = clouds(2, 0)
-    with torch.no_grad():
-        assert torch.allclose(one_graph(model)(points), model(points), atol=1e-5)
 
 
 @pytest.mark.parametrize(

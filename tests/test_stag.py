@@ -12,7 +12,7 @@ from point_peft.backbones import PointTransformer
 from point_peft.geometry.dense import squared_distance
 from point_peft.tuners.stag import SideNetwork
 from tests import golden
-from tests.adapting import adapt, distance, full_point_mae, one_graph, without_search
+from tests.adapting import adapt, distance, full_point_mae
 from tests.test_golden_base import Recorder, compare, grouping
 from tests.zoo import BACKBONES, clouds
 
@@ -172,14 +172,6 @@ def test_a_file_builds_the_published_head_again(tmp_path):
     (points,) = clouds(2, 0)
     with torch.no_grad():
         assert torch.equal(again(points), model(points))
-
-
-def test_it_compiles_in_one_graph():
-    """With a graph of side tokens behind blocks that have none, and a head that pools before the last norm."""
-    model = adapt(without_search(BACKBONES["point_mae"]), STAGConfig(), heads={HEAD: "raw_mean"})
-    (points,) = clouds(2, 0)
-    with torch.no_grad():
-        assert torch.allclose(one_graph(model)(points), model(points), atol=1e-5)
 
 
 def test_blocks_out_of_order_are_refused():

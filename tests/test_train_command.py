@@ -18,6 +18,7 @@ from torch import nn
 
 from point_peft import PointPeftModel, cli
 from point_peft.backbones import PointTransformer, PointTransformerPartSeg, default_backbone
+from point_peft.training import pictures, predict_command
 from point_peft.training.loop import Loop
 from point_peft.training.opening import open_run
 from tests.hub_server import HubServer
@@ -30,6 +31,7 @@ CLASSES = ("ball", "box", "sheet")
 POINTS = 64
 BRIEF = ("--epochs", "1", "--batch-size", "4", "--num-points", str(POINTS), "--augment", "none")
 TINY = (*BRIEF, "--backbone", f"{HERE}:make", "--method", "bitfit")
+PNG = b"\x89PNG\r\n\x1a\n"
 FILES = {"README.md", "recipe.yaml", "run.json", "metrics.jsonl", "curves.png", "confusion.png", "samples.png"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -72,6 +74,16 @@ def write_rocks(folder: Path, each: int = 6) -> Path:
         for number in range(each):
             ply(folder / kind / f"{kind}_{number}.ply", cloud(kind, number, 96 - number))
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_pictures() -> Iterator[None]:
+    """Pictures as one small file: `tests/test_fit.py` and `tests/test_your_data.py` draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves", "confusions", "samples"):
+            patch.setattr(pictures, name, lambda *arguments: PNG)
+        patch.setattr(predict_command, "samples", lambda *arguments: PNG)
+        yield
 
 
 @pytest.fixture(scope="module")

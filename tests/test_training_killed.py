@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 # While the run is begun; around checkpoints within an epoch and at its end; at the end.
-@pytest.mark.parametrize("change", [3, 10, 15, 24])
+@pytest.mark.parametrize("change", [3, 10, 24])
 def test_killed_before_a_change_of_the_folder(tmp_path: Path, whole: Run, server: Server, change: int) -> None:
     folder = tmp_path / "run"
     status = server.wait(server.start(training_until, folder, change))
