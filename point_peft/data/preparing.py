@@ -55,6 +55,12 @@ class Preparation:
         once = len(set(self.channels)) == len(self.channels)
         require(self.channels[:3] == COORDINATES and once, self, "channels", "'x', 'y', 'z', then others, each once")
 
+    @property
+    def normals(self) -> tuple[int, ...] | None:
+        """The columns of a sample that turn with its cloud; None where it has no normals."""
+        names = ("nx", "ny", "nz")
+        return tuple(map(self.channels.index, names)) if set(names) <= set(self.channels) else None
+
 
 class Prepared(NamedTuple):
     """A cloud as a model takes it, and where its points come from."""

@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from point_peft.data.cloud import CloudBatch, Sample
+from point_peft.data.cloud import Sample
 from point_peft.data.cloud_set import collate
 from point_peft.errors import PointPeftError
 from point_peft.running.nested import Args, Kwargs, call_arguments
@@ -102,8 +102,6 @@ def hold_frozen(module: nn.Module) -> None:
 
 
 def _item(batch: Any, place: int, argument: str) -> Any:
-    if isinstance(batch, CloudBatch):
-        return batch[place]
     if isinstance(batch, (tuple, list)) and len(batch) > place:
         return batch[place]
     raise PointPeftError(

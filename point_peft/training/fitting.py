@@ -32,7 +32,7 @@ from point_peft.training.folder import RunFolder
 from point_peft.training.global_batch import GlobalBatch
 from point_peft.training.inference import Inference
 from point_peft.training.loop import Loop
-from point_peft.training.objective import Loss, balanced_weights
+from point_peft.training.objective import Loss, balanced_weights, scores_of
 from point_peft.training.pictures import check_matplotlib
 from point_peft.training.plan import STEP, Drawn, check_shares, epoch_batches, in_order, seed_of, shares
 from point_peft.training.progress import Progress
@@ -226,9 +226,7 @@ def _class_names(model: nn.Module, train: Dataset[Any], classes: Sequence[str] |
         warnings.filterwarnings("ignore", "the memory bank is empty")  # it is filled later
         device = next(model.parameters()).device
         args, kwargs = feed.inputs(on_device(feed.batch([train[0]]), device))
-        output = model(*args, **kwargs)
-    scores = feed.to_logits(output) if feed.to_logits is not None else output
-    scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+        scores = scores_of(model(*args, **kwargs), feed.to_logits)
     return tuple(str(number) for number in range(scores.shape[-1]))
 
 
@@ -302,7 +300,8 @@ def _prepared(
         batch_size=recipe.batch_size,
         segmentation=recipe.task == "segmentation",
     )
-    drawn = Drawn(train, tuple(recipe.augment), recipe.seed, _normals(train))
+    normals = train.preparation.normals if isinstance(train, CloudSet) else None
+    drawn = Drawn(train, tuple(recipe.augment), recipe.seed, normals)
     cost = _trial(inference, drawn, count, recipe)
     groups = _groups(model, recipe)
     for group in groups:
@@ -376,12 +375,6 @@ def _loss(recipe: Recipe, counts: Tensor) -> Loss:
     else:
         given = torch.tensor(weights, dtype=torch.float32)
     return Loss(classes=len(counts), label_smoothing=recipe.label_smoothing, weights=given)
-
-
-def _normals(train: Dataset[Any]) -> tuple[int, ...] | None:
-    """The columns of a data set's points that turn with its clouds."""
-    channels = train.preparation.channels if isinstance(train, CloudSet) else ()
-    return tuple(channels.index(name) for name in ("nx", "ny", "nz")) if "nx" in channels else None
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

@@ -60,7 +60,9 @@ class Inference:
         return {"loss": float(loss[0] / loss[1]), **figures(counts, self.segmentation)}, counts
 
     @torch.no_grad()
-    def predicted(self, clouds: Dataset[Any], batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def predicted(
+        self, clouds: Dataset[Any] | Sequence[Any], batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each of these batches of clouds the labels (b,) or (b, n) and the scores (m, classes) float32."""
         set_mode(self.model, False)
         for places in batches:

@@ -47,12 +47,8 @@ def balanced_weights(counts: Tensor) -> Tensor:
     return (inverse / inverse[there].mean()).float()
 
 
-def flat_scores(output: Any, labels: Tensor, classes: int, to_logits: Callable[[Any], Tensor] | None) -> Tensor:
-    """Scores (m, classes) of labels (m,) or (b, n), out of what a model gives.
-
-    That may be a tensor or a tuple that begins with one; of points (b, n, classes), (b, classes, n) or packed
-    (m, classes). Raises `PointPeftError` for other shapes and for another number of classes.
-    """
+def scores_of(output: Any, to_logits: Callable[[Any], Tensor] | None) -> Tensor:
+    """The scores, of whatever shape, out of what a model gives: a tensor, or a tuple that begins with one."""
     if to_logits is not None:
         output = to_logits(output)
     elif isinstance(output, (tuple, list)) and output:
@@ -61,6 +57,16 @@ def flat_scores(output: Any, labels: Tensor, classes: int, to_logits: Callable[[
         raise PointPeftError(
             f"the model gives a {type(output).__name__}: pass to_logits=function that turns it into a tensor of scores"
         )
+    return output
+
+
+def flat_scores(output: Any, labels: Tensor, classes: int, to_logits: Callable[[Any], Tensor] | None) -> Tensor:
+    """Scores (m, classes) of labels (m,) or (b, n), out of what a model gives, see `scores_of`.
+
+    They are of clouds (b, classes), or of points (b, n, classes), (b, classes, n) or packed
+    (m, classes). Raises `PointPeftError` for other shapes and for another number of classes.
+    """
+    output = scores_of(output, to_logits)
     shape = tuple(output.shape)
     if output.ndim == 3 and shape[2] != classes and shape[1] == classes:
         output = rearrange(output, "b c n -> b n c")

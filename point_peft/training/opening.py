@@ -98,10 +98,10 @@ class Corrupted(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.clouds[index]
-        channels = self.clouds.preparation.channels
-        normals = tuple(channels.index(name) for name in ("nx", "ny", "nz")) if "nx" in channels else None
         rng = np.random.default_rng(seed_of(self.severity, index, *self.kind.encode()))
-        points, labels = corrupt(sample.points, sample.label, self.kind, self.severity, rng, normals)
+        points, labels = corrupt(
+            sample.points, sample.label, self.kind, self.severity, rng, self.clouds.preparation.normals
+        )
         assert labels is not None
         return Sample(points, labels, sample.category)
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,7 @@ from point_peft.data.options import DataOptions
 from point_peft.data.preparing import prepare
 from point_peft.data.scenes import Scene, cut_scene
 from point_peft.errors import DataError
-from point_peft.training.feeding import on_device, set_mode
 from point_peft.training.inference import Inference
-from point_peft.training.objective import flat_scores
 
 LEGACY_CODES = 31
 """The highest code of a class in points of formats before 6."""
@@ -87,14 +84,9 @@ class Predictor:
         label = torch.full(size, UNKNOWN)
         return Sample(torch.from_numpy(points), label, torch.tensor(category)), rows
 
-    @torch.no_grad()
     def _scores(self, samples: Sequence[Sample]) -> Tensor:
-        inference = self.inference
-        set_mode(inference.model, False)
-        batch = on_device(inference.feed.batch(list(samples)), inference.accelerator.device)
-        args, kwargs = inference.feed.inputs(batch)
-        output: Any = inference.wrapped(*args, **kwargs)
-        return flat_scores(output, inference.feed.labels(batch), len(self.classes), inference.feed.to_logits).float()
+        ((_, scores),) = self.inference.predicted(samples, [range(len(samples))])
+        return scores
 
 
 def table(files: Sequence[Path], shares: Tensor, classes: Sequence[str]) -> str:

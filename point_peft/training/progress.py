@@ -21,14 +21,14 @@ class Progress:
         self.shown = shown
         self.steps, self.per_epoch, self.done = steps, per_epoch, 0
         self.validation = ""
-        self.begin = self.warm = time.monotonic()
+        self.begin = time.monotonic()
         self.first = self.clouds = 0
         self.bar: tqdm[None] | None = None
 
     def start(self, step: int) -> None:
         """Begin to count at this step."""
         self.first = self.done = step
-        self.begin = self.warm = time.monotonic()
+        self.begin = time.monotonic()
         if self.shown and self.stream.isatty():
             self.bar = tqdm(total=self.steps, initial=step, file=self.stream, unit="step", dynamic_ncols=True)
 

@@ -82,8 +82,7 @@ class Recipe:
         weights = self.class_weights
         above = isinstance(weights, str) or all(weight > 0 and math.isfinite(weight) for weight in weights)
         require(above, self, "class_weights", "'none', 'balanced' or a number above 0 for each class")
-        shares = self.batch_size // self.accumulate
-        require(shares >= 1, self, "accumulate", f"at most batch_size, {self.batch_size}")
+        require(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size, {self.batch_size}")
 
     def learning_rate(self, step: int, steps: int) -> float:
         """The share of its learning rate with which a group takes a step, counted from 0, of so many."""
