@@ -45,6 +45,8 @@ class TunerConfig(ABC):
     """The name of the method in the PEFT package, if its adapters can be written in PEFT's format."""
     adapts_columns: ClassVar[bool] = False
     """True of the method that fits clouds with other columns, by its fields `channels` and `backbone_channels`."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Values of the fields that files do not state which were written before there were these fields."""
     combines: ClassVar[bool] = False
     """True where several adapters of the method can become one, by `combined`."""
 
@@ -145,7 +147,7 @@ class TunerConfig(ABC):
         name = data.get("method")
         if not isinstance(name, str) or name not in METHODS:
             raise PointPeftError(f"method {quoted(name)} is unknown; known methods: {', '.join(sorted(METHODS))}")
-        values = {key: value for key, value in data.items() if key != "method"}
+        values = {**METHODS[name].earlier, **{key: value for key, value in data.items() if key != "method"}}
         return METHODS[name](**_known_fields(METHODS[name], values))
 
 

@@ -112,10 +112,10 @@ def trainable_parameters_report(base: nn.Module, adapters: Adapters, anatomy: An
 
 
 def _frozen_tokens(anatomy: Anatomy | None, adapter: Adapter) -> list[str]:
-    """Prefix tokens and their positions that an adapter does not train."""
-    trained = {name for state in adapter.shared_states() for name in state.tuned_tokens}
+    """Prefix tokens and their positions that an adapter neither trains nor keeps."""
+    own = {name for state in adapter.shared_states() for name in (*state.tuned_tokens, *state.kept_tokens)}
     prefix = () if anatomy is None else anatomy.prefix_parameters
-    return [parameter.name for parameter in prefix if parameter.name not in trained]
+    return [parameter.name for parameter in prefix if parameter.name not in own]
 
 
 def _labelled(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:

@@ -133,7 +133,7 @@ def test_a_module_without_bias_is_refused():
 
 
 def test_beside_point_peft_each_bias_is_tuned_once():
-    tuners = (PointPEFTConfig(memory_bank=False), BitFitConfig())
+    tuners = (PointPEFTConfig(memory_bank=False, adapted_share=1.0), BitFitConfig())
     both = get_peft_model(BACKBONES["point_mae"].build(), PeftConfig(tuners=tuners, modules_to_save=[]))
     alone = get_peft_model(BACKBONES["point_mae"].build(), PeftConfig(tuners=tuners[:1], modules_to_save=[]))
     assert both.get_nb_trainable_parameters() == alone.get_nb_trainable_parameters()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft import AdapterError, Anatomy, PointPeftModel, get_peft_model
+from point_peft import AdapterError, Anatomy, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE
 from point_peft.anatomy.presets import known_anatomy
@@ -226,7 +226,7 @@ def test_the_stem_runs_once_and_the_prior_is_that_of_its_groups(backbone: TinyBa
     anatomy, args = anatomy_of(backbone), backbone.inputs(3, 5)
     assert anatomy.adaptable["prior from"] != "none", "there is no prior, and the page of capabilities says otherwise"
     # Fresh, so that it is known to be made for the prefix tokens of this base.
-    model, base = adapt(backbone, "POINT_PEFT", fresh=True), frozen(backbone)
+    model, base = adapt(backbone, PointPEFTConfig.published(), fresh=True), frozen(backbone)
     model.train(training)
     if training:
         in_training(base)

@@ -7,7 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ generator = torch.Generator().manual_seed(0)
 block = nn.functional.normalize(torch.randn(10_000, 384, generator=generator), dim=1).half()
 query = torch.randn(8, 384, generator=generator)
 start = peak()
-bank = MemoryBank(384, 8, "backbone", torch.float16, leave_nearest_out=False).eval()
+bank = MemoryBank(384, 8, "backbone", torch.float16, leave_nearest_out=False, standardised=False, temperature=1.0)
+bank.eval()
 bank.rows = torch.empty(250_000, 384, dtype=torch.float16)
 best = torch.empty(8, 0)
 for number, rows in enumerate(bank.rows.split(10_000)):
@@ -69,6 +70,9 @@ def test_retrieval_among_many_rows_takes_no_copy_of_them() -> None:
     assert 175 < float(done.stdout) < 300
 
 
+AS_PUBLISHED = PointPEFTConfig.published()
+"""Its banks hold the rows as they are given, of unit length."""
+
 # ---- reduction -------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +85,7 @@ def bank_of(model: PointPeftModel) -> MemoryBank:
 def test_a_bank_is_reduced_to_the_size_of_the_configuration() -> None:
     backbone, rows = BACKBONES["point_mae"], 3 * unit_rows(50)
     with pytest.warns(UserWarning, match=r"50 rows of the memory bank were reduced to 20 without labels.*memory_bank="):
-        model = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=20), memory_bank=rows)
+        model = get_peft_model(backbone.build(), replace(AS_PUBLISHED, bank_size=20), memory_bank=rows)
     bank = bank_of(model)
     assert torch.equal(bank.rows, prototypes(rows, None, 20).half())
     labels = torch.arange(50) % 5
@@ -91,7 +95,7 @@ def test_a_bank_is_reduced_to_the_size_of_the_configuration() -> None:
     assert len(bank.rows) == 30
     bank.fill(rows[:20])
     assert torch.equal(bank.rows, unit_rows(50)[:20].half())
-    whole = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=None), memory_bank=rows)
+    whole = get_peft_model(backbone.build(), replace(AS_PUBLISHED, bank_size=None), memory_bank=rows)
     assert torch.equal(bank_of(whole).rows, unit_rows(50).half())
     with pytest.raises(AdapterError, match=r"50 rows cannot be reduced to 20: there are 50 classes.*bank_size"):
         bank.fill(rows, torch.arange(50))
@@ -112,7 +116,7 @@ def test_building_a_bank_reduces_it_too() -> None:
 def test_a_file_with_more_rows_is_taken_as_it_is(tmp_path: Path) -> None:
     """Files from before there was a size say nothing of it."""
     backbone = BACKBONES["point_mae"]
-    model = get_peft_model(backbone.build(), PointPEFTConfig(), memory_bank=unit_rows(60)).eval()
+    model = get_peft_model(backbone.build(), AS_PUBLISHED, memory_bank=unit_rows(60)).eval()
     model.save_pretrained(tmp_path)
     config = tmp_path / "adapter_config.json"
     stated = config.read_text()

@@ -164,7 +164,7 @@ def test_the_chunks_of_a_large_scene_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_prompts_in_packed_tokens_are_refused_with_what_can_be_had() -> None:
     backbone = BACKBONES["pointcept_ptv3"]
-    message = r"POINT_PEFT puts prompts among the tokens of 'enc.enc0.block0', which has no place .*num_prompts=0.*LORA"
+    message = r"POINT_PEFT puts prompts among the tokens of 'enc.enc1.block1', which has no place .*num_prompts=0.*LORA"
     with pytest.raises(AnatomyError, match=message):
         get_peft_model(backbone.build(), PointPEFTConfig())
     get_peft_model(backbone.build(), LoraConfig())
@@ -172,7 +172,7 @@ def test_prompts_in_packed_tokens_are_refused_with_what_can_be_had() -> None:
 
 def test_a_block_without_an_mlp_is_refused_with_what_can_be_had() -> None:
     backbone = BACKBONES["official_ptv1"]
-    with pytest.raises(AnatomyError, match=r"MLP of every block, and 'enc1\.1' has none .*adapter_scale=0\.0"):
+    with pytest.raises(AnatomyError, match=r"MLP of every block, and 'dec2\.1' has none .*adapter_scale=0\.0"):
         get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0))
 
 

@@ -75,7 +75,7 @@ def test_prompts_are_what_the_methods_say() -> None:
         "IDPT": {"position", *tokens},
         "POINT_GST": tokens,
         "POINT_LORA": tokens,
-        "POINT_PEFT": {"embeddings", "prompt_coordinates", *tokens},
+        "POINT_PEFT": {"embeddings", "prefix_shift", "prompt_coordinates"},
         "PPT": tokens,
         "VPT": {"embeddings"},
     }

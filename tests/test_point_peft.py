@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,8 +132,8 @@ def published(name: str, base_differs: tuple[str, ...] = ()) -> Published:
     late = config["late_from_layer"]
     model = get_peft_model(
         base,
-        PointPEFTConfig(
-            init="published",
+        dataclasses.replace(
+            PointPEFTConfig.published(),
             num_prompts=config["prompts"],
             prompt_layers=late,
             bank_dtype="float32",
@@ -330,14 +332,21 @@ def randomise(module: nn.Module, scale: float = 0.2) -> None:
             buffer.mul_(1 + scale * torch.rand_like(buffer))
 
 
-def adapted(*, fresh: bool = False, bank: bool = True, **options: Any) -> PointPeftModel:
-    """A small adapted model in eval mode with a bank; unless fresh, with noise in everything that is trained."""
-    config = PointPEFTConfig(**{**SMALL, **options})
-    model = get_peft_model(small_base(), config, memory_bank=bank_rows() if bank else None)
+def adapted(*, fresh: bool = False, bank: bool = True, late: bool = False, **options: Any) -> PointPeftModel:
+    """A small adapted model in eval mode with a bank; unless fresh, with noise in everything that is trained.
+
+    Adapted in its later blocks as by default, or else in all as published; both with gates.
+    """
+    model = get_peft_model(small_base(), small(late, **options), memory_bank=bank_rows() if bank else None)
     if not fresh:
         torch.manual_seed(1)
         randomise(get_adapter(model, "default"))
     return model.eval()
+
+
+def small(late: bool, **options: Any) -> PointPEFTConfig:
+    config = PointPEFTConfig() if late else dataclasses.replace(PointPEFTConfig.published(), init="identity")
+    return dataclasses.replace(config, **{**SMALL, **options})
 
 
 def bank_of(model: PointPeftModel) -> MemoryBank:
@@ -347,13 +356,30 @@ def bank_of(model: PointPeftModel) -> MemoryBank:
 
 
 def retrieve(query: Tensor, rows: Tensor, top_k: int, skip: int = 0) -> Tensor:
-    """The prior (2 + top_k, c) of one query (c,)."""
+    """The prior (2 + top_k, c) of one query (c,), as published."""
     rows = rows / rows.norm(dim=1, keepdim=True)
-    similarity = torch.stack([torch.dot(query / query.norm(), row) for row in rows])
+    return attended(query, query / query.norm(), rows, top_k, skip, temperature=1.0)
+
+
+def retrieve_standardised(query: Tensor, rows: Tensor, top_k: int, temperature: float) -> Tensor:
+    """The prior (2 + top_k, c) of one query (c,), compared channel by channel with what is usual in the bank."""
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    mean, deviation = unit.mean(dim=0), unit.std(dim=0, correction=0)
+
+    def direction(row: Tensor) -> Tensor:
+        return nn.functional.normalize((row / row.norm() - mean) / deviation, dim=0)
+
+    compared = direction(query)
+    return attended(compared, compared, torch.stack([direction(row) for row in rows]), top_k, 0, temperature)
+
+
+def attended(q: Tensor, compared: Tensor, rows: Tensor, top_k: int, skip: int, temperature: float) -> Tensor:
+    """[q; f; V] with the rows V that are most like what q is compared as."""
+    similarity = torch.stack([torch.dot(compared, row) for row in rows])
     best = similarity.argsort(descending=True)[skip : skip + top_k]
-    weights = similarity[best].exp() / similarity[best].exp().sum()
-    mean = sum((w * rows[i] for w, i in zip(weights, best, strict=True)), torch.zeros_like(query))
-    return torch.stack([query, mean, *rows[best]])
+    weights = (temperature * similarity[best]).exp() / (temperature * similarity[best]).exp().sum()
+    mean = sum((w * rows[i] for w, i in zip(weights, best, strict=True)), torch.zeros_like(q))
+    return torch.stack([q, mean, *rows[best]])
 
 
 def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
@@ -366,6 +392,7 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
     with model.disable_adapter():
         query = model.forward_features(cloud[None])[0, 1:].amax(dim=0)
     top_k = config.num_prompts - 2 if config.top_k is None else config.top_k
+    first = round((1 - config.adapted_share) * len(base.blocks.blocks))
 
     def part(start: str) -> dict[str, Tensor]:
         return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
@@ -395,11 +422,22 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
     for number, block in enumerate(base.blocks.blocks):
         own = part(f"blocks.blocks.{number}.point_peft.")
         x, places = x + pos, c
+        if number < first:
+            assert not own
+            x = block(x[None])[0]
+            continue
+        if number == first and config.prior == "block":
+            query = x[1:].amax(dim=0)
+        if "prefix_shift" in own:
+            x = torch.cat([x[:1] + own["prefix_shift"], x[1:]])
         prompts = x[:0]
         if "prompt.embeddings" in own:
             prompts, places = own["prompt.embeddings"].clone(), torch.cat([shared["prompt_coordinates"], c])
             if rows is not None:
-                found = retrieve(query, rows, top_k)
+                if config.standardised:
+                    found = retrieve_standardised(query, rows, top_k, config.temperature)
+                else:
+                    found = retrieve(query, rows, top_k)
                 found = found + bottleneck(found, f"blocks.blocks.{number}.point_peft.prompt.prior_adapter")
                 prompts[: 2 + top_k] += found
         x = torch.cat([x[:1], prompts, x[1:]])[None]
@@ -438,6 +476,10 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
         {"prompt_layers": 4, "top_k": 2, "centre_ratio": 0.25, "neighbours": 3},
         {"memory_bank": False, "num_prompts": 1, "adapter_scale": 0.4, "propagation_scale": 0.8, "centre_scale": 0.6},
         {"num_prompts": 0},
+        {"late": True},
+        {"late": True, "num_prompts": 0},
+        {"late": True, "init": "published", "pooling_norm": "layer", "temperature": 5.0},
+        {"late": True, "adapted_share": 0.75, "prompt_layers": 2, "top_k": 2},
     ],
     ids=str,
 )
@@ -472,7 +514,8 @@ COUNTS = {
 def test_the_parameters_on_point_mae_are_those_of_the_paper_that_have_an_effect() -> None:
     with torch.device("meta"):
         base = PointTransformer()
-    model = get_peft_model(base, PointPEFTConfig(init="published", modules_to_save=[]))
+    published = PointPEFTConfig.published()
+    model = get_peft_model(base, dataclasses.replace(published, modules_to_save=[]))
     counts = dict.fromkeys(COUNTS, 0)
     for name, tensor in get_adapter(model, "default").tensors().items():
         if isinstance(tensor, nn.Parameter):
@@ -480,19 +523,28 @@ def test_the_parameters_on_point_mae_are_those_of_the_paper_that_have_an_effect(
             counts[kind] += tensor.numel()
     assert counts == COUNTS
     assert model.get_nb_trainable_parameters()[0] == sum(COUNTS.values()) == 443_214
-    model.add_adapter("identity", PointPEFTConfig(modules_to_save=[]))
+    model.add_adapter("identity", dataclasses.replace(published, init="identity", modules_to_save=[]))
     model.freeze_adapter("default")
     assert model.get_nb_trainable_parameters()[0] == 443_226  # and a gate for each of the 12 blocks
-    model.add_adapter("head", PointPEFTConfig(init="published"))
+    model.add_adapter("head", published)
     model.freeze_adapter("identity")
     assert model.get_nb_trainable_parameters()[0] == 443_214 + 267_535
 
 
+def test_the_parameters_of_the_later_blocks_are_about_half() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(PointTransformer(), PointPEFTConfig(modules_to_save=[]))
+    shared, halves = 28_032 + 768 + 30 + 768, 23_040 + 39_216 + 2 * 152_256 + 9_216 + 36_864
+    # And a gate a block, and what the class token is as it enters them in place of the token and its position.
+    assert model.get_nb_trainable_parameters()[0] == shared + halves // 2 + 6 + 384 == 236_412
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("options", [{"prompt_layers": 0}, {"num_prompts": 0}])
 @torch.no_grad()
-def test_a_fresh_adapter_without_prompts_is_the_backbone_bit_for_bit(options: dict[str, Any]) -> None:
+def test_a_fresh_adapter_without_prompts_is_the_backbone_bit_for_bit(options: dict[str, Any], late: bool) -> None:
     points, expected = clouds(3), small_base()(clouds(3))
-    model = adapted(fresh=True, bank=False, **options)
+    model = adapted(fresh=True, bank=False, late=late, **options)
     assert PointPEFTConfig(**options).identity_at_init
     assert torch.equal(model(points), expected)
     randomise(get_adapter(model, "default"))
@@ -540,7 +592,11 @@ def test_the_published_start_is_no_identity() -> None:
         ("top_k", 0, "1 to num_prompts - 2 = 8, or None"),
         ("top_k", 9, "1 to num_prompts - 2 = 8, or None"),
         ("leave_nearest_out", None, "True or False"),
-        ("prior", "head", "'backbone' or 'stem'"),
+        ("prior", "head", "'block' or 'backbone' or 'stem'"),
+        ("adapted_share", 0.0, "more than 0 and at most 1"),
+        ("adapted_share", 1.5, "more than 0 and at most 1"),
+        ("standardised", 1, "True or False"),
+        ("temperature", float("inf"), "a finite number"),
         ("prior_adapter_width", 0, "1 or more"),
         ("adapter_width", 0, "1 or more"),
         ("adapter_dropout", 1.5, "0 or more and less than 1"),
@@ -581,13 +637,24 @@ def test_what_is_tuned_of_the_base_can_be_chosen() -> None:
     assert tensors.keys() & own == chosen
     none = adapted(modules_to_save=[], tuned_biases=[], tuned_norms=[], tuned_tokens=[])
     assert not get_adapter(none, "default").tensors().keys() & own
+    named = adapted(late=True, modules_to_save=[], tuned_biases=[], tuned_norms=[], tuned_tokens=["cls_pos"])
+    trained = [name for name, _ in named.named_parameters() if name.endswith(("cls_pos", "prefix_shift"))]
+    assert get_adapter(named, "default").tensors().keys() & own == {"cls_pos"} and len(trained) == 2
 
 
 # ---- retrieval -----------------------------------------------------------------------------------------------------
 
 
 def filled(rows: Tensor, top_k: int, *, leave_nearest_out: bool = False) -> MemoryBank:
-    bank = MemoryBank(rows.shape[1], top_k, "backbone", torch.float32, leave_nearest_out=leave_nearest_out)
+    bank = MemoryBank(
+        rows.shape[1],
+        top_k,
+        "backbone",
+        torch.float32,
+        leave_nearest_out=leave_nearest_out,
+        standardised=False,
+        temperature=1.0,
+    )
     bank.fill(rows)
     return bank
 
@@ -637,7 +704,7 @@ def test_the_bank_is_kept_at_unit_length_in_the_type_asked_for() -> None:
 )
 def test_a_bank_that_does_not_fit_is_refused(rows: Tensor, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
-        get_peft_model(small_base(), PointPEFTConfig(**SMALL), memory_bank=rows)
+        get_peft_model(small_base(), small(late=True), memory_bank=rows)
     with pytest.raises(AdapterError, match="needs at least 4"):
         filled(bank_rows(3), 3, leave_nearest_out=True)
 
@@ -720,7 +787,7 @@ class RandomGroup(Group):
 def test_a_bank_is_built_in_eval_mode_even_of_a_model_that_is_random_in_training(source: str) -> None:
     base, points = small_base(), clouds(10)
     base.group_divider = RandomGroup(SIZES["num_group"], SIZES["group_size"])
-    model = get_peft_model(base, PointPEFTConfig(**{**SMALL, "prior": source})).train()
+    model = get_peft_model(base, small(late=False, prior=source)).train()
     model.build_memory_bank([points])
     torch.testing.assert_close(in_order(bank_of(model).rows), in_order(features(points, source)))
     assert base.group_divider.training
@@ -851,10 +918,12 @@ def test_the_backbone_prior_tells_that_a_direct_call_has_none() -> None:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["backbone", "stem"])
+@pytest.mark.parametrize(
+    ("late", "source"), [(False, "backbone"), (False, "stem"), (False, "block"), (True, "block"), (True, "backbone")]
+)
 @pytest.mark.parametrize("init", ["identity", "published"])
-def test_every_trained_tensor_gets_a_gradient_and_nothing_else(init: str, source: str) -> None:
-    model = adapted(init=init, prior=source).train()
+def test_every_trained_tensor_gets_a_gradient_and_nothing_else(init: str, late: bool, source: str) -> None:
+    model = adapted(init=init, late=late, prior=source).train()
     torch.manual_seed(2)
     nn.functional.cross_entropy(model(clouds(10)), torch.arange(10) % 5).backward()
     own = {id(parameter) for parameter in get_adapter(model, "default").parameters()}
@@ -863,12 +932,13 @@ def test_every_trained_tensor_gets_a_gradient_and_nothing_else(init: str, source
         assert moved == (id(parameter) in own), name
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(reentrant: bool) -> None:
+def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(reentrant: bool, late: bool) -> None:
     """Blocks share the prompts' coordinates and the prior; each must be able to make again what it takes of them."""
 
     def gradients(again: bool) -> dict[str, Tensor]:
-        model = adapted(prompt_layers=3)
+        model = adapted(prompt_layers=3, late=late)
         base: Any = model.get_base_model()
 
         def run(tokens: Tensor, pos: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
@@ -885,7 +955,7 @@ def test_blocks_that_are_run_again_in_the_backward_pass_give_the_same_gradients(
         return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
     expected = gradients(False)
-    assert len(expected) == len(list(get_adapter(adapted(prompt_layers=3), "default").parameters()))
+    assert len(expected) == len(list(get_adapter(adapted(prompt_layers=3, late=late), "default").parameters()))
     torch.testing.assert_close(gradients(True), expected)
 
 
@@ -962,7 +1032,7 @@ def two_stages(patch_tokens: bool = True, **options: Any) -> PointPeftModel:
     )
     anatomy = Anatomy(source="test", stages=stages, stem=("group_a", "embed"), final_norms=("norm",), heads=("head",))
     model = PointPeftModel(base, anatomy)
-    model.add_adapter("default", PointPEFTConfig(**{**SMALL, **options}))
+    model.add_adapter("default", small(late=False, **options))
     torch.manual_seed(1)
     randomise(get_adapter(model, "default"))
     return model
@@ -994,11 +1064,12 @@ def test_the_stem_prior_needs_to_know_where_the_patch_embedding_is_seen() -> Non
         two_stages(patch_tokens=False, prior="stem", prompt_layers=4)
 
 
-def test_a_base_with_other_random_class_tokens_gives_the_same_logits(tmp_path):
+@pytest.mark.parametrize("config", [PointPEFTConfig(), PointPEFTConfig.published()], ids=["late", "published"])
+def test_a_base_with_other_random_class_tokens_gives_the_same_logits(config: PointPEFTConfig, tmp_path: Path) -> None:
     """Checkpoints lack them, so they differ from process to process; the prior comes from the base that was trained."""
     backbone = BACKBONES["recon"]
     torch.manual_seed(0)
-    model = get_peft_model(backbone.build(), PointPEFTConfig()).eval()
+    model = get_peft_model(backbone.build(), config).eval()
     model.build_memory_bank([backbone.inputs(8, seed) for seed in range(3)], to_inputs=lambda args: args)
     with torch.no_grad():
         for parameter in model.adapters.parameters():
@@ -1016,7 +1087,7 @@ def test_a_base_with_other_random_class_tokens_gives_the_same_logits(tmp_path):
         with reloaded.disable_adapter(), model.disable_adapter():
             assert not torch.allclose(reloaded(*args), model(*args), atol=1e-2)
         # An adapter of the same model that was made for it keeps to its own values.
-        reloaded.add_adapter("second", PointPEFTConfig())
+        reloaded.add_adapter("second", config)
         reloaded.build_memory_bank([backbone.inputs(8, 1)], to_inputs=lambda args: args, adapter_name="second")
         reloaded.set_adapter("second")
         second = reloaded(*args)

@@ -91,25 +91,28 @@ def test_every_method_in_one_batch() -> None:
         assert torch.allclose(tasks[name], alone(model, name, (points[:2],)), atol=2e-5, rtol=1e-4), name
 
 
+@pytest.mark.parametrize(
+    ("config", "asking"), [(PointPEFTConfig(), 0), (PointPEFTConfig.published(), 1)], ids=["late", "published"]
+)
 @torch.no_grad()
-def test_frozen_work_runs_once() -> None:
+def test_frozen_work_runs_once(config: PointPEFTConfig, asking: int) -> None:
     backbone = BACKBONES["point_mae"]
     # Fresh, so that both are known to be made for the prefix tokens of this base.
-    model = adapt(backbone, "POINT_PEFT", adapter_name="POINT_PEFT", fresh=True)
-    for name, config in (("LORA", LoraConfig()), ("second", PointPEFTConfig())):
-        model.add_adapter(name, config)
+    model = adapt(backbone, config, adapter_name="POINT_PEFT", fresh=True)
+    for name, other in (("LORA", LoraConfig()), ("second", config)):
+        model.add_adapter(name, other)
         complete(model, backbone, name, 0, fresh=True)
     model.eval()
     base: Any = model.get_base_model()
     encoder, last = count_samples(base.encoder), count_samples(base.blocks.blocks[-1])
     (points,) = clouds(4, 0)
     model(points, adapter_names=["POINT_PEFT", "LORA", None, "second"])
-    # The blocks run once for each sample with its adapter, and once for the two that have a prior.
-    assert (encoder["samples"], last["samples"]) == (4, 4 + 2)
+    # The blocks run once for each sample with its adapter, and once for the two that ask what is after the last.
+    assert (encoder["samples"], last["samples"]) == (4, 4 + 2 * asking)
     encoder.clear()
     last.clear()
     model.forward_tasks(points[:1], ["POINT_PEFT", "second", "LORA", None])
-    assert (encoder["samples"], last["samples"]) == (1, 4 + 1)
+    assert (encoder["samples"], last["samples"]) == (1, 4 + asking)
 
 
 @torch.no_grad()

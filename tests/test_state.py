@@ -379,7 +379,7 @@ def _top(**values: Any) -> Callable[[dict[str, Any]], None]:
         (_tuner(target_modules=["nonsense"]), "does not fit this model: no block matches 'nonsense'"),
         (_tuner(target_modules="("), "does not fit this model: .*is not a regular expression"),
         (_tuner(layers_to_transform=[99]), "does not fit this model: .*there is no block 99"),
-        (_tuner(layers_to_transform=[0]), r"made for modules 'blocks\.blocks\.1.* otherwise than this model has them"),
+        (_tuner(layers_to_transform=[0]), r"made for modules 'blocks\.blocks\.0.* otherwise than this model has them"),
         (_top(adapted_modules=[]), "otherwise than this model has them"),
         (_top(adapted_modules=[1, {}]), "otherwise than this model has them"),
         (_top(adapted_modules={}), "lacks heads or adapted_modules"),

@@ -273,7 +273,7 @@ def test_a_head_that_a_file_cannot_describe(tmp_path: Path) -> None:
 def test_a_bank_of_another_number_of_rows(tmp_path: Path) -> None:
     model, source = adapt(REFERENCE, "POINT_PEFT"), adapt(REFERENCE, "POINT_PEFT", seed=7)
     (bank,), (longer,) = banks(get_adapter(model, "default")), banks(get_adapter(source, "default"))
-    (rows,) = bank.buffers()
+    rows = bank.get_buffer("rows")
     longer.fill(torch.randn(len(rows) + 1, rows.shape[1]))
     refused(
         model, saved(source, tmp_path), f"rows' has {len(rows) + 1} rows, and the memory .* is for {len(rows)}; load_"

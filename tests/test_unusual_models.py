@@ -156,7 +156,7 @@ def test_tracing_does_not_mind_the_mode_that_it_is_called_in() -> None:
 
 def test_an_example_corrects_what_a_preset_says() -> None:
     (points,) = clouds(2, 0)
-    with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens of 'blocks.blocks.0' lie"):
+    with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens of 'blocks.blocks.1' lie"):
         tuned(build(TokenLast), points)
     get_peft_model(build(TokenLast), LoraConfig(), example_inputs=points)
     assert describe(build(PositionOnce), points).stages[0].position == "once"
@@ -407,7 +407,7 @@ class BegunByNumpy(BegunAnywhere):
 @pytest.mark.parametrize(("kind", "times"), [(BegunAnywhere, 1), (BegunByNumpy, 2)])
 def test_a_prior_is_of_the_groups_that_its_forward_has_drawn(kind: type[Official], times: int) -> None:
     """Groups that torch has drawn are drawn again for the prior; of others both passes make all from their own."""
-    model = get_peft_model(build(kind), PointPEFTConfig()).train()
+    model = get_peft_model(build(kind), PointPEFTConfig(prior="backbone")).train()
     model.build_memory_bank([clouds(20, 1)[0]])
     patches: list[Tensor] = []
     tokens: list[Tensor] = []

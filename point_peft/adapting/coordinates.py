@@ -14,7 +14,7 @@ from point_peft.running import nested
 from point_peft.running.forward import Forward, current_forward, restart_direct
 from point_peft.running.nested import Args, Kwargs, fetch_argument
 from point_peft.running.second import end_second_pass
-from point_peft.running.tokens import block_tokens, token_dim
+from point_peft.running.tokens import batch_first, block_tokens, token_dim
 
 
 @hook
@@ -23,6 +23,8 @@ def check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     site, forward = here(module)
     if forward.parent is not None and forward.parent.second.wanted == "stem":
         end_second_pass(forward.parent.second, forward.seen.patches.get(0))
+    if forward.parent is not None and forward.parent.second.wanted == site.path:
+        _end_at_block(site, forward, args, kwargs)
     parts = [part for part, _ in calls_at(forward, forward.active, site.path, module)]
     if not parts:
         return
@@ -55,6 +57,14 @@ def check_tokens(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             f"block '{site.path}' should get {expected} prefix tokens and one token for each of the coordinates "
             f"{shape}; it got tokens {tuple(tokens.shape)}"
         )
+
+
+def _end_at_block(site: Site, forward: Forward, args: Args, kwargs: Kwargs) -> None:
+    """End a second pass with the patch tokens (b, g, c) that a block is called with."""
+    index, stage = stage_at(anatomy_of(site.root), site.path)
+    tokens = batch_first(block_tokens(stage, site.path, args, kwargs), stage.layout)
+    assert forward.parent is not None and index in forward.seen.coordinates  # who asks has planned with these
+    end_second_pass(forward.parent.second, tokens[:, tokens.shape[1] - forward.seen.coordinates[index].shape[1] :])
 
 
 @hook

@@ -57,16 +57,17 @@ def before_parts(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, K
     if not forward.active:
         return None
     calls = calls_at(forward, forward.active, site.path, module)
-    forward.second.acted = forward.second.acted or bool(calls)
     if calls and _is_plain(module) and all(part.tuned and not part.by_weight for part, _ in calls):
         # With its own tensors in place of the base's, the module needs no difference to be added to what it gives.
         adapted = adapted_tensors(module, calls)
         own = {id(base): (site.path, value) for base, value in adapted.values()}
         enter(module, own, lambda: current_forward(site.root) is forward)
+        forward.second.acted = True
         return None
     for part, call in calls:
         if not part.by_weight:
             args, kwargs = border.before(part, call, args, kwargs)
+        forward.second.acted = forward.second.acted or not part.restores
     return args, kwargs
 
 

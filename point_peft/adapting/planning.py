@@ -102,6 +102,8 @@ def _plan_methods(adapter: Adapter, backbone: Backbone) -> dict[str, list[Part]]
             if meant.setdefault(module, path) == path:
                 part.tuner = number
                 _add(part, planned.setdefault(names[module], []))
+    for state in adapter.shared_states():
+        state.trained_tokens = backbone.tuned_tokens
     return planned
 
 

@@ -1,9 +1,10 @@
 """The second pass: the frozen backbone run once more within a forward, for a prior.
 
-Point-PEFT enhances the prompts of the first blocks by a prior, which it looks up in a bank by a feature of the cloud:
-the tokens that the backbone without adapters has after its last block. An adapted forward does not compute them. So
-when the first block asks (`backbone_tokens`), the blocks are run through without adapters, in eval mode and without
-gradients, as far as the last; then the forward goes on where it was.
+Point-PEFT enhances prompts by a prior, which it looks up in a bank by a feature of the cloud. As published, that is of
+the tokens that the backbone without adapters has after its last block. An adapted forward does not compute them, and
+those that a block gets only where nothing has acted ahead of it. So when the first block asks (`backbone_tokens`), the
+blocks are run through without adapters, in eval mode and without gradients, as far as is asked for; then the forward
+goes on where it was.
 
 **The groups are those of the forward.** The prior must be of the very groups whose tokens it enhances, and what was
 computed ahead of the blocks is not computed again. A function in a model's forward that groups points cannot be
@@ -44,9 +45,10 @@ from point_peft.running.tokens import batch_first, output_tokens
 def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> Tensor:
     """Patch tokens (b, g, c) of the frozen backbone without adapters, once per forward.
 
-    `source` is "stem" for the patch embedding, "backbone" for the tokens of the last block after the final norm; those
-    take a second pass, which reuses what the stem has computed from the same inputs and ends at the last block. An
-    adapter that was made for other random values of prefix tokens gets a second pass with those.
+    `source` is "stem" for the patch embedding, "backbone" for the tokens of the last block after the final norm, or the
+    path of a block for the tokens that it gets. The last two take a second pass, which reuses what the stem has
+    computed from the same inputs and ends there. An adapter that was made for other random values of prefix tokens
+    gets a second pass with those.
     """
     if source == "stem" and 0 in forward.seen.patches and not _changes_stem(forward):
         return forward.seen.patches[0].detach()
@@ -54,7 +56,7 @@ def backbone_tokens(root: Root, forward: Forward, source: str, adapter: str) -> 
     owner = adapter if any(state.other_base(forward.root.base_model) for state in states) else None
     key = "tokens", source, owner
     if forward.inputs is None and key not in forward.cache:
-        hint = ', or use prior="stem"' if source == "backbone" else ", or run its patch embedding first"
+        hint = ", or run its patch embedding first" if source == "stem" else ', or use prior="stem"'
         raise AdapterError(
             f"the prior from the {source} needs a call of the model itself, which it runs a second time; this is a "
             f"direct call of a part of it: call the model{hint}"
@@ -81,10 +83,10 @@ def _second_pass(root: Root, forward: Forward, source: str, owner: str | None) -
 
 
 def run_plain(root: Root, forward: Forward, source: str, owner: str | None) -> Tensor | None:
-    """Run the model without adapters as far as the stem or the last block; the tokens there, if they are known."""
+    """Run the model without adapters as far as `source`; the tokens there, if they are known."""
     assert forward.inputs is not None
     start = forward.second.start or Start("", *forward.inputs, (), None)
-    if source == "backbone" and forward.second.trunk is not None and forward.second.trunk.intact:
+    if source != "stem" and forward.second.trunk is not None and forward.second.trunk.intact:
         start = forward.second.trunk
     with _second(root, forward, source, owner, start), answering(root), torch.no_grad():
         try:

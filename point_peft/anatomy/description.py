@@ -184,7 +184,7 @@ class Anatomy:
         blocks, total = self.blocks, len(self.blocks)
         located = [stage for stage in self.stages if stage.coordinates is not None]
         linears = sum(len(b.qkv) + len(b.linears) + (b.projection is not None) for b in blocks)
-        prior = "backbone, stem" if self.stages[0].patch_tokens is not None else "backbone"
+        prior = "block, backbone, stem" if self.stages[0].patch_tokens is not None else "block, backbone"
         prompted = [stage for stage in located if stage.takes_prompts]
         return {
             "prompts": f"{sum(len(stage.blocks) for stage in prompted)} of {total} blocks",

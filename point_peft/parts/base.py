@@ -59,6 +59,8 @@ class Part(nn.Module):
     """True of a part that, at a block, needs one patch token for each of the coordinates that were seen."""
     token_parameters: ClassVar[frozenset[str]] = frozenset()
     """Names of its parameters that are tokens, such as prompts, or places in space: optimizers treat them apart."""
+    restores: bool = False
+    """True of a part that does no more than to put values of the base that it was made for in their places."""
     in_second_pass: ClassVar[bool] = False
     """True of a part that acts, by `before_second`, in the second pass too, which is otherwise the plain backbone's."""
     tuner: int = 0
@@ -119,6 +121,10 @@ class SharedState(nn.Module):
     """Names of its parameters that are tokens or places in space, as of a `Part`."""
     tuned_tokens: frozenset[str] = frozenset()
     """Names of the prefix tokens and positions of the backbone that it has trained copies of."""
+    kept_tokens: frozenset[str] = frozenset()
+    """Names of those whose values in the base it keeps."""
+    trained_tokens: frozenset[str] = frozenset()
+    """Names of those that any method of the adapter has trained copies of."""
     takes: Hashable = None
     """The form of the model's arguments that `fit` expects, which active adapters must agree on; None: any."""
 
@@ -145,15 +151,14 @@ class SharedState(nn.Module):
         return any(len(self.get_buffer(name)) == 0 for name in self.free_rows)
 
     def hand_on(self) -> None:
-        """Give the rows that it now has to the copies that wait for some and have none of their own."""
+        """Give the rows that it now has, with its other buffers, to the copies that wait and have none of their own."""
         if self.lacks_rows():
             return
         copies, self.waiting = list(self.waiting), WeakSet()
         for copied in copies:
             if copied.lacks_rows():
-                for name in self.free_rows:
-                    rows = self.get_buffer(name)
-                    setattr(copied, name, copied.new_buffer(name, rows.shape).copy_(rows))
+                for name, buffer in self.named_buffers():
+                    setattr(copied, name, copied.new_buffer(name, buffer.shape).copy_(buffer))
                 copied.hand_on()
 
     def new_buffer(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -199,7 +204,7 @@ class Bank(SharedState):
     """State that `build_memory_bank` fills with features of training clouds, in a type of its own."""
 
     source: str
-    """The tokens that the features come from: "backbone" or "stem"."""
+    """The tokens that the features come from: "backbone", "stem", or those that the block of this path gets."""
     size: int | None = None
     """Rows that `fill` reduces more of them to; None: it keeps all."""
 

@@ -31,13 +31,21 @@ def tune_prefix(plan: Blueprint, backbone: Backbone, method: str, names: Names, 
     if not tuned and not kept:
         return
     plan.shared["tokens"] = TunedTokens(tuned, kept)
-    stage = anatomy.stages[0]
-    # A token is added once, before the first block; a position before every block, where the backbone does so. They
-    # act before the method's other parts do: prompts do not count among the prefix then.
-    for number, block in enumerate(stage.blocks):
-        added = parameters if number == 0 else tuple(p for p in parameters if p.role == "position")
-        if added and (number == 0 or stage.position == "every_block"):
-            plan.parts.insert(number, (block.path, PrefixPart(added, stage)))
+    # They act before the method's other parts do: prompts do not count among the prefix then.
+    plan.parts[:0] = _shifts(parameters, anatomy.stages[0], restores=False)
+
+
+def keep_prefix(plan: Blueprint, backbone: Backbone, method: str) -> None:
+    """Add to a method's plan that the backbone's prefix tokens and positions stay those that it has now.
+
+    For a method that leaves the first blocks as they are, and so trains none of them there.
+    """
+    anatomy = backbone.known_anatomy(method)
+    parameters = anatomy.prefix_parameters
+    if parameters:
+        values = {parameter.name: backbone.model.get_parameter(parameter.name) for parameter in parameters}
+        plan.shared["tokens"] = TunedTokens({}, values)
+        plan.parts += _shifts(parameters, anatomy.stages[0], restores=True)
 
 
 class TunedTokens(SharedState):
@@ -58,14 +66,14 @@ class TunedTokens(SharedState):
             self.register_buffer("base:" + name.replace(".", "/"), tensor.detach().clone())
         self.tuned_tokens = frozenset(tuned)
         self.token_parameters = frozenset(name.replace(".", "/") for name in tuned)
-        self.kept = frozenset(kept)
+        self.kept_tokens = frozenset(kept)
         self.compared: tuple[tuple[int, int], ...] = ()
         """Where the tensors lay, and how often each had been written to, when they were last compared."""
         self.differs = False
 
     def file_name(self, name: str) -> str:
-        known = name.replace("/", ".")
-        return f"{self.prefix}.{known.removeprefix('base:')}" if known.startswith("base:") else known
+        known = name.replace("/", ".").removeprefix("base:")
+        return f"{self.prefix}.{known}" if name.startswith("base:") and known in self.trained_tokens else known
 
     def other_base(self, base_model: nn.Module) -> bool:
         """Tell whether the base had other values here, which are kept; without stopping a GPU each time."""
@@ -103,25 +111,31 @@ def _tensor(base_model: nn.Module, name: str) -> Tensor:
 class PrefixPart(Part):
     """Adds what training has changed of prefix tokens and positions to the tokens that a block gets.
 
-    In the second pass it adds what the base that the adapter was made for had there more than this one.
+    In the second pass it adds what the base that the adapter was made for had there more than this one. Where it
+    `restores`, it does so in the forward too, and nothing is trained.
     """
 
     in_second_pass = True
 
-    def __init__(self, parameters: tuple[PrefixParameter, ...], stage: Stage) -> None:
+    def __init__(self, parameters: tuple[PrefixParameter, ...], stage: Stage, *, restores: bool) -> None:
         super().__init__()
+        self.restores = restores
         self.parameters_of_prefix = parameters
         self.stage = stage
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        return self._shifted(call, args, kwargs, kept=False)
+        if self.restores and not call.state("tokens", TunedTokens).other_base(call.forward.root.base_model):
+            return args, kwargs
+        return self._shifted(call, args, kwargs, kept=self.restores)
 
     def before_second(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         return self._shifted(call, args, kwargs, kept=True)
 
     def _shifted(self, call: Call, args: Args, kwargs: Kwargs, *, kept: bool) -> tuple[Args, Kwargs]:
         state = call.state("tokens", TunedTokens)
-        names = state.kept if kept else state.tuned_tokens
+        names = state.kept_tokens if kept else state.tuned_tokens
+        if kept and call.forward.second.owner is None:  # of the forward: what is trained has been put in its place
+            names = names - state.trained_tokens
         tokens = block_tokens(self.stage, call.path, args, kwargs)
         later = self._called_before(call)
         for parameter in self.parameters_of_prefix:
@@ -143,3 +157,16 @@ class PrefixPart(Part):
             return False
         call.forward.calls[key] += 1
         return call.forward.calls[key] > 1
+
+
+def _shifts(parameters: tuple[PrefixParameter, ...], stage: Stage, *, restores: bool) -> list[tuple[str, PrefixPart]]:
+    """The parts that change prefix tokens and positions, with their sites.
+
+    A token is added once, before the first block; a position before every block, where the backbone does so.
+    """
+    parts = []
+    for number, block in enumerate(stage.blocks):
+        added = parameters if number == 0 else tuple(p for p in parameters if p.role == "position")
+        if added and (number == 0 or stage.position == "every_block"):
+            parts.append((block.path, PrefixPart(added, stage, restores=restores)))
+    return parts

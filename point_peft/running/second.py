@@ -88,7 +88,7 @@ class Second:
         self.acted = False
         """True once a part of an adapter has acted."""
         self.wanted: str | None = None
-        """While a second pass runs within this forward: its end, "stem" or "backbone"."""
+        """While a second pass runs within this forward: its end, "stem", "backbone" or the path of a block."""
         self.asked_for: str | None = None
         """And the adapter that it is run for, if that was made for another base's values of prefix tokens."""
         self.reached: Tensor | None = None

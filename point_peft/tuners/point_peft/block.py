@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from point_peft.anatomy.description import Stage
 from point_peft.parts.base import Call
@@ -12,8 +12,8 @@ from point_peft.parts.bottleneck import Bottleneck, add_adapted
 from point_peft.parts.propagation import GeometryAwareAdapter, Neighbourhoods, Reach, neighbourhoods
 from point_peft.parts.recomputing import recomputed
 from point_peft.parts.sequence import BlockTokens, SequencePart
-from point_peft.running.nested import Args, Kwargs
-from point_peft.running.tokens import as_layout, put_output_tokens
+from point_peft.running.nested import Args, Kwargs, put_argument
+from point_peft.running.tokens import as_layout, block_tokens, put_output_tokens, shift_rows
 from point_peft.tuners.point_peft.local_attention import StageGeometry
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
 from point_peft.tuners.point_peft.prompt import Prompt
@@ -23,7 +23,7 @@ class BlockPart(SequencePart):
     """Prompts go in before the block; the geometry-aware adapter and A act after it; then the prompts come out."""
 
     prefix = "point_peft"
-    token_parameters = frozenset({"prompt.embeddings"})
+    token_parameters = frozenset({"prompt.embeddings", "prefix_shift"})
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class BlockPart(SequencePart):
         geometry: GeometryAwareAdapter | None,
         adapter: Bottleneck,
         prior: str | None,
+        prefix: int,
         centre_ratio: float,
         neighbours: int,
     ) -> None:
@@ -42,15 +43,20 @@ class BlockPart(SequencePart):
         self.geometry = geometry
         self.adapter = adapter
         self.prior_source = prior
-        """Where the prior's query comes from, "backbone" or "stem"; None: the prompts have no prior."""
+        """Where the prior's query comes from, as `Bank.source` says; None: the prompts have no prior."""
+        self.prefix_shift = nn.Parameter(torch.zeros(prefix, stage.width)) if prefix else None
         self.centre_ratio = centre_ratio
         self.neighbours = neighbours
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        P = None if self.prior_source is None else self._prior(call, self.received(call, args, kwargs).patches)
+        if self.prefix_shift is not None:
+            tokens = block_tokens(self.stage, call.path, args, kwargs)
+            tokens = shift_rows(tokens, self.prefix_shift, 0, self.stage.layout)
+            args, kwargs = put_argument(args, kwargs, self.stage.tokens, tokens)
         if self.prompt is None:
             return args, kwargs
-        p = self.prompt(self.coordinates(call).shape[0], self._prior(call))
-        return self.with_prompts(call, args, kwargs, p)
+        return self.with_prompts(call, args, kwargs, self.prompt(self.coordinates(call).shape[0], P))
 
     def unused(self, call: Call) -> Iterable[Tensor]:
         own = None if self.prompt is None else self.prompt.prior_adapter
@@ -92,17 +98,21 @@ class BlockPart(SequencePart):
         t = self.geometry(got.patches, got.tokens, near, reach(Q), m, recomputing=recomputing)
         return add_adapted(torch.cat([got.prefix, t], dim=1), self.adapter, 1.0)
 
-    def _prior(self, call: Call) -> Tensor | None:
-        """The prior P (b, 2 + top_k, c) of the clouds, once per forward; None without a bank."""
+    def _prior(self, call: Call, patches: Tensor) -> Tensor | None:
+        """The prior P (b, 2 + top_k, c) of clouds with these patch tokens here, once per forward; None without rows."""
         source = self.prior_source
-        if source is None:
-            return None
+        assert source is not None
         bank = call.state("memory_bank", MemoryBank)
         if not bank.ready:
             return None
 
         def retrieve() -> Tensor:
             with torch.no_grad():
-                return bank.prior(query_of(call.forward.root.backbone_tokens(call.forward, source, call.adapter)))
+                # What the blocks ahead of the first adapted one have made of a cloud, no second pass makes otherwise.
+                plain = source == call.path and not call.forward.second.acted
+                root = call.forward.root
+                return bank.prior(
+                    query_of(patches if plain else root.backbone_tokens(call.forward, source, call.adapter))
+                )
 
         return call.forward.once(("point_peft.prior", call.adapter), retrieve)

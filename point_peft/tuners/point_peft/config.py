@@ -1,8 +1,10 @@
 """The configuration of Point-PEFT and how it lays its parts out over a backbone."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -13,10 +15,10 @@ from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint
 from point_peft.parts.bottleneck import Bottleneck, quick_bottleneck
-from point_peft.parts.prefix import tune_prefix
+from point_peft.parts.prefix import keep_prefix, tune_prefix
 from point_peft.parts.propagation import GeometryAwareAdapter
 from point_peft.parts.tuned import block_biases, tuned_biases, tuned_norms
-from point_peft.schema import Count, Dropout, Limit, at_least
+from point_peft.schema import Count, Dropout, Factor, Limit, at_least
 from point_peft.tuners.point_peft.adapter import MlpPart
 from point_peft.tuners.point_peft.block import BlockPart
 from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
@@ -26,12 +28,25 @@ from point_peft.tuners.point_peft.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class PointPEFTConfig(TunerConfig):
-    """Point-PEFT with its published constants. `target_modules` and the like choose among the transformer blocks.
+    """Point-PEFT in the later blocks; `published()` is that of the paper. `target_modules` and the like choose blocks.
 
     The fields that are lists of names follow the rule of `target_modules`; None means what was published.
     """
 
     method: ClassVar[str] = "POINT_PEFT"
+    earlier: ClassVar[Mapping[str, Any]] = {
+        "adapted_share": 1.0,
+        "prior": "backbone",
+        "standardised": False,
+        "temperature": 1.0,
+    }
+
+    adapted_share: Annotated[float, Limit("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
+    """Share of the blocks that is adapted, the last ones, where neither names nor numbers choose blocks.
+
+    The blocks ahead of them then are the plain frozen backbone: without gradient, and what they give is the query of
+    the memory bank.
+    """
 
     num_prompts: Annotated[int, at_least(0)] = 10
     """Prompts p that each of the prompt layers gets."""
@@ -58,8 +73,18 @@ class PointPEFTConfig(TunerConfig):
     """Rows retrieved from the bank; they enhance the first 2 + top_k prompts. None: num_prompts - 2."""
     leave_nearest_out: bool = False
     """While training, skip the nearest row: for a training cloud it is most likely the cloud itself."""
-    prior: Literal["backbone", "stem"] = "backbone"
-    """The feature that queries the bank: after the frozen backbone (a second pass), or its patch embedding."""
+    prior: Literal["block", "backbone", "stem"] = "block"
+    """The tokens whose feature queries the bank: ahead of the first adapted block, or of the patch embedding.
+
+    "backbone": those after the frozen backbone, as published; they take a second pass.
+    """
+    standardised: bool = True
+    """Compare features channel by channel as deviations from the bank's mean, in its standard deviations.
+
+    As they are, features of any two clouds point nearly the same way.
+    """
+    temperature: Factor = 20.0
+    """Factor of the likenesses of the retrieved rows ahead of their softmax."""
     prior_adapter_width: Count = 8
     """Channels in the middle of the adapter of the prior, CPA."""
     adapter_width: Count = 16
@@ -105,6 +130,11 @@ class PointPEFTConfig(TunerConfig):
         elif self.memory_bank and self.num_prompts:
             require(self.num_prompts >= 3, self, "num_prompts", "0, or 3 or more with a memory bank (2 + top_k)")
 
+    @classmethod
+    def published(cls) -> PointPEFTConfig:
+        """The method of the paper: every block, the prior of a second pass, no temperature, and no gates."""
+        return cls(adapted_share=1.0, prior="backbone", standardised=False, temperature=1.0, init="published")
+
     @property
     def identity_at_init(self) -> bool:
         """A fresh adapter is the backbone plus its prompts."""
@@ -112,9 +142,10 @@ class PointPEFTConfig(TunerConfig):
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
-        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        chosen = self._adapted(backbone)
         prompted = self._prompted(anatomy, chosen)
-        queried = anatomy.stages[0 if self.prior == "stem" else anatomy.queried]
+        queried = self._queried(anatomy, chosen[0])
+        source = chosen[0].path if self.prior == "block" else self.prior
         # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
         unread = None if anatomy.patches_read else anatomy.blocks[-1]
         plan = Blueprint()
@@ -125,9 +156,9 @@ class PointPEFTConfig(TunerConfig):
             with_prompts = [block for block in blocks if block in prompted]
             self._check_stage(anatomy, stage, blocks, with_prompts=bool(with_prompts))
             # A prior has the width of the features that query it, so it fits only the blocks of that width.
-            prior = self.prior if self.memory_bank and stage.width == queried.width else None
+            prior = source if self.memory_bank and stage.width == queried.width else None
             if prior is not None and with_prompts and "memory_bank" not in plan.shared:
-                plan.shared["memory_bank"] = self._bank(queried)
+                plan.shared["memory_bank"] = self._bank(queried, source)
             aware = [block for block in blocks if block != unread]
             if aware:
                 plan.shared[f"stage_{number}"] = self._stage_geometry(number, stage, any(b in prompted for b in aware))
@@ -139,6 +170,7 @@ class PointPEFTConfig(TunerConfig):
                     geometry=self._geometry(stage) if block in aware else None,
                     adapter=self._adapter(stage, self.adapter_width),
                     prior=prior if block in prompted else None,
+                    prefix=self._shifted_tokens(backbone, anatomy) if block is chosen[0] else 0,
                     centre_ratio=self.centre_ratio,
                     neighbours=self.neighbours,
                 )
@@ -149,12 +181,35 @@ class PointPEFTConfig(TunerConfig):
         self._build_tuned(plan, backbone, anatomy, chosen)
         return plan
 
+    def _adapted(self, backbone: Backbone) -> list[Block]:
+        """The blocks that are adapted, in order."""
+        chosen = [block for _, block in self.chosen_blocks(backbone)]
+        if self.target_modules is not None or self.layers_to_transform is not None:
+            return chosen
+        return chosen[-max(1, round(self.adapted_share * len(chosen))) :]
+
+    def _shifted_tokens(self, backbone: Backbone, anatomy: Anatomy) -> int:
+        """The number of prefix tokens that are trained as they enter the first adapted block: none at the very first.
+
+        There the tokens themselves are, and where `tuned_tokens` names none, none is trained.
+        """
+        first = self._adapted(backbone)[0]
+        if first is anatomy.blocks[0] or first not in anatomy.stages[0].blocks or self.tuned_tokens is not None:
+            return 0
+        tokens = [parameter for parameter in anatomy.prefix_parameters if parameter.role == "token"]
+        return sum(backbone.model.get_parameter(token.name).numel() for token in tokens) // anatomy.stages[0].width
+
+    def _queried(self, anatomy: Anatomy, first: Block) -> Stage:
+        """The stage whose tokens the query of the bank is of."""
+        number = {"stem": 0, "block": anatomy.stage_of(first), "backbone": anatomy.queried}[self.prior]
+        return anatomy.stages[number]
+
     def _prompted(self, anatomy: Anatomy, chosen: Sequence[Block]) -> Sequence[Block]:
         """The blocks that get prompts."""
         if self.num_prompts == 0:
             return []
         several = len({stage.width for stage in anatomy.stages}) > 1
-        half = len(chosen) if several else len(chosen) // 2
+        half = len(chosen) if several else max(1, len(chosen) // 2)
         return chosen[: half if self.prompt_layers is None else self.prompt_layers]
 
     def _adapter(self, stage: Stage, width: int) -> Bottleneck:
@@ -181,7 +236,7 @@ class PointPEFTConfig(TunerConfig):
             self.num_prompts if prompted else 0,
         )
 
-    def _bank(self, queried: Stage) -> MemoryBank:
+    def _bank(self, queried: Stage, source: str) -> MemoryBank:
         if self.prior == "stem" and queried.patch_tokens is None:
             raise AnatomyError(
                 f'{self.method} with prior="stem" needs the patch embedding, and where it is seen is not known: '
@@ -190,9 +245,11 @@ class PointPEFTConfig(TunerConfig):
         return MemoryBank(
             queried.width,
             self.num_prompts - 2 if self.top_k is None else self.top_k,
-            self.prior,
+            source,
             torch.float16 if self.bank_dtype == "float16" else torch.float32,
             leave_nearest_out=self.leave_nearest_out,
+            standardised=self.standardised,
+            temperature=self.temperature,
             size=self.bank_size,
         )
 
@@ -236,5 +293,8 @@ class PointPEFTConfig(TunerConfig):
         if self.tuned_norms is not None:
             norms = match_names(self.tuned_norms, names, field="tuned_norms")
         plan.parts += tuned_norms(backbone, norms)
-        second_pass = "memory_bank" in plan.shared and self.prior == "backbone"
+        if blocks[0] is not anatomy.blocks[0] and not self.tuned_tokens:
+            keep_prefix(plan, backbone, self.method)
+            return
+        second_pass = "memory_bank" in plan.shared and self.prior != "stem"
         tune_prefix(plan, backbone, self.method, self.tuned_tokens, keep_base=second_pass)

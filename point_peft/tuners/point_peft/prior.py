@@ -29,6 +29,8 @@ class MemoryBank(Bank):
         dtype: torch.dtype,
         *,
         leave_nearest_out: bool,
+        standardised: bool,
+        temperature: float,
         size: int | None = None,
     ) -> None:
         super().__init__()
@@ -38,15 +40,22 @@ class MemoryBank(Bank):
         self.size = size
         """Rows that `fill` reduces more of them to. What a file holds is taken as it is."""
         self.leave_nearest_out = leave_nearest_out
+        self.temperature = temperature
         self.register_buffer("rows", torch.zeros(0, channels, dtype=dtype))
+        if standardised:
+            self.register_buffer("mean", torch.zeros(channels))
+            self.register_buffer("deviation", torch.ones(channels))
+        self.standardised = standardised
         self.warned = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        """Move the rows, but keep their type, which the configuration states: bfloat16 would mix up who is nearest."""
-        before = self.rows
+        """Move the buffers, but keep their types, the rows' stated one too: bfloat16 would mix up who is nearest."""
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.rows.dtype != before.dtype:
-            self.rows = before.to(self.rows.device)
+        for name, buffer in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def query(self, tokens: Tensor) -> Tensor:
@@ -66,10 +75,11 @@ class MemoryBank(Bank):
         if limit is not None:
             features = prototypes(features, labels, limit)
         self._check_rows(features)
+        if self.standardised:
+            self._measure(features)
         rows = self.new_buffer("rows", features.shape)
         for part, into in zip(torch.split(features, CHUNK_ROWS), torch.split(rows, CHUNK_ROWS), strict=True):
-            wide = part.float()
-            into.copy_(wide / wide.norm(dim=1, keepdim=True))
+            into.copy_(self._direction(part.float().to(rows.device)))
         self.rows = rows
         self.hand_on()
         return len(rows)
@@ -102,10 +112,26 @@ class MemoryBank(Bank):
         # Autocast would compare in bfloat16, whose steps are wider than the gaps between the similarities.
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
-            similarity, values = self._nearest(nn.functional.normalize(query, dim=1))
-            weights = similarity.softmax(dim=1)
+            direction = self._direction(query)
+            similarity, values = self._nearest(direction)
+            weights = (self.temperature * similarity).softmax(dim=1)
             mean = torch.einsum("bk,bkc->bc", weights, values)
-            return torch.cat([query[:, None], mean[:, None], values], dim=1)
+            q = direction if self.standardised else query
+            return torch.cat([q[:, None], mean[:, None], values], dim=1)
+
+    def _measure(self, features: Tensor) -> None:
+        """Take mean and standard deviation (c,) of features (rows, c), each scaled to unit length."""
+        unit = nn.functional.normalize(features.float(), dim=1)
+        self.mean = self.new_buffer("mean", unit.shape[1:]).copy_(unit.mean(dim=0))
+        # A channel that hardly differs within the bank would otherwise decide alone how like a query that does is.
+        deviation = unit.std(dim=0, correction=0)
+        deviation = deviation.clamp_min(max(0.01 * float(deviation.mean()), 1e-6))
+        self.deviation = self.new_buffer("deviation", deviation.shape).copy_(deviation)
+
+    def _direction(self, features: Tensor) -> Tensor:
+        """Features (m, c) as they are compared: of unit length, and before that as deviations from the bank's mean."""
+        unit = nn.functional.normalize(features, dim=1)
+        return nn.functional.normalize((unit - self.mean) / self.deviation, dim=1) if self.standardised else unit
 
     def _nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (b, k) and rows (b, k, c) of the best, descending; the bank is read in chunks."""
