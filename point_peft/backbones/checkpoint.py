@@ -122,23 +122,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
 
 
 def default_backbone(cls_dim: int) -> PointTransformer:
-    """The small pre-trained backbone that comes with the package, with a fresh head for `cls_dim` classes.
-
-    As in any Point-MAE pre-training, the class token, its position and the head are not pre-trained: train them.
-    """
+    """The small pre-trained backbone that comes with the package, with a fresh head for `cls_dim` classes."""
     weights, config = EMBEDDED.with_suffix(".safetensors"), EMBEDDED.with_suffix(".json")
     for file in (weights, config):
         if not file.is_file():
             raise PointPeftError(f"the embedded backbone is not part of this installation: {file} does not exist")
     model = PointTransformer(**{**json.loads(config.read_text(encoding="utf-8")), "cls_dim": cls_dim})
     report = load_checkpoint(model, weights)
-    noise = [name for name in report.missing if not name.startswith(("cls_token", "cls_pos", *HEADS))]
+    noise = [name for name in report.missing if not name.startswith(HEADS)]
     if noise or report.unexpected:
         raise PointPeftError(f"{weights} and {config.name} do not belong together: {report}")
-    # Pre-training does not know the class token. Left to chance it would differ between two copies, and with it what
-    # the frozen backbone makes of a cloud: an adapter must meet the backbone that it was trained on.
-    for name in ("cls_token", "cls_pos"):
-        torch.nn.init.zeros_(model.get_parameter(name))
     return model
 
 
