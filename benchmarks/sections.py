@@ -18,7 +18,7 @@ from benchmarks.beside_peft import handling, libraries
 from benchmarks.clock import Learner, Timed, seconds, take_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.results import Measure, Series, Values
-from benchmarks.tables import LORA, POINT_PEFT, STEM, WITH_BANK, loaded
+from benchmarks.tables import LORA, PAPER, POINT_PEFT, WITH_BANK, loaded
 from point_peft import PointPeftModel, describe, geometry
 from point_peft.files.format import TENSOR_FILE
 from point_peft.tuners.point_peft.prior import MemoryBank
@@ -205,7 +205,7 @@ def scale(setting: Setting) -> Values:
 def _compared(setting: Setting) -> dict[str, Learner]:
     """What is measured at every size: the plain backbone, LoRA, and both kinds of Point-PEFT."""
     plain = {PLAIN: setting.learner(None)}
-    return {**plain, **{row.label: setting.learner(row) for row in (LORA, STEM, POINT_PEFT)}}
+    return {**plain, **{row.label: setting.learner(row) for row in (LORA, PAPER, POINT_PEFT)}}
 
 
 def _points(setting: Setting) -> Values:
@@ -262,7 +262,10 @@ def _bank_rows(setting: Setting) -> Values:
     runs: dict[Measure, Timed] = {}
     query = torch.randn(setting.batch, channels).to(setting.device)
     for count in setting.bank_rows:
-        bank = MemoryBank(channels, 8, "backbone", torch.float16, leave_nearest_out=False).eval().to(setting.device)
+        bank = MemoryBank(
+            channels, 8, "backbone", torch.float16, leave_nearest_out=False, standardised=True, temperature=20.0
+        )
+        bank.eval().to(setting.device)
         bank.fill(torch.randn(count, channels, dtype=torch.float16, device=setting.device))
         own = sum(buffer.nbytes for buffer in bank.buffers())
         retrieve = partial(bank.prior, query)
@@ -280,7 +283,7 @@ def _alone(took: Mapping[Measure, list[float]]) -> Values:
 
 MIXES: Mapping[str, Sequence[Row]] = {
     "three LORA, plain": (LORA, LORA, LORA),
-    "LORA, both POINT_PEFT, plain": (LORA, POINT_PEFT, STEM),
+    "LORA, both POINT_PEFT, plain": (LORA, POINT_PEFT, PAPER),
 }
 """What the samples of a batch, or the tasks, go through; the plain backbone is always the last of them."""
 

@@ -216,10 +216,10 @@ def test_a_figure_shows_parts_where_they_are():
     chips = method_figures.chips_of("POINT_PEFT")
     assert [chip.name for chip in chips["mlp"]] == ["MlpPart"]
     (block,) = [chip for chip in chips["block"] if chip.name == "BlockPart"]
-    assert block.members["prompt"] == set(range(6)) and block.members["geometry"] == set(range(12))
+    assert block.members["prompt"] == {6, 7, 8} and block.members["geometry"] == set(range(6, 12))
     assert {chip.name for chip in chips["shared"]} == {"MemoryBank", "StageGeometry", "TunedTokens"}
     assert [chip.name for chip in chips["cls_head_finetune"]] == ["OwnModule"]
-    assert "prompt (blocks 0–5)" in " ".join(block.lines(400))
+    assert "prompt (blocks 6–8)" in " ".join(block.lines(400))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -1,0 +1,124 @@
+"""The page: what the program writes stands between two marks, what people write around them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.accuracy import tables
+from benchmarks.accuracy.jobs import FEW_SHOT, PEOPLE_OUT, SETS, TRANSFER
+from benchmarks.accuracy.measuring import BINS, SEVERITIES
+from benchmarks.accuracy.picture import draw
+from benchmarks.accuracy.results import Results
+from benchmarks.accuracy.sets import SHOTS
+from point_peft.errors import PointPeftError
+
+NAME = "accuracy"
+BEGIN = "<!-- from here on written by `python -m benchmarks.accuracy page` -->"
+END = "<!-- up to here -->"
+FRESH = f"""# Accuracy
+
+## Which method to take
+
+(Five sentences, written by hand: the program keeps what stands outside its marks.)
+
+{BEGIN}
+{END}
+"""
+HOW = """A value is the mean ± standard deviation over the seeds, in percent of the test clouds. A seed draws
+the training clouds, the head, the adapter and the order of the batches, the same for everything that is
+compared. The epoch that is best on validation counts; the test clouds are not used before. A difference is in
+points, with the interval that holds 95 % of 4,000 paired bootstrap draws, of seeds and of test clouds; it is
+called better or worse only where the interval excludes zero. It holds for these sets, this backbone and this
+recipe. CONVERGED_PROBE is logistic regression by L-BFGS on the standardised frozen features that the head
+reads, its C chosen on validation; RETRIEVAL weighs the classes of the training clouds by softmax(20 cos) of
+these features and trains nothing. METHOD:field=value is a variant."""
+COLUMNS = """Trained: parameters without the head. File: with the head, and with the bank where there is one.
+Time: seconds of training an epoch, of those of full fine-tuning. Memory: what a training adds to its process."""
+
+PICTURE = f"""![accuracy over parameters and over time]({NAME}.png)
+
+Means over the seeds, with the least and the greatest of them; a grey line joins what nothing cheaper beats."""
+
+
+def write(results: Results, folder: Path, stale: int = 0) -> Path:
+    """Write page, record and picture into a folder; text outside the marks of a page that is there is kept."""
+    path = folder / f"{NAME}.md"
+    old = path.read_text("utf-8") if path.exists() else FRESH
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        raise PointPeftError(
+            f"{path} must have the lines {BEGIN!r} and {END!r}, each once: put them where tables belong"
+        )
+    before, _, rest = old.partition(BEGIN)
+    text = "\n".join([BEGIN, "", *lines(results, stale), "", END])
+    path.write_text(before + text + rest.partition(END)[2], "utf-8")
+    (folder / f"{NAME}.json").write_text(results.to_json(), "utf-8")
+    if results.tasks(SETS):
+        draw(results, folder / f"{NAME}.png")
+    return path
+
+
+def lines(results: Results, stale: int) -> Iterator[str]:
+    """What stands between the marks."""
+    protocol = results.about["protocol"]
+    recipe = protocol["recipe"]
+    yield from (HOW, "")
+    yield (
+        f"- training: {recipe['epochs']} epochs of at most {protocol['train_clouds']} clouds, batches of "
+        f"{recipe['batch_size']}, augmentation {', '.join(recipe['augment']) or 'none'}, label smoothing "
+        f"{recipe['label_smoothing']}, AdamW with a cosine, weight decay {recipe['weight_decay']}"
+    )
+    yield f"- validation: at most {protocol['val_clouds']} clouds, test: at most {protocol['test_clouds']} (0: all)"
+    tokens = protocol["groups"] or "its own number of"
+    yield f"- backbone: {protocol['backbone']}, {tokens} tokens, tensors `{protocol['weights']}`"
+    if stale:
+        yield f"- {stale} runs are left out, as their method's defaults were others"
+    yield from ("", "Made by", "", "```sh", *results.about["commands"], "```")
+    for task in results.tasks(SETS):
+        yield from ("", f"## {task}", "", _clouds(results, task), "", *tables.of_set(results, task))
+    if results.tasks(SETS):
+        yield from ("", COLUMNS)
+        yield from ("", PICTURE)
+    yield from _chapters(results)
+
+
+def _clouds(results: Results, task: str) -> str:
+    runs = [run for own in results.of(SETS, task).values() for run in own.values()]
+    train, val, test = runs[0]["clouds"]
+    seeds = sorted({run["seed"] for run in runs})
+    return f"{train} training, {val} validation and {test} test clouds; seeds {', '.join(map(str, seeds))}."
+
+
+def _chapters(results: Results) -> Iterator[str]:
+    severities = ", ".join(map(str, SEVERITIES))
+    if results.tasks(FEW_SHOT):
+        text = f"{SHOTS} training clouds of each class, no validation, the last epoch; a seed is an episode."
+        yield from ("", "## Few-shot", "", text, "", *tables.few_shot(results))
+    if results.tasks(PEOPLE_OUT):
+        text = "Mars, tested on one person, validated on the next one, trained on the other two."
+        yield from ("", "## One person left out", "", text, "", *tables.people(results))
+    if results.tasks(TRANSFER):
+        text = (
+            "A model of the tables above, trained on one radar, is frozen; a converged probe learns the other radar "
+            f"from its features, {SHOTS} clouds of each class. CONVERGED_PROBE: the backbone's features as they are."
+        )
+        yield from ("", "## From one radar to the other", "", text, "", *tables.transfer(results))
+    for task in results.tasks(SETS):
+        found = tables.robustness(results, task)
+        if found:
+            text = f"Accuracy on corrupted test clouds, severities {severities} of five (`point_peft.data.corrupting`)."
+            yield from ("", f"## Robustness: {task}", "", text, "", *found)
+    if results.tasks(SETS):
+        text = f"Expected calibration error in points, {BINS} bins; less is better."
+        yield from ("", "## Calibration", "", text, "", *tables.calibration(results))
+        text = (
+            "Validation accuracy of the last quarter of the epochs less that of the quarter before, in points, and in "
+            "brackets the mean epoch that was best."
+        )
+        yield from ("", "## Is the training at its end?", "", text, "", *tables.flatness(results))
+    if results.rates:
+        text = (
+            "Accuracy on validation of the best epoch with seed 0; the chosen rate is bold. Where the best was on the "
+            "edge of the grid, more was tried; ! says that it still is."
+        )
+        yield from ("", "## Learning rates that were tried", "", text, "", *tables.rates(results))

@@ -1,0 +1,37 @@
+"""Learning rates: one grid for everything, chosen on validation, wider where the best lies on its edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+FACTOR = 3.0
+EXTENSIONS = 2
+"""Rates that may be added to the grid."""
+Tried = Mapping[float, tuple[float, float]]
+"""Rate -> accuracy on validation, and how much less than none the loss is, of the best epoch."""
+
+
+def best_rate(tried: Tried) -> float:
+    """The rate of the best accuracy on validation; of several, that of the least loss, then the lower one."""
+    return max(sorted(tried), key=lambda rate: tried[rate])
+
+
+def missing_rates(tried: Tried, grid: Sequence[float] = GRID, extensions: int = EXTENSIONS) -> list[float]:
+    """The rates still to try: the rest of the grid, then one beyond the edge that is best; none at the end."""
+    rest = [rate for rate in grid if rate not in tried]
+    if rest or len(tried) >= len(grid) + extensions:
+        return rest
+    best = best_rate(tried)
+    if best == max(tried):
+        return [_round(best * FACTOR)]
+    return [_round(best / FACTOR)] if best == min(tried) else []
+
+
+def on_edge(tried: Tried) -> bool:
+    """Tell whether the best rate is the least or the greatest that was tried."""
+    return best_rate(tried) in (min(tried), max(tried))
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.1g}")
