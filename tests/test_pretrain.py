@@ -145,9 +145,9 @@ def test_pretraining_learns_and_repeats(monkeypatch):
     clouds = torch.from_numpy(np.stack([shapes.sample(Program(i % 6, i // 6), 96) for i in range(24)]))
     courses = []
     for _ in range(2):
-        courses.append(pretrain.pretrain(tiny(), clouds, told=True, steps=40, batch_size=8, lr=2e-3, seed=0))
-    assert courses[0] == courses[1] and len(courses[0]) == 40
-    assert np.mean(courses[0][-8:], axis=0)[0] < 0.9 * np.mean(courses[0][:2], axis=0)[0]
+        courses.append(pretrain.pretrain(tiny(), clouds, told=True, steps=20, batch_size=8, lr=2e-3, seed=0))
+    assert courses[0] == courses[1] and len(courses[0]) == 20
+    assert np.mean(courses[0][-6:], axis=0)[0] < 0.95 * np.mean(courses[0][:2], axis=0)[0]
 
 
 @pytest.mark.parametrize("masked", [False, True])
