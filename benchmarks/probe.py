@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.accuracy.__main__ import FILES
 from benchmarks.accuracy.frozen import converged_probe, retrieval
 from benchmarks.accuracy.measuring import answers
 from benchmarks.accuracy.protocol import Protocol
-from benchmarks.accuracy.sets import SETS, Parts, Sets
+from benchmarks.accuracy.sets import FILES, SETS, Parts, Sets
 from point_peft.backbones import PointTransformer, load_checkpoint
 from tools.methods import table
 

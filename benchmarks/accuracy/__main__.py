@@ -26,7 +26,7 @@ from benchmarks.accuracy.pool import say, with_environment, work
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.accuracy.rates import GRID
 from benchmarks.accuracy.results import COMMANDS, Results, collected
-from benchmarks.accuracy.sets import FEW_SHOT_SETS, OWN, SETS, Sets
+from benchmarks.accuracy.sets import FEW_SHOT_SETS, FILES, OWN, SETS, Sets
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
 from point_peft.errors import PointPeftError
@@ -35,7 +35,6 @@ from point_peft.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path("build/accuracy")
-FILES = ROOT.parent / "shared" / "data"
 NOT_CHOSEN = ("task", "lr", "seed", "num_workers", "checkpoint_steps", "patience", "head_lr", "prompt_lr")
 """Fields of the recipe that are not stated for everything."""
 

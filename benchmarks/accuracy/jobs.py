@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy.entries import PROBE, Entry
 from benchmarks.accuracy.entries import entry as parsed
 from benchmarks.accuracy.protocol import Protocol
-from benchmarks.accuracy.rates import GRID, Tried, best_rate, missing_rates
+from benchmarks.accuracy.rates import GRID, Tried, best_rate, missing_rates, on_validation
 from benchmarks.accuracy.sets import FEW_SHOT_SETS, PEOPLE, Parts, Sets
 from benchmarks.accuracy.trial import run_frozen, run_trained, run_transfer
 from point_peft.errors import PointPeftError
@@ -99,8 +99,7 @@ def tried_rates(out: Path, task: str, entry: Entry) -> Tried:
     found = {}
     for path in sorted((out / RUNS / RATES / task).glob(f"{entry.print}/*.json")):
         run = json.loads(path.read_text("utf-8"))
-        best = run["best_epoch"] - 1
-        found[run["lr"]] = run["val"][best], -run["val_loss"][best]
+        found[run["lr"]] = on_validation(run)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 FACTOR = 3.0
@@ -10,6 +11,12 @@ EXTENSIONS = 2
 """Rates that may be added to the grid."""
 Tried = Mapping[float, tuple[float, float]]
 """Rate -> accuracy on validation, and how much less than none the loss is, of the best epoch."""
+
+
+def on_validation(run: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy on validation of the best epoch of a run, and how much less than none the loss is."""
+    best = run["best_epoch"] - 1
+    return run["val"][best], -run["val_loss"][best]
 
 
 def best_rate(tried: Tried) -> float:

@@ -18,7 +18,7 @@ from benchmarks.accuracy.entries import entry
 from benchmarks.accuracy.jobs import RATES, RUNS
 from benchmarks.accuracy.measuring import unpacked
 from benchmarks.accuracy.protocol import FILE
-from benchmarks.accuracy.rates import Tried, best_rate
+from benchmarks.accuracy.rates import Tried, best_rate, on_validation
 from benchmarks.accuracy.statistics import Difference, paired_difference, slope
 from point_peft.errors import PointPeftError
 
@@ -85,8 +85,7 @@ def collected(out: Path) -> tuple[Results, int]:
     tried: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(dict)
     for run in runs:
         if run["part"] == RATES:
-            best = run["best_epoch"] - 1
-            tried[run["task"], run["entry"]][f"{run['lr']:g}"] = [run["val"][best], -run["val_loss"][best]]
+            tried[run["task"], run["entry"]][f"{run['lr']:g}"] = list(on_validation(run))
     rates = [{"task": task, "entry": name, "tried": own} for (task, name), own in tried.items()]
     commands = out / COMMANDS
     about = {

@@ -26,6 +26,8 @@ PERSONS = ("1", "2", "3", "4")
 PEOPLE = tuple(f"mars-p{person}" for person in PERSONS)
 """Mars with one person left out: that one is the test, the next one validation."""
 SETS = ("digits", "radhar", "mars")
+FILES = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+"""Where the radar recordings lie, beside the project."""
 OWN = "data"
 """The name of the user's own set."""
 FEW_SHOT_SETS = {"digits": "digits", "mars": "mars-p3"}

@@ -133,7 +133,7 @@ class PointPEFTConfig(TunerConfig):
     @classmethod
     def published(cls) -> PointPEFTConfig:
         """The method of the paper: every block, the prior of a second pass, no temperature, and no gates."""
-        return cls(adapted_share=1.0, prior="backbone", standardised=False, temperature=1.0, init="published")
+        return cls(**cls.earlier, init="published")
 
     @property
     def identity_at_init(self) -> bool:
@@ -170,7 +170,7 @@ class PointPEFTConfig(TunerConfig):
                     geometry=self._geometry(stage) if block in aware else None,
                     adapter=self._adapter(stage, self.adapter_width),
                     prior=prior if block in prompted else None,
-                    prefix=self._shifted_tokens(backbone, anatomy) if block is chosen[0] else 0,
+                    prefix=self._shifted_tokens(backbone, anatomy, block) if block is chosen[0] else 0,
                     centre_ratio=self.centre_ratio,
                     neighbours=self.neighbours,
                 )
@@ -188,12 +188,11 @@ class PointPEFTConfig(TunerConfig):
             return chosen
         return chosen[-max(1, round(self.adapted_share * len(chosen))) :]
 
-    def _shifted_tokens(self, backbone: Backbone, anatomy: Anatomy) -> int:
+    def _shifted_tokens(self, backbone: Backbone, anatomy: Anatomy, first: Block) -> int:
         """The number of prefix tokens that are trained as they enter the first adapted block: none at the very first.
 
         There the tokens themselves are, and where `tuned_tokens` names none, none is trained.
         """
-        first = self._adapted(backbone)[0]
         if first is anatomy.blocks[0] or first not in anatomy.stages[0].blocks or self.tuned_tokens is not None:
             return 0
         tokens = [parameter for parameter in anatomy.prefix_parameters if parameter.role == "token"]
