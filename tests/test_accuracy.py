@@ -27,8 +27,11 @@ from benchmarks.accuracy.rates import GRID, best_rate, missing_rates, on_edge
 from benchmarks.accuracy.results import Results, collected, difference
 from benchmarks.accuracy.sets import Sets, mars_options
 from benchmarks.accuracy.statistics import paired_difference, slope
-from point_peft import METHODS, PointPeftError
+from benchmarks.accuracy.stem import Store
+from benchmarks.accuracy.trial import Views, Watch
+from point_peft import METHODS, LoraConfig, PointPEFTConfig, PointPeftError, TunerConfig, get_peft_model
 from point_peft.backbones import PointTransformer
+from point_peft.backbones.layers import Encoder
 from point_peft.data.cloud import Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
 from point_peft.training import Recipe
@@ -304,6 +307,58 @@ def test_a_run_from_clouds_to_the_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
+def computed(model: torch.nn.Module, points: Tensor, store: Store, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of clouds that the encoder of a served model computes; the answers are those without a store."""
+    counted, plain = [], Encoder.forward
+
+    def forward(encoder: Encoder, neighborhood: Tensor) -> Tensor:
+        counted.append(len(neighborhood))
+        return plain(encoder, neighborhood)
+
+    expected = model(points)
+    monkeypatch.setattr(Encoder, "forward", forward)
+    with store.serving(model):
+        torch.testing.assert_close(model(points), expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    return sum(counted)
+
+
+def test_a_frozen_stem_sees_a_cloud_once_and_one_that_is_trained_or_adapted_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = torch.randn(5, 64, 3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    base = tiny().eval()
+    state = base.state_dict()
+
+    def adapted(config: TunerConfig) -> torch.nn.Module:
+        own = tiny().eval()
+        own.load_state_dict(state)
+        return get_peft_model(own, config).eval()
+
+    store = Store.read(tmp_path / "stem.pt")
+    assert computed(adapted(LoraConfig()), points[:3], store, monkeypatch) == 3
+    store.write()
+    again = Store.read(tmp_path / "stem.pt")
+    assert computed(adapted(PointPEFTConfig(memory_bank=False)), points, again, monkeypatch) == 2
+    assert computed(base, points, again, monkeypatch) == 5
+    inner = adapted(LoraConfig(target_modules="encoder.first_conv.3"))
+    assert computed(inner, points, again, monkeypatch) == 5
+
+
+def test_training_goes_round_the_views_and_everything_else_sees_the_clouds_as_they_are() -> None:
+    clouds, model = solids(), tiny().eval()
+    views = Views(clouds, Watch(model, 4), ("scale_translate",), views=2, seed=0)
+    assert torch.equal(views[1].points, clouds[1].points)
+    model.train()
+    first, second, third = (views[1].points for _ in range(3))
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, clouds[1].points)
+    other = Views(clouds, Watch(model, 4), ("scale_translate",), views=2, seed=1)
+    assert not torch.equal(other[1].points, first)
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +377,9 @@ def results() -> Results:
     ]
     rates = [{"task": "digits", "entry": "FULL", "tried": {"0.001": [70.0, -1.0], "0.003": [60.0, -1.0]}}]
     recipe = Recipe().to_json()
-    protocol = {**{"recipe": recipe, "train_clouds": 32, "val_clouds": 8, "test_clouds": 200, "groups": None}}
+    protocol = {
+        **{"recipe": recipe, "train_clouds": 32, "val_clouds": 8, "test_clouds": 200, "groups": None, "views": 5}
+    }
     about = {"protocol": {**protocol, "backbone": "tiny", "weights": "abc"}, "commands": ["python -m it"]}
     return Results(about=about, runs=runs, rates=rates)
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.accuracy run --part rates                        learning rates, by validation
 python -m benchmarks.accuracy run --part sets --seeds 0-4 --hours 1.5 the same again goes on
-python -m benchmarks.accuracy run --part sets --tasks digits,mars --methods "POINT_PEFT,POINT_PEFT:memory_bank=false"
+python -m benchmarks.accuracy run --part sets --tasks digits,mars --methods "POINT_PEFT,POINT_PEFT:memory_bank=true"
 python -m benchmarks.accuracy run --part sets --tasks data --data scans/ --num-points 2048
 python -m benchmarks.accuracy page                                    docs/accuracy.md, from what there is
 """
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="do the runs of one part that are not done", allow_abbrev=False)
     run.add_argument("--part", choices=PARTS, required=True)
     run.add_argument("--tasks", help=f"divided by commas (default: {','.join(SETS)}, and {OWN} with --data)")
-    run.add_argument("--methods", help='as "FULL,LORA,POINT_PEFT:memory_bank=false;prior=stem" (default: all)')
+    run.add_argument("--methods", help='as "FULL,LORA,POINT_PEFT:memory_bank=true;prior=stem" (default: all)')
     run.add_argument("--seeds", type=numbers, default=range(5), help="as 0-4 or 0,3 (default: 0-4)")
     run.add_argument(
         "--lr", metavar="VALUE", default=ABSENT, help="one for all (default: each one's own, of --part rates)"

@@ -14,11 +14,12 @@ from benchmarks.accuracy.entries import entry as parsed
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.accuracy.rates import GRID, Tried, best_rate, missing_rates, on_validation
 from benchmarks.accuracy.sets import FEW_SHOT_SETS, PEOPLE, Parts, Sets
+from benchmarks.accuracy.stem import Store
 from benchmarks.accuracy.trial import run_frozen, run_trained, run_transfer
 from point_peft.errors import PointPeftError
 from point_peft.training.folder import write_file
 
-RUNS = "runs"
+RUNS, STEMS = "runs", "stems"
 WAYS = (5, 10)
 SHOTS_TO_TRANSFER = 10
 RADARS = ("radhar", "mars")
@@ -165,15 +166,18 @@ def run_job(job: Job, sets: Sets, protocol: Protocol, out: Path) -> None:
     epochs = own_epochs.get(job.part) or protocol.recipe.epochs
     corrupted = protocol.corrupted_clouds if job.part == SETS else 0
     own = replace(protocol, corrupted_clouds=corrupted)
+    stem = Store.read(out / STEMS / f"{job.task}-seed{job.seed}.pt")
     if job.part == TRANSFER:
         classes = len(sets.clouds(job.sets[0]).classes)
-        found = run_transfer(job.entry, parts, own, job.seed, job.source(out), classes)
+        found = run_transfer(job.entry, parts, own, job.seed, job.source(out), classes, stem)
     elif job.lr is None:
-        found = run_frozen(job.entry, protocol.model(job.entry, len(parts.train.classes), job.seed), parts, corrupted)
+        model = protocol.model(job.entry, len(parts.train.classes), job.seed)
+        found = run_frozen(job.entry, model, parts, corrupted, stem)
     else:
         recipe = replace(protocol.recipe, lr=job.lr, seed=job.seed, epochs=epochs)
         keep = job.part == SETS and job.task in RADARS
-        found = run_trained(job.entry, parts, own, recipe, folder, test=job.part != RATES, keep=keep)
+        found = run_trained(job.entry, parts, own, recipe, folder, stem, test=job.part != RATES, keep=keep)
+    stem.write()
     about: dict[str, Any] = {
         "part": job.part,
         "task": job.task,

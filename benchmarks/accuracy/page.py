@@ -34,7 +34,7 @@ recipe. CONVERGED_PROBE is logistic regression by L-BFGS on the standardised fro
 reads, its C chosen on validation; RETRIEVAL weighs the classes of the training clouds by softmax(20 cos) of
 these features and trains nothing. METHOD:field=value is a variant."""
 COLUMNS = """Trained: parameters without the head. File: with the head, and with the bank where there is one.
-Time: seconds of training an epoch, of those of full fine-tuning. Memory: what a training adds to its process."""
+Time: that of a few training steps, of those of full fine-tuning. Memory: what a training adds to its process."""
 
 PICTURE = f"""![accuracy over parameters and over time]({NAME}.png)
 
@@ -65,7 +65,8 @@ def lines(results: Results, stale: int) -> Iterator[str]:
     yield from (HOW, "")
     yield (
         f"- training: {recipe['epochs']} epochs of at most {protocol['train_clouds']} clouds, batches of "
-        f"{recipe['batch_size']}, augmentation {', '.join(recipe['augment']) or 'none'}, label smoothing "
+        f"{recipe['batch_size']}, augmentation {', '.join(recipe['augment']) or 'none'} "
+        f"({protocol['views']} versions of each cloud, which the epochs go round), label smoothing "
         f"{recipe['label_smoothing']}, AdamW with a cosine, weight decay {recipe['weight_decay']}"
     )
     yield f"- validation: at most {protocol['val_clouds']} clouds, test: at most {protocol['test_clouds']} (0: all)"

@@ -41,6 +41,8 @@ class Protocol:
     """At most so many test clouds, drawn once; 0: all."""
     corrupted_clouds: Annotated[int, at_least(0)] = 200
     """At most so many of these are also measured corrupted; 0: none."""
+    views: Count = 5
+    """Augmented versions of each training cloud, which the epochs go round: a frozen stem sees each of them once."""
     groups: Annotated[int | None, at_least(1)] = None
     """Tokens of the embedded backbone; None: its own number."""
     backbone: str = SMALL

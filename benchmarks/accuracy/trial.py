@@ -5,71 +5,95 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks.accuracy.entries import PROBE, Entry
 from benchmarks.accuracy.frozen import converged_probe, features_of, retrieval
-from benchmarks.accuracy.measuring import answers, classifier_of, measured
+from benchmarks.accuracy.measuring import answers, classifier_of, inference_of, measured
 from benchmarks.accuracy.protocol import Protocol, heads_of
 from benchmarks.accuracy.sets import Parts
+from benchmarks.accuracy.stem import Store
+from point_peft.data.augmenting import augment
 from point_peft.data.cloud import Sample
 from point_peft.data.cloud_set import CloudSet
 from point_peft.errors import PointPeftError
 from point_peft.training import Recipe, fit
+from point_peft.training.feeding import set_mode
 from point_peft.training.report import load_values
 from point_peft.training.state import snapshot, trained, write_values
+
+TIMED_STEPS = 5
 
 
 @dataclass
 class Watch:
-    """What the data sets of a training see of it: the time of each epoch, and the values after the last one."""
+    """What the data sets of a training see of it: its epochs, and the values after the last one."""
 
     model: nn.Module
     epochs: int
-    seconds: list[float] = field(default_factory=list)
-    """Of this process, for the steps of each epoch."""
+    done: int = 0
+    """Epochs that are over."""
     last: dict[str, Tensor] | None = None
-    _begin: float | None = None
+    _trains: bool = False
 
     def training(self) -> None:
         """A training cloud is asked for."""
-        if self._begin is None:
-            self._begin = time.process_time()
+        self._trains = True
 
     def validating(self) -> None:
         """A validation cloud is asked for: an epoch is at its end, if one began."""
-        if self._begin is not None:
-            self.seconds.append(time.process_time() - self._begin)
-            self._begin = None
-            # The labels are counted once before the first epoch.
-            if len(self.seconds) == self.epochs + 1:
+        if self._trains:
+            self._trains, self.done = False, self.done + 1
+            if self.done == self.epochs:
                 self.last = snapshot(self.model)
-
-    def epoch(self) -> float | None:
-        """Seconds that the steps of an epoch take, by the median; the first epoch has other things to do."""
-        own = sorted(self.seconds[2:] or self.seconds[1:])
-        return own[len(own) // 2] if own else None
 
 
 @dataclass(frozen=True)
 class Watched(Dataset[Sample]):
-    """Clouds that tell a watch when one of them is asked for."""
+    """Validation clouds that tell a watch when one of them is asked for."""
 
     clouds: CloudSet
     watch: Watch
-    training: bool
 
     def __len__(self) -> int:
         return len(self.clouds)
 
     def __getitem__(self, index: int) -> Sample:
-        self.watch.training() if self.training else self.watch.validating()
+        self.watch.validating()
         return self.clouds[index]
+
+
+@dataclass(frozen=True)
+class Views(Dataset[Sample]):
+    """Training clouds: while the model trains, one of a few augmented versions after the other, else as they are."""
+
+    clouds: CloudSet
+    watch: Watch
+    augmentations: Sequence[str]
+    views: int
+    seed: int
+    asked: dict[int, int] = field(default_factory=dict)
+    """How often the model trained on each of the clouds."""
+
+    def __len__(self) -> int:
+        return len(self.clouds)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not self.watch.model.training:
+            return self.clouds[index]
+        self.watch.training()
+        count = self.asked[index] = self.asked.get(index, -1) + 1
+        rng = np.random.default_rng((self.seed, index, count % self.views))
+        return augment(self.clouds[index], self.augmentations, rng, self.clouds.preparation.normals)
 
 
 def peak_bytes() -> int:
@@ -77,31 +101,48 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def seconds_an_epoch(model: nn.Module, train: CloudSet, recipe: Recipe) -> float:
+    """The time of this process for the steps of an epoch, by the median of a few; it leaves the model spoilt."""
+    inference = inference_of(model, len(train.classes))
+    batch = inference.feed.batch([train[place] for place in range(min(recipe.batch_size, len(train)))])
+    labels = inference.feed.labels(batch)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=recipe.lr)
+    set_mode(model, True)
+    taken = []
+    for _ in range(TIMED_STEPS):
+        start = time.process_time()
+        mean, auxiliary = inference.losses(batch, labels, inference.loss.weight_of(labels), 1.0)
+        optimizer.zero_grad()
+        (mean + auxiliary).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        taken.append(time.process_time() - start)
+    return median(taken) * len(train) / len(labels)
+
+
 def run_trained(
-    entry: Entry, parts: Parts, protocol: Protocol, recipe: Recipe, folder: Path, *, test: bool, keep: bool
+    entry: Entry, parts: Parts, protocol: Protocol, recipe: Recipe, folder: Path, stem: Store, *, test: bool, keep: bool
 ) -> dict[str, Any]:
     """Train an entry in a folder, which is left with the trained values if they are to be kept.
 
-    Without `test` the test clouds are not touched.
+    Without `test` the test clouds are not touched, and no time is taken.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     classes = parts.train.classes
     plain = protocol.plain(len(classes), recipe.seed)
     head = sum(p.numel() for path in heads_of(plain) for p in plain.get_submodule(path).parameters())
-    model = protocol.model(entry, len(classes), recipe.seed)
+    model = protocol.model(entry, len(classes), recipe.seed).eval()
     before, watch = peak_bytes(), Watch(model, recipe.epochs)
-    val = Watched(parts.val, watch, False) if len(parts.val) else None
+    train = Views(parts.train, watch, recipe.augment, protocol.views, recipe.seed)
+    val = Watched(parts.val, watch) if len(parts.val) else None
     start = time.process_time()
-    done = fit(model, Watched(parts.train, watch, True), val, recipe, out=folder, classes=classes)
+    with stem.serving(model):
+        done = fit(model, train, val, replace(recipe, augment=()), out=folder, classes=classes)
     trainable = sum(p.numel() for p in trained(model).values())
     found: dict[str, Any] = {
         "trainable": trainable,
         "trainable_without_head": trainable - head,
         "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "seconds": time.process_time() - start,
-        "seconds_an_epoch": watch.epoch(),
-        "peak_bytes": peak_bytes(),
-        "peak_bytes_of_training": peak_bytes() - before,
         "best_epoch": done.best_epoch,
         "train_loss": [round(line["train_loss"], 4) for line in done.history],
     }
@@ -110,11 +151,15 @@ def run_trained(
         found["val_loss"] = [round(line["val_loss"], 4) for line in done.history]
     if test:
         classify = classifier_of(model, len(classes))
-        found.update(measured(classify, parts.test, protocol.corrupted_clouds))
-        found["last_accuracy"] = found["accuracy"]
-        if watch.last is not None and done.best_epoch < recipe.epochs:
-            write_values(model, watch.last)
-            found["last_accuracy"] = answers(classify, parts.test).accuracy
+        with stem.serving(model):
+            found.update(measured(classify, parts.test, protocol.corrupted_clouds))
+            found["last_accuracy"] = found["accuracy"]
+            if watch.last is not None and done.best_epoch < recipe.epochs:
+                write_values(model, watch.last)
+                found["last_accuracy"] = answers(classify, parts.test).accuracy
+        # The stem runs again, for it is part of what a step takes.
+        found["seconds_an_epoch"] = seconds_an_epoch(model, parts.train, recipe)
+        found["peak_bytes_of_training"] = peak_bytes() - before
     for file in folder.iterdir():
         if file.suffix == ".png":
             file.unlink()
@@ -123,8 +168,13 @@ def run_trained(
     return found
 
 
-def run_frozen(entry: Entry, model: nn.Module, parts: Parts, corrupted: int) -> dict[str, Any]:
+def run_frozen(entry: Entry, model: nn.Module, parts: Parts, corrupted: int, stem: Store) -> dict[str, Any]:
     """Classify by the features that the head of a model reads; the head itself is not used."""
+    with stem.serving(model):
+        return _run_frozen(entry, model, parts, corrupted)
+
+
+def _run_frozen(entry: Entry, model: nn.Module, parts: Parts, corrupted: int) -> dict[str, Any]:
     start, classes = time.process_time(), len(parts.train.classes)
     head = head_of(model)
     if entry.method == PROBE:
@@ -133,12 +183,12 @@ def run_frozen(entry: Entry, model: nn.Module, parts: Parts, corrupted: int) -> 
         own = {"trainable": classes * (width + 1), "chosen": chosen}
     else:
         classify, own = retrieval(model, head, parts.train, classes), {"trainable": 0}
-    own |= {"trainable_without_head": 0, "seconds": time.process_time() - start, "peak_bytes": peak_bytes()}
+    own |= {"trainable_without_head": 0, "seconds": time.process_time() - start}
     return {**own, **measured(classify, parts.test, corrupted)}
 
 
 def run_transfer(
-    entry: Entry, parts: Parts, protocol: Protocol, seed: int, source: Path, classes: int
+    entry: Entry, parts: Parts, protocol: Protocol, seed: int, source: Path, classes: int, stem: Store
 ) -> dict[str, Any]:
     """A converged probe on the features of a model that was trained on another task, whose values lie in `source`.
 
@@ -147,7 +197,7 @@ def run_transfer(
     model = protocol.model(entry, classes, seed)
     if entry.trains:
         load_values(model, source)
-    return run_frozen(Entry(PROBE, PROBE), model, parts, 0)
+    return run_frozen(Entry(PROBE, PROBE), model, parts, 0, stem)
 
 
 def head_of(model: nn.Module) -> str:
