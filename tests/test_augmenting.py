@@ -82,14 +82,19 @@ def test_small_rotations_are_small_and_others_are_uniform() -> None:
     assert np.abs(turns.mean(axis=0)).max() < 0.05 and np.abs((turns**2).mean(axis=0) - 1 / 3).max() < 0.03
 
 
-def test_scaling_and_shifting_stay_in_their_bounds_and_normals_stay_at_right_angles() -> None:
+@pytest.mark.parametrize(
+    ("name", "shift", "least", "most"), [("scale_translate", 0.2, 2 / 3, 1.5), ("stretch", 0, 0.9, 1.1)]
+)
+def test_scaling_and_shifting_stay_in_their_bounds_and_normals_stay_at_right_angles(
+    name: str, shift: float, least: float, most: float
+) -> None:
     x = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
     for seed in range(20):
-        points = changed("scale_translate", seed=seed, of=Sample(x, torch.tensor(0), torch.tensor(0)), normals=None)[0]
-        assert (points[0].abs() <= 0.2).all() and (points[1] - points[0] >= 0.666).all()
-        assert (points[1] - points[0] <= 1.501).all()
+        points = changed(name, seed=seed, of=Sample(x, torch.tensor(0), torch.tensor(0)), normals=None)[0]
+        assert (points[0].abs() <= shift).all() and (points[1] - points[0] >= least - 1e-3).all()
+        assert (points[1] - points[0] <= most + 1e-3).all()
     plane = torch.tensor([[1.0, -1, 0, 0, 0.5**0.5, 0.5**0.5, 0], [-1, 1, 0, 0, 0.5**0.5, 0.5**0.5, 0]])
-    points = changed("scale_translate", of=Sample(plane, torch.tensor(0), torch.tensor(0)))[0]
+    points = changed(name, of=Sample(plane, torch.tensor(0), torch.tensor(0)))[0]
     assert (points[0, :3] - points[1, :3]) @ points[0, 4:] == pytest.approx(0, abs=1e-6)
     assert points[:, 4:].norm(dim=1).tolist() == pytest.approx([1, 1])
 

@@ -73,9 +73,19 @@ def _none(sample: Sample, rng: np.random.Generator, normals: Sequence[int] | Non
 
 def _scale_translate(sample: Sample, rng: np.random.Generator, normals: Sequence[int] | None) -> Sample:
     """Scale each axis by 2/3 to 3/2 and shift it by -0.2 to 0.2; normals stay at right angles to the surface."""
+    scale = torch.from_numpy(rng.uniform(2 / 3, 3 / 2, 3)).to(sample.points)
+    return _scaled(sample, scale, torch.from_numpy(rng.uniform(-0.2, 0.2, 3)).to(sample.points), normals)
+
+
+def _stretch(sample: Sample, rng: np.random.Generator, normals: Sequence[int] | None) -> Sample:
+    """Scale each axis by 0.9 to 1.1, for clouds whose size and place say something, such as those of persons."""
+    scale = torch.from_numpy(rng.uniform(0.9, 1.1, 3)).to(sample.points)
+    return _scaled(sample, scale, torch.zeros_like(scale), normals)
+
+
+def _scaled(sample: Sample, scale: Tensor, shift: Tensor, normals: Sequence[int] | None) -> Sample:
     points = sample.points.clone()
-    scale = torch.from_numpy(rng.uniform(2 / 3, 3 / 2, 3)).to(points)
-    points[:, :3] = points[:, :3] * scale + torch.from_numpy(rng.uniform(-0.2, 0.2, 3)).to(points)
+    points[:, :3] = points[:, :3] * scale + shift
     if normals is not None:
         columns = list(normals)
         points[:, columns] = nn.functional.normalize(points[:, columns] / scale, dim=1)
@@ -132,6 +142,7 @@ def with_rows(sample: Sample, rows: Tensor) -> Sample:
 AUGMENTATIONS: Mapping[str, Change] = {
     "none": _none,
     "scale_translate": _scale_translate,
+    "stretch": _stretch,
     "rotate_z": _rotate_z,
     "rotate_y": _rotate_y,
     "rotate_small": _rotate_small,
