@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from point_peft.training import flags
 from tests.forks import Server
 from tests.zoo import TinyBackbone
 
@@ -23,6 +24,8 @@ settings.load_profile("any machine")
 torch.backends.mha.set_fastpath_enabled(False)
 # A client of the Hub reads the machine's certificates, 50 ms each time, though the one on loopback speaks no TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+# Whoever calls the command once reads the source of its flags once; the tests call it a thousand times.
+flags.field_docs = functools.cache(flags.field_docs)  # type: ignore[assignment]
 # A seed is kept for devices that may yet appear, each time with the text of the whole stack, a millisecond.
 for device, there in ((torch.cuda, torch.cuda.is_available()), (torch.xpu, torch.xpu.is_available())):
     if not there:

@@ -16,6 +16,7 @@ Job = Callable[..., Callable[[], None]]
 
 SERVER = """
 import importlib, os, sys
+import torch._dynamo  # which optimizers and checkpoints import, for longer than children run
 for line in sys.stdin:
     order, *words = line.split()
     if order == "wait":
@@ -50,6 +51,12 @@ class Server:
     def wait(self, child: int) -> int:
         """The status with which a process has ended, of which nothing runs any more."""
         return self._ask("wait", child)
+
+    def number(self, job: Job, file: Path) -> float:
+        """The number that a job leaves in a file of this name, which it is given."""
+        status = self.wait(self.start(job, file))
+        assert status == 0, f"the job ended with status {status}"
+        return float(file.read_text("utf-8"))
 
     def _ask(self, *words: object) -> int:
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,9 @@ def number() -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    config = PeftConfig(tuners=[CONFIG], base_model_name_or_path="someone/base", revision="v1")
+    config = PeftConfig(
+        tuners=[replace(CONFIG, adapter_width=4)], base_model_name_or_path="someone/base", revision="v1"
+    )
     adapted(config=config).save_pretrained(tmp_path / "a")
     return tmp_path / "a"
 
@@ -135,7 +139,7 @@ def test_inspect_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert report["parameters"] == sum(tensor.numel() for tensor in expected.values())
     assert report["bytes"] == (folder / TENSOR_FILE).stat().st_size
-    assert report["methods"] == [{"method": "POINT_PEFT", "fields": {"memory_bank": False}}]
+    assert report["methods"] == [{"method": "POINT_PEFT", "fields": {"adapter_width": 4}}]
     assert report["base"]["name"] == "someone/base" and report["base"]["revision"] == "v1"
     assert report["base"]["fingerprint"]["tensors"] > 0
     assert (
@@ -219,8 +223,9 @@ def test_what_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("value", [None, 3, True, "x", [], [None], {"a": [{"b": {}}]}])
 def test_whatever_a_configuration_says(
-    folder: Path, lora: Path, value: object, capsys: pytest.CaptureFixture[str]
+    folder: Path, lora: Path, value: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))  # to make it takes longer than all that follows
     for path in (folder / CONFIG_FILE, lora / CONFIG_FILE):
         before = json.loads(path.read_text())
         for name in sorted(before):

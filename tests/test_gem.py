@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from point_peft import AnatomyError, GEMConfig, PointPeftError, PointPeftModel, geometry, get_peft_model
 from point_peft.tuners.gem import ContextAdapter, _scene_rows
 from tests.adapting import distance, full_point_mae, rescramble
-from tests.hanging import LONG
+from tests.forks import Server
 from tests.methods import config
-from tests.test_packed import C, Dense, G, Packed, anatomy
+from tests.test_packed import C, Dense, G, Packed, anatomy, training_on_a_scene
 from tests.zoo import BACKBONES
 from tests.zoo.operators import supply_spconv_on_cpu
 
@@ -423,35 +422,10 @@ def test_fields_are_validated(field: str, value: float, allowed: str) -> None:
         config("GEM", **{field: value})
 
 
-SCENE = """
-import torch
-torch.set_num_threads(1)
-import tests.zoo.pointcept as pointcept
-from tests.peak import peak
-from point_peft import GEMConfig, get_peft_model
-pointcept.GRID, pointcept.PATCH = 512, 64
-sizes = torch.tensor([19_000, 800, 200])
-coord = torch.rand(20_000, 3) * torch.tensor([8.0, 6.0, 3.0])
-coord[torch.arange(20_000), torch.randint(3, (20_000,))] = 0.0  # floor and walls
-data = {
-    "coord": coord,
-    "grid_coord": (coord / 0.02).long(),
-    "feat": torch.randn(20_000, 6),
-    "batch": torch.arange(3).repeat_interleave(sizes),
-    "offset": sizes.cumsum(0),
-}
-model = get_peft_model(pointcept.PointTransformerV3(), GEMConfig()).train()
-output = model(data)
-assert output.shape == (20_000, 5)
-output.square().mean().backward()
-assert all(p.grad is not None and p.grad.isfinite().all() for p in model.adapters.parameters())
-print(peak() * 1024)
-"""
+def training(file: str) -> Callable[[], None]:
+    return lambda: training_on_a_scene([19_000, 800, 200], GEMConfig(), file)
 
 
-def test_a_scene_of_20000_points_trains_within_a_gigabyte() -> None:
+def test_a_scene_of_20000_points_trains_within_a_gigabyte(server: Server, tmp_path: Path) -> None:
     """The whole process: backbone, adapter, a forward and a backward pass."""
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", SCENE], cwd=root, capture_output=True, text=True, timeout=LONG)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 1.0e9  # a matrix of all distances would be 1.6e9
+    assert server.number(training, tmp_path / "peak") < 1.0e9  # a matrix of all distances would be 1.6e9

@@ -32,10 +32,12 @@ from tests.adapting import (
     build_bank,
     complete,
     distance,
+    few_groups,
     gradients,
     loss_of,
     rescramble,
     run,
+    stated,
     values,
 )
 from tests.hanging import until
@@ -48,12 +50,14 @@ SPREAD = list(
     {method: (method, backbone) for method, backbone in PAIRS if backbone.name in ("point_mae", "compact")}.values()
 )
 """Every method in every form, each on one backbone, as starting and two training steps are alike on all."""
+TOGETHER = few_groups(SPREAD, most=9)
+"""The same in few adapters, for what is compared tensor by tensor."""
 GROUPS = [METHOD_NAMES[first::2] for first in range(2)]
 """All methods, in two adapters."""
 
 
-def _two_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    """(method, backbone) -> what each of two processes found, see `_on_rank`."""
+def _two_processes(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """Methods on a backbone -> what each of two processes found, see `_on_rank`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,14 +86,20 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)  # which accelerate has set otherwise; sums in one order, as in tests/conftest.py
     assert process.num_processes == 2 and process.process_index == rank
     mesh = init_device_mesh("cpu", (2,))
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for method, backbone in SPREAD:
-        torch.manual_seed(0)
-        model = get_peft_model(backbone.build(), config(method))
+        model = _begun(config(method), backbone)
+        if bank := banks(get_adapter(model, "default")):
+            build_bank(model, backbone, "default", slice(rank, None, 2))
+            found[_what(method, backbone)] = {
+                "bank": {key: tensor for state in bank for key, tensor in state.named_buffers()},
+                "around a bank": _built_within(method, backbone, rank, mesh),
+            }
+    for methods, backbone in TOGETHER:
+        model = _begun(stated(methods, backbone), backbone)
         adapter = get_adapter(model, "default")
         if banks(adapter):
             build_bank(model, backbone, "default", slice(rank, None, 2))
-        bank = {key: tensor.clone() for state in banks(adapter) for key, tensor in state.named_buffers()}
         rescramble(model)
         spread = nn.parallel.DistributedDataParallel(model.eval())
         loss_of(backbone.select(spread(*backbone.inputs(3, 40 + rank)))).backward()
@@ -100,20 +110,21 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
             optimizer.zero_grad()
             loss_of(backbone.select(spread(*backbone.inputs(3, 50 + rank)))).backward()
             optimizer.step()
-        found[method, backbone.name] = {
-            "bank": bank,
+        found[_what(methods, backbone)] = {
             "gradients": averaged,
             "trained": {key: parameter.detach() for key, parameter in adapter.named_parameters()},
             "base": values(model.base_model),
-            "around a bank": _built_within(method, backbone, rank, mesh) if bank else [],
         }
-    for methods in GROUPS:
-        assert _sharded(methods, rank, mesh) < 1e-5
-    for method in METHOD_NAMES:
-        assert _synchronised(method, rank) < 1e-4, method
+    for group in GROUPS:
+        assert _sharded(group, rank, mesh) < 1e-5
+        assert _synchronised(group, rank) < 1e-4, group
     train_all(Path(folder), _sharded_to_train)
     torch.save(found, Path(folder) / f"{rank}.pt")
     process.destroy_process_group()
+
+
+def _what(methods: str | tuple[str, ...], backbone: TinyBackbone) -> str:
+    return f"{methods} on {backbone.name}"
 
 
 def _begun(how: TunerConfig | PeftConfig, backbone: TinyBackbone) -> PointPeftModel:
@@ -156,10 +167,10 @@ def _sharded_to_train(model: PointPeftModel) -> None:
     register_fsdp_forward_method(model, "build_memory_bank")
 
 
-def _synchronised(method: str, rank: int) -> float:
+def _synchronised(methods: Sequence[str], rank: int) -> float:
     """How far converted norms, in training, are from those of one process that was given all clouds."""
-    backbone = BACKBONES["point_mae"]
-    whole, shared = (_begun(config(method), backbone) for _ in range(2))
+    backbone, how = BACKBONES["point_mae"], PeftConfig(tuners=tuple(map(config, methods)))
+    whole, shared = (_begun(how, backbone) for _ in range(2))
     for model in (whole, shared):
         complete(model, backbone, "default", 0, fresh=False)
         adapter = get_adapter(model, "default")
@@ -213,11 +224,10 @@ def test_two_processes_train_and_build_banks_as_one(tmp_path: Path) -> None:
     interrupt_one(tmp_path)
     ranks = _two_processes(tmp_path)
     check_trained(tmp_path)
+    for methods, backbone in TOGETHER:
+        _check_training(methods, backbone, *(rank[_what(methods, backbone)] for rank in ranks))
     for method, backbone in SPREAD:
-        found = [rank[method, backbone.name] for rank in ranks]
-        _check_training(method, backbone, *found)
-        _check_bank(method, backbone, *found)
-        _check_around(*(rank["around a bank"] for rank in found))
+        _check_bank(method, backbone, *(rank.get(_what(method, backbone)) for rank in ranks))
 
 
 def _check_around(*ranks: Sequence[Tensor]) -> None:
@@ -227,13 +237,15 @@ def _check_around(*ranks: Sequence[Tensor]) -> None:
                 assert torch.equal(tensor, ranks[0][0 if rows == 2 else 3]) and len(tensor) >= rows
 
 
-def _check_training(method: str, backbone: TinyBackbone, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    what = f"{method} on {backbone.name}"
+def _check_training(
+    methods: tuple[str, ...], backbone: TinyBackbone, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> None:
+    what = _what(methods, backbone)
     assert_same_values(first["gradients"], second["gradients"], what)
     assert_same_values(first["trained"], second["trained"], what)
     for found in (first, second):
         assert_same_values(found["base"], backbone.build().state_dict(), what)
-    model = adapt(backbone, method, fresh=True)
+    model = adapt(backbone, methods, fresh=True)
     rescramble(model)
     losses = [loss_of(backbone.select(model(*backbone.inputs(3, 40 + rank)))) for rank in range(2)]
     torch.stack(losses).mean().backward()
@@ -243,7 +255,7 @@ def _check_training(method: str, backbone: TinyBackbone, first: Mapping[str, Any
         assert distance(first["gradients"][key], gradient) < 1e-5, f"{what}: {key}"
 
 
-def _check_bank(method: str, backbone: TinyBackbone, *ranks: Mapping[str, Any]) -> None:
+def _check_bank(method: str, backbone: TinyBackbone, *ranks: Mapping[str, Any] | None) -> None:
     model = adapt(backbone, method, fresh=True)
     adapter = get_adapter(model, "default")
     if not banks(adapter):
@@ -257,4 +269,6 @@ def _check_bank(method: str, backbone: TinyBackbone, *ranks: Mapping[str, Any]) 
         alone = {key: tensor for state in banks(adapter) for key, tensor in state.named_buffers()}
         assert len(next(iter(alone.values()))) == 16
         for found in ranks:
-            assert_same_values(found["bank"], alone, f"{method} on {backbone.name}")
+            assert found is not None
+            assert_same_values(found["bank"], alone, _what(method, backbone))
+    _check_around(*(found["around a bank"] for found in ranks if found is not None))

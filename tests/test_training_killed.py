@@ -26,7 +26,7 @@ def train(folder: Path, resume: bool) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves", "confusions", "samples"):
             patch.setattr(pictures, name, lambda *arguments: b"")  # they take longer than the training
-        model = adapted(PointPEFTConfig(num_prompts=3))
+        model = adapted(PointPEFTConfig(memory_bank=True, num_prompts=3))
         return fit(model, shapes(10, 1), shapes(6, 2), RECIPE, out=folder, resume=resume)
 
 
