@@ -148,7 +148,7 @@ def _memory(prefix: str, bench: Bench, rows: Sequence[Row], setting: Setting) ->
 
 
 def files(setting: Setting) -> Values:
-    """What is saved: of every row without and, where it has one, with a bank, and of the backbone as a whole."""
+    """What is saved: of every row with no rows in a bank, of Point-PEFT with a full one too, and the whole backbone."""
     found: dict[Measure, Series] = {}
     backbone = setting.reference.make()
     with tempfile.TemporaryDirectory() as name:
@@ -164,9 +164,12 @@ def files(setting: Setting) -> Values:
         for row in (*setting.headline, *setting.further):
             model = adapted(row, backbone)
             found[Measure(table="file", subject=row.label)] = Series(values=size(model), reference=whole)
-            if row == POINT_PEFT and setting.reference.fill(model):
-                found[Measure(table="file", subject=WITH_BANK)] = Series(values=size(model), reference=whole)
             model.unload()
+            if row == POINT_PEFT:
+                banked = adapted(WITH_BANK, backbone)
+                setting.reference.fill(banked)
+                found[Measure(table="file", subject=WITH_BANK.label)] = Series(values=size(banked), reference=whole)
+                banked.unload()
     return found
 
 

@@ -49,8 +49,9 @@ def subjects(*, batch: int, points: int, depth: int, groups: int) -> dict[str, C
     clouds, labels = torch.randn(batch, points, 3), torch.arange(batch)
     packed = None, clouds.flatten(0, 1), torch.arange(batch).repeat_interleave(points)
     configs = {
-        "POINT_PEFT": PointPEFTConfig(),
-        "POINT_PEFT prior of the stem": PointPEFTConfig(prior="stem"),
+        # Stated, because not every commit has the same default.
+        "POINT_PEFT": PointPEFTConfig(memory_bank=False),
+        "POINT_PEFT with a bank": PointPEFTConfig(memory_bank=True),
         "LORA qkv": LoraConfig(target_modules=["qkv"]),
     }
     runs: dict[str, Callable[[], float]] = {}
@@ -64,7 +65,7 @@ def subjects(*, batch: int, points: int, depth: int, groups: int) -> dict[str, C
         runs[f"{base} inference: frozen backbone"] = inference(make(depth, groups), inputs)
         for name, config in configs.items():
             model = get_peft_model(make(depth, groups), config)
-            if name == "POINT_PEFT":
+            if name == "POINT_PEFT with a bank":
                 model.build_memory_bank([moved(inputs, by) for by in range(8)], to_inputs=lambda args: args)
             runs[f"{base} training: {name}"] = training(model, inputs, labels)
             runs[f"{base} inference: {name}"] = inference(model, inputs)

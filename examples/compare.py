@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from examples.data import Clouds
-from examples.training import Curve, Recipe, accuracy, batches, train
+from examples.training import Curve, Recipe, accuracy, train
 from point_peft import PointPEFTConfig, get_peft_model
 from point_peft.backbones import default_backbone
 
@@ -45,10 +45,9 @@ def full_fine_tuning(data: Clouds, recipe: Recipe, lr: float) -> Run:
     return outcome(model, data, train(model, data, recipe, lr))
 
 
-def point_peft(data: Clouds, recipe: Recipe, lr: float, config: PointPEFTConfig | None = None) -> Run:
+def point_peft(data: Clouds, recipe: Recipe, lr: float) -> Run:
     """A frozen backbone with an adapter and a new head."""
-    model = get_peft_model(default_backbone(cls_dim=len(data.class_names)), config or PointPEFTConfig())
-    model.build_memory_bank(batches(data.train))
+    model = get_peft_model(default_backbone(cls_dim=len(data.class_names)), PointPEFTConfig())
     return outcome(model, data, train(model, data, recipe, lr))
 
 

@@ -5,8 +5,7 @@
 
 The file takes any number of clouds at once. What onnxruntime computes from it is compared with the model. LoRA is
 merged into the weights first, so that its file is no larger than the backbone's; other methods go along as they are,
-Point-PEFT with its memory bank and its second pass. Clouds and adapters are random here: see quickstart.py for real
-ones.
+Point-PEFT here with a memory bank. Clouds and adapters are random here: see quickstart.py for real ones.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from point_peft.backbones import default_backbone
 
 def adapted(method: str, clouds: Tensor) -> nn.Module:
     """A backbone that `torch.onnx.export` can be given, with random values in place of trained ones."""
-    config = LoraConfig(r=8, modules_to_save=[]) if method == "lora" else PointPEFTConfig()
+    config = LoraConfig(r=8, modules_to_save=[]) if method == "lora" else PointPEFTConfig(memory_bank=True)
     model = get_peft_model(default_backbone(cls_dim=10), config)
     with torch.no_grad():
         for parameter in model.adapters.parameters():

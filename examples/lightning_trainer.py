@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
 from examples.data import Clouds, Split, load_digits_clouds
-from examples.training import batches, predict
+from examples.training import predict
 from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
 
@@ -93,7 +93,6 @@ def main(argv: list[str] | None = None) -> None:
 
     model = get_peft_model(default_backbone(cls_dim=classes), PointPEFTConfig())
     model.print_trainable_parameters()
-    model.build_memory_bank(batches(data.train))
     train(model, data, args.epochs)
     logits = predict(model.cpu(), data.test[0])
     right = (logits.argmax(dim=1) == data.test[1]).float().mean()

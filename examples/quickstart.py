@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run a
 from examples.compare import LEARNING_RATES, compare
 from examples.data import Clouds, activity_groups, load_digits_clouds, load_radhar, parity
 from examples.picture import draw
-from examples.training import Recipe, accuracy, batches, predict, train
+from examples.training import Recipe, accuracy, predict, train
 from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
 
@@ -36,12 +36,10 @@ def tour(data: Clouds, other: Clouds, recipe: Recipe, out: Path) -> None:
     torch.manual_seed(0)
     classes = len(data.class_names)
 
-    # Three lines: the backbone is frozen and has an adapter and a head to train. A Point-PEFT adapter looks up what
-    # similar training clouds look like to the backbone, in a memory bank that is built once and saved with it.
+    # Two lines: the backbone is frozen and has an adapter and a head to train.
     backbone = default_backbone(cls_dim=classes)
     model = get_peft_model(backbone, PointPEFTConfig())
     model.print_trainable_parameters()
-    model.build_memory_bank(batches(data.train))
 
     # A training loop like any other.
     print(f"first task: {data.name}, {classes} classes")
@@ -60,7 +58,6 @@ def tour(data: Clouds, other: Clouds, recipe: Recipe, out: Path) -> None:
     head = default_backbone(cls_dim=len(other.class_names)).cls_head_finetune
     model.add_adapter("second", PointPEFTConfig(), heads={HEAD: head})
     model.set_adapter("second")
-    model.build_memory_bank(batches(other.train))
     print(f"second task: {other.name}, {len(other.class_names)} classes, on the same backbone")
     second = train(model, other, replace(recipe, epochs=(recipe.epochs + 1) // 2), LR)
     other_logits = predict(model, other.test[0])

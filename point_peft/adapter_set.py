@@ -360,7 +360,7 @@ class AdapterSet(nn.Module):
         torch.distributed alone, each process goes through its own batches and all end with the same bank.
 
         >>> from point_peft import PointPEFTConfig
-        >>> model.add_adapter("task", PointPEFTConfig())
+        >>> model.add_adapter("task", PointPEFTConfig(memory_bank=True))
         >>> model.build_memory_bank([clouds, torch.rand(4, 64, 3)], adapter_name="task")
         """
         name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)

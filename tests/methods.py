@@ -23,15 +23,20 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 """Method -> fields that are smaller than their defaults; sizes only, and only where the defaults take long."""
 
+PARTS: Mapping[str, Mapping[str, Any]] = {"POINT_PEFT": {"memory_bank": True}}
+"""Method -> fields that add what its defaults leave out, so that what holds of a method holds of all its parts."""
+
 
 HEADS_ALONE = ("INPUT_ADAPTER", "LINEAR_PROBE")
 """Methods that by their defaults put nothing into the backbone and train heads alone."""
 
 
 def config(method: str, **changes: Any) -> TunerConfig:
-    """The method's defaults, at a tiny size, with changes; a label of `tools.capabilities` holds changes too."""
+    """The method's defaults, at a tiny size and with all its parts, with changes; a label of `tools.capabilities` holds
+    changes too.
+    """
     name, stated = labelled(method)
-    return METHODS[name](**{**SIZES.get(name, {}), **stated, **changes})
+    return METHODS[name](**{**SIZES.get(name, {}), **PARTS.get(name, {}), **stated, **changes})
 
 
 # ---- a method of the tests -------------------------------------------------------------------------------------------

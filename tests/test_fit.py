@@ -30,6 +30,7 @@ from tests.methods import config
 from tests.training import QUICK, Interrupted, adapted, backbone, logits, losses, segmenter, shapes, values_of
 
 TRAIN, VAL, TEST = shapes(15, 1), shapes(9, 2), shapes(9, 3)
+WITH_A_BANK = PointPEFTConfig(memory_bank=True, num_prompts=3)
 replace = dataclasses.replace
 
 
@@ -38,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A training of Point-PEFT with everything in it, which is looked at and not changed."""
     recipe = replace(QUICK, epochs=4, ema=0.5, accumulate=2, label_smoothing=0.1, class_weights="balanced")
     out = tmp_path_factory.mktemp("runs") / "first"
-    return fit(adapted(PointPEFTConfig(num_prompts=3)), TRAIN, VAL, recipe, out=out, test=TEST)
+    return fit(adapted(WITH_A_BANK), TRAIN, VAL, recipe, out=out, test=TEST)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_what_only_saves_memory_changes_no_curve(tmp_path: Path, change: str) ->
     value: Any = {"accumulate": 2, "gradient_checkpointing": True}[change]
     curves: list[list[float]] = []
     for own in (QUICK, replace(QUICK, **{change: value})):
-        model = adapted(PointPEFTConfig(num_prompts=3), drop_path_rate=0.0, head_norm=False).eval()
+        model = adapted(WITH_A_BANK, drop_path_rate=0.0, head_norm=False).eval()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # which parts of a batch draw apart
@@ -206,9 +207,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves", "confusions", "samples"):
             patch.setattr(pictures, name, lambda *arguments: b"")
-        return fit(
-            adapted(PointPEFTConfig(num_prompts=3)), TRAIN, VAL, FULL_RECIPE, out=tmp_path_factory.mktemp("w") / "run"
-        )
+        return fit(adapted(WITH_A_BANK), TRAIN, VAL, FULL_RECIPE, out=tmp_path_factory.mktemp("w") / "run")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -216,16 +215,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path: Path, whole: Run, reads: int) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        fit(
-            adapted(PointPEFTConfig(num_prompts=3)), Interrupted(TRAIN, reads), VAL, FULL_RECIPE, out=out, classes="012"
-        )
+        fit(adapted(WITH_A_BANK), Interrupted(TRAIN, reads), VAL, FULL_RECIPE, out=out, classes="012")
     if out.exists():
         with pytest.raises(PointPeftError, match="holds an unfinished run: go on with --resume"):
-            fit(adapted(PointPEFTConfig(num_prompts=3)), TRAIN, VAL, FULL_RECIPE, out=out)
+            fit(adapted(WITH_A_BANK), TRAIN, VAL, FULL_RECIPE, out=out)
     # Other values, which the checkpoint replaces, where there is one.
     seed = 5 if (out / CHECKPOINT_FILE).exists() else 0
     torch.manual_seed(99)
-    resumed = fit(adapted(PointPEFTConfig(num_prompts=3), seed=seed), TRAIN, VAL, FULL_RECIPE, out=out, resume=True)
+    resumed = fit(adapted(WITH_A_BANK, seed=seed), TRAIN, VAL, FULL_RECIPE, out=out, resume=True)
     assert (out / TENSOR_FILE).read_bytes() == (whole.folder / TENSOR_FILE).read_bytes()
     assert (out / METRICS_FILE).read_text("utf-8") == (whole.folder / METRICS_FILE).read_text("utf-8")
     assert resumed.results == whole.results and resumed.best_epoch == whole.best_epoch
@@ -235,7 +232,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path: Path, whol
 @pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_is_loaded_and_not_trained_again(whole: Run) -> None:
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
-    model = adapted(PointPEFTConfig(num_prompts=3), seed=7)
+    model = adapted(WITH_A_BANK, seed=7)
     model.build_memory_bank([TRAIN.tensors[0]])
     run = fit(model, TRAIN, VAL, FULL_RECIPE, out=whole.folder, resume=True)
     assert run.results == whole.results and torch.equal(logits(run.model, TEST), logits(whole.model, TEST))

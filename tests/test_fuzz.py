@@ -53,7 +53,7 @@ LORA = LoraConfig(r=2, target_modules=["q", "v"], rank_pattern={"blocks.0.attent
 SOURCES: dict[str, tuple[Any, Format]] = {
     "LORA in PEFT's format": (PeftConfig(tuners=[LORA], base_model_name_or_path="me/base", revision="v1"), "peft"),
     "LORA": (PeftConfig(tuners=[LORA], base_model_name_or_path="me/base", revision="v1"), "point_peft"),
-    "POINT_PEFT": (PointPEFTConfig(adapter_width=4), "auto"),
+    "POINT_PEFT": (PointPEFTConfig(memory_bank=True, adapter_width=4), "auto"),
     "DAPT": (DAPTConfig(width=4), "auto"),
     "VPT": (VPTConfig(num_prompts=3, layers_to_transform=[1]), "auto"),
     "two methods": (PeftConfig(tuners=[LORA, DAPTConfig(width=4)], anatomy=describe(BACKBONE.build())), "auto"),

@@ -198,7 +198,7 @@ def _of_columns(count: int, sizes: dict[str, Any]) -> PointTransformer:
 # ---- with other methods, files, several adapters ---------------------------------------------------------------------
 
 
-OTHERS = [LoraConfig(), PointPEFTConfig(), GAPromptConfig(), config("PPT", tuned_modules=["pos_embed"])]
+OTHERS = [LoraConfig(), PointPEFTConfig(memory_bank=True), GAPromptConfig(), config("PPT", tuned_modules=["pos_embed"])]
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.method)
@@ -232,7 +232,7 @@ def test_it_composes_and_files_carry_it(other: TunerConfig, tmp_path: Path) -> N
 def test_adapters_of_other_columns_share_a_backbone() -> None:
     (points,) = DENSE.inputs(4, 5)
     given = intense(points)
-    model = adapted(INTENSITY, DENSE, PointPEFTConfig(), fresh=False)
+    model = adapted(INTENSITY, DENSE, PointPEFTConfig(memory_bank=True), fresh=False)
     model.build_memory_bank([intense(DENSE.inputs(16, 21)[0])])
     other = InputAdapterConfig(channels=("x", "z", "y", "time"), backbone_channels=XYZ)
     model.add_adapter("other", PeftConfig(tuners=(other, LoraConfig())))

@@ -257,7 +257,7 @@ def test_peft_s_own_configurations_go_to_peft() -> None:
 
 def test_a_memory_bank_is_built_through_the_peft_model() -> None:
     torch.manual_seed(0)
-    model = peft.get_peft_model(TINY.build(), PointPEFTConfig())
+    model = peft.get_peft_model(TINY.build(), PointPEFTConfig(memory_bank=True))
     model.build_memory_bank([TINY.inputs(4, seed) for seed in (21, 22, 23, 24)], to_inputs=lambda args: args)
     rescramble(inside(model))
     assert torch.equal(run(model.eval(), TINY), run(adapt("POINT_PEFT"), TINY))

@@ -345,7 +345,9 @@ def adapted(*, fresh: bool = False, bank: bool = True, late: bool = False, **opt
 
 
 def small(late: bool, **options: Any) -> PointPEFTConfig:
-    config = PointPEFTConfig() if late else dataclasses.replace(PointPEFTConfig.published(), init="identity")
+    config = (
+        PointPEFTConfig(memory_bank=True) if late else dataclasses.replace(PointPEFTConfig.published(), init="identity")
+    )
     return dataclasses.replace(config, **{**SMALL, **options})
 
 
@@ -430,6 +432,19 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
             query = x[1:].amax(dim=0)
         if "prefix_shift" in own:
             x = torch.cat([x[:1] + own["prefix_shift"], x[1:]])
+        p = part(f"blocks.blocks.{number}.point_peft.neighbourhood.")
+        for i in range(len(c) if p else 0):
+            dilation = min(config.neighbourhood_dilation, len(cloud) // config.neighbourhood_points)
+            near = cloud[(cloud - c[i]).norm(dim=1).argsort()[: dilation * config.neighbourhood_points : dilation]]
+            reach = (near - c[i]).norm(dim=1).max()
+            features = []
+            for point in near:
+                seen = p["embed.weight"] @ torch.cat([(point - c[i]) / reach, c[i], reach[None]]) + p["embed.bias"]
+                seen = nn.functional.layer_norm(seen, seen.shape, p["norm.weight"], p["norm.bias"])
+                features.append(p["features.weight"] @ nn.functional.gelu(seen) + p["features.bias"])
+            pooled = torch.stack(features).amax(dim=0)
+            pooled = nn.functional.layer_norm(pooled, pooled.shape, p["pooled_norm.weight"], p["pooled_norm.bias"])
+            x[1 + i] += p["proj.weight"] @ nn.functional.gelu(pooled) + p["proj.bias"]
         prompts = x[:0]
         if "prompt.embeddings" in own:
             prompts, places = own["prompt.embeddings"].clone(), torch.cat([shared["prompt_coordinates"], c])
@@ -477,7 +492,8 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
         {"memory_bank": False, "num_prompts": 1, "adapter_scale": 0.4, "propagation_scale": 0.8, "centre_scale": 0.6},
         {"num_prompts": 0},
         {"late": True},
-        {"late": True, "num_prompts": 0},
+        {"late": True, "num_prompts": 0, "neighbourhood_width": 24, "neighbourhood_dilation": 1},
+        {"late": True, "neighbourhood_width": 0},
         {"late": True, "init": "published", "pooling_norm": "layer", "temperature": 5.0},
         {"late": True, "adapted_share": 0.75, "prompt_layers": 2, "top_k": 2},
     ],
@@ -533,10 +549,11 @@ def test_the_parameters_on_point_mae_are_those_of_the_paper_that_have_an_effect(
 
 def test_the_parameters_of_the_later_blocks_are_about_half() -> None:
     with torch.device("meta"):
-        model = get_peft_model(PointTransformer(), PointPEFTConfig(modules_to_save=[]))
+        model = get_peft_model(PointTransformer(), PointPEFTConfig(memory_bank=True, modules_to_save=[]))
     shared, halves = 28_032 + 768 + 30 + 768, 23_040 + 39_216 + 2 * 152_256 + 9_216 + 36_864
+    around = (7 * 64 + 3 * 64) + (64 * 128 + 3 * 128) + (128 * 384 + 384)
     # And a gate a block, and what the class token is as it enters them in place of the token and its position.
-    assert model.get_nb_trainable_parameters()[0] == shared + halves // 2 + 6 + 384 == 236_412
+    assert model.get_nb_trainable_parameters()[0] == shared + halves // 2 + around + 6 + 384 == 295_164
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -597,6 +614,9 @@ def test_the_published_start_is_no_identity() -> None:
         ("adapted_share", 1.5, "more than 0 and at most 1"),
         ("standardised", 1, "True or False"),
         ("temperature", float("inf"), "a finite number"),
+        ("neighbourhood_width", -1, "0 or more"),
+        ("neighbourhood_points", 0, "1 or more"),
+        ("neighbourhood_dilation", 0, "1 or more"),
         ("prior_adapter_width", 0, "1 or more"),
         ("adapter_width", 0, "1 or more"),
         ("adapter_dropout", 1.5, "0 or more and less than 1"),
@@ -620,7 +640,7 @@ def test_the_published_start_is_no_identity() -> None:
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(PointPeftError, match=rf"{field}.*allowed: {allowed}"):
-        PointPEFTConfig(**{field: value})
+        PointPEFTConfig(**{"memory_bank": True, field: value})
 
 
 def test_two_prompts_suffice_without_a_bank() -> None:
@@ -1064,7 +1084,9 @@ def test_the_stem_prior_needs_to_know_where_the_patch_embedding_is_seen() -> Non
         two_stages(patch_tokens=False, prior="stem", prompt_layers=4)
 
 
-@pytest.mark.parametrize("config", [PointPEFTConfig(), PointPEFTConfig.published()], ids=["late", "published"])
+@pytest.mark.parametrize(
+    "config", [PointPEFTConfig(memory_bank=True), PointPEFTConfig.published()], ids=["late", "published"]
+)
 def test_a_base_with_other_random_class_tokens_gives_the_same_logits(config: PointPEFTConfig, tmp_path: Path) -> None:
     """Checkpoints lack them, so they differ from process to process; the prior comes from the base that was trained."""
     backbone = BACKBONES["recon"]

@@ -198,7 +198,7 @@ def test_losses_are_counted_once_under_checkpointing():
 @pytest.mark.parametrize("prior", ["backbone", "stem"])
 def test_a_changed_stem_does_not_change_what_queries_the_bank(prior):
     """The second pass is the frozen backbone's, whatever another method of the adapter does to the patch embedding."""
-    point_peft = PointPEFTConfig(prior=prior, modules_to_save=[])
+    point_peft = PointPEFTConfig(memory_bank=True, prior=prior, modules_to_save=[])
     lora = LoraConfig(target_modules=["encoder.first_conv.0", "reduce_dim"], modules_to_save=[])
     backbone = BACKBONES["point_bert"]
     model = get_peft_model(backbone.build(), PeftConfig(tuners=(point_peft, lora))).eval()

@@ -92,7 +92,9 @@ def test_every_method_in_one_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "asking"), [(PointPEFTConfig(), 0), (PointPEFTConfig.published(), 1)], ids=["late", "published"]
+    ("config", "asking"),
+    [(PointPEFTConfig(memory_bank=True), 0), (PointPEFTConfig.published(), 1)],
+    ids=["late", "published"],
 )
 @torch.no_grad()
 def test_frozen_work_runs_once(config: PointPEFTConfig, asking: int) -> None:

@@ -31,7 +31,7 @@ TABLES = {table.name: table for chapter in CHAPTERS for table in chapter.tables}
 
 
 def test_a_whole_run_writes_everything_and_says_the_same_everywhere(tmp_path: Path):
-    """One test, because two workers would each run the benchmark; of the methods, one with a bank and one without."""
+    """One test, because two workers would each run the benchmark; of the methods, Point-PEFT and one that merges."""
     folder = tmp_path / "new"
     QUICK_PUBLISHED.make()
     libraries()
@@ -117,9 +117,6 @@ def test_two_checkouts_take_turns(monkeypatch: pytest.MonkeyPatch, capfd: pytest
         assert len(line) == 6 and all(float(ratio) > 0 for ratio in line[3:])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:the memory bank is empty"
-)  # of the prior of the stem, which is fast or slow all the same
 def test_a_worker_has_both_backbones_with_every_subject():
     runs = worker.subjects(batch=2, points=64, depth=2, groups=8)
     assert [name.split(": ")[0] for name in runs] == 4 * ["published training", "published inference"] + 4 * [

@@ -808,7 +808,7 @@ def test_a_saved_module_whose_name_ends_another(tmp_path: Path) -> None:
 
 def test_a_bank_is_saved_with_its_adapter(tmp_path: Path) -> None:
     rows = torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
-    model = adapted(config=PointPEFTConfig(), memory_bank=rows)
+    model = adapted(config=PointPEFTConfig(memory_bank=True), memory_bank=rows)
     model.save_pretrained(tmp_path / "x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

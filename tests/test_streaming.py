@@ -183,7 +183,7 @@ def test_a_bank_is_built_of_more_clouds_than_are_held(monkeypatch: pytest.Monkey
     backbone, peaks = BACKBONES["compact"], []
     monkeypatch.setattr(bank, "EXACT_ROWS", 64)
     torch.manual_seed(0)
-    model = get_peft_model(backbone.build(), PointPEFTConfig(bank_size=16))
+    model = get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=True, bank_size=16))
     held = held_rows(model, monkeypatch)
 
     def loader() -> Iterator[tuple[Tensor, Tensor]]:

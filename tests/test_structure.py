@@ -292,9 +292,9 @@ def test_files_functions_and_classes_are_short() -> None:
 def test_the_package_is_small() -> None:
     backbones = PACKAGE / "backbones"
     sizes = {
-        "the engine": (17_700, [s for s in package() if not {backbones, *PIPELINE} & set(s.path.parents)]),
+        "the engine": (17_750, [s for s in package() if not {backbones, *PIPELINE} & set(s.path.parents)]),
         "from files to a run": (7_200, [s for s in package() if set(PIPELINE) & set(s.path.parents)]),
-        "the flagship": (850, sources(PACKAGE / "tuners" / "point_peft")),
+        "the flagship": (980, sources(PACKAGE / "tuners" / "point_peft")),
         "what is read in an hour": (950, [Source(PACKAGE / name) for name in READ_IN_AN_HOUR]),
     }
     large = []

@@ -196,7 +196,7 @@ def test_predict(trained: Path, rocks: Path, tmp_path: Path) -> None:
 def test_the_default_method_goes_through_the_hub_into_a_fresh_backbone(
     hub: HubServer, rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point-PEFT, whose memory bank holds as many rows as there are training clouds."""
+    """Point-PEFT, the default of the command."""
     out = tmp_path / "run"
     assert run("train", rocks, "--out", out, *BRIEF) == 0
     capsys.readouterr()

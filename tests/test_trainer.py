@@ -119,7 +119,7 @@ def trained(folder: Path, seed: int, **options: Any) -> tuple[Any, PointPeftMode
     torch.manual_seed(7)
     base = Classifier()
     torch.manual_seed(seed)
-    model = get_peft_model(base, PointPEFTConfig(top_k=2))
+    model = get_peft_model(base, PointPEFTConfig(memory_bank=True, top_k=2))
     data = rows(12)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=4, save_steps=2, eval_steps=2, eval_strategy="steps", report_to=[], seed=0,

@@ -407,7 +407,9 @@ class BegunByNumpy(BegunAnywhere):
 @pytest.mark.parametrize(("kind", "times"), [(BegunAnywhere, 1), (BegunByNumpy, 2)])
 def test_a_prior_is_of_the_groups_that_its_forward_has_drawn(kind: type[Official], times: int) -> None:
     """Groups that torch has drawn are drawn again for the prior; of others both passes make all from their own."""
-    model = get_peft_model(build(kind), PointPEFTConfig(prior="backbone")).train()
+    model = get_peft_model(
+        build(kind), PointPEFTConfig(memory_bank=True, neighbourhood_width=0, prior="backbone")
+    ).train()
     model.build_memory_bank([clouds(20, 1)[0]])
     patches: list[Tensor] = []
     tokens: list[Tensor] = []

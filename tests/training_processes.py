@@ -30,7 +30,11 @@ TRAIN, VAL, ODD = shapes(13, 1), shapes(5, 2), shapes(1, 3)
 GROUPS: dict[str, TunerConfig | PeftConfig] = {
     f"methods {first}": PeftConfig(tuners=tuple(map(config, METHOD_NAMES[first::2]))) for first in range(2)
 }
-CASES: dict[str, TunerConfig | PeftConfig | None] = {**GROUPS, "no bank": PointPEFTConfig(num_prompts=3), "plain": None}
+CASES: dict[str, TunerConfig | PeftConfig | None] = {
+    **GROUPS,
+    "no bank": PointPEFTConfig(memory_bank=True, num_prompts=3),
+    "plain": None,
+}
 
 
 def _train(

@@ -108,14 +108,12 @@ def cell(text: str) -> str:
     return "<br>".join(" ".join(block.split()) for block in re.split(r"\n\s*\n", markdown(text)))
 
 
-def measured(method: str, bench: Bench) -> tuple[list[str], bool]:
-    """The section with parameters and GMAC, and whether the method has a memory bank."""
+def measured(method: str, bench: Bench) -> list[str]:
+    """The section with parameters and GMAC."""
     notes: list[str] = []
     lines: list[list[str]] = []
-    banked = False
     for row in rows_of([method]):
         found = facts(row, bench)
-        banked |= found.needs_bank
         stated = ", ".join(f"{name}={value!r}" for name, value in row.fields.items())
         head = f'head of "{row.pool}"' if row.pool else ""
         lines.append(
@@ -135,10 +133,10 @@ def measured(method: str, bench: Bench) -> tuple[list[str], bool]:
     section = table(lines, (*header, "needs coordinates", "needs a bank"))
     if notes:
         section += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
-    return section, banked
+    return section
 
 
-def usage(method: str, *, banked: bool) -> list[str]:
+def usage(method: str) -> list[str]:
     """Code that puts the method on a backbone."""
     config = METHODS[method]
     offered = vars(point_peft).get(config.__name__) is config
@@ -148,8 +146,6 @@ def usage(method: str, *, banked: bool) -> list[str]:
     else:
         lines += ["from point_peft import get_peft_model", f"from {home(config).__name__} import {config.__name__}"]
     lines += ["", f"model = get_peft_model(backbone, {config.__name__}())"]
-    if banked:
-        lines.append("model.build_memory_bank(train_loader)")
     return [*lines, "model.print_trainable_parameters()", "```"]
 
 
@@ -172,19 +168,19 @@ def page(method: str, bench: Bench = BASE) -> str:
     """The page of a method."""
     text = text_of(method)
     name = file_name(method)
-    numbers, banked = measured(method, bench)
     config = METHODS[method]
     defaults = _defaults(config)
     own = [[f"`{name}`", defaults[name], cell(meaning)] for name, meaning in meanings(config).items()]
     common = ", ".join(f"`{item.name}`" for item in fields(TunerConfig))
     sections: dict[str, list[str]] = {
         "When to use it": text.use,
-        "Use": usage(method, banked=banked),
+        "Use": usage(method),
         f"On {bench.name}": [
             f"{bench.points} points a cloud; GMAC of one forward in eval mode, not merged.",
-            "[methods.md](../methods.md) compares all methods, [speed.md](../speed.md) has their times.",
+            "[methods.md](../methods.md) compares all methods, [speed.md](../speed.md) has their times,",
+            "[accuracy.md](../accuracy.md) what they reach.",
             "",
-            *numbers,
+            *measured(method, bench),
         ],
         "Fields": [
             *markdown(inspect.cleandoc(config.__doc__ or "")).splitlines(),

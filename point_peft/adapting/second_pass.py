@@ -207,10 +207,17 @@ def keep_stem(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any
     second = forward.parent is not None and forward.parent.second.wanted is not None
     wanted = second or forward.active or forward.whole is not None
     if wanted and not kwargs and not forward.apart and not _changes_stem(forward, site.path):
-        call = forward.stem.keep(site.path, args, output)
+        call = forward.stem.keep(site.path, args, output, _points_within(forward, site.path))
         if call is not None and second and forward.parent is not None:
             forward.parent.stem.calls.setdefault(site.path, []).append(call)
     return None
+
+
+def _points_within(forward: Forward, path: str) -> dict[int, Tensor]:
+    """Stage -> the clouds that were seen at modules within a module."""
+    taps = {number: stage.points for number, stage in enumerate(anatomy_of(forward.root).stages)}
+    inside = {number for number, tap in taps.items() if tap is not None and tap.module.startswith(path + ".")}
+    return {number: points for number, points in forward.seen.points.items() if number in inside}
 
 
 def _changes_stem(forward: Forward, path: str | None = None) -> bool:
@@ -263,5 +270,6 @@ def _answer(module: nn.Module, set_by_user: Callable[..., Any] | None, *args: An
     site, forward = here(module)
     call = None if kwargs or _changes_stem(forward, site.path) else forward.stem.answer(site.path, args)
     if call is not None:
+        forward.seen.points = {**call.points, **forward.seen.points}
         return call.output
     return type(module).forward(module, *args, **kwargs) if set_by_user is None else set_by_user(*args, **kwargs)

@@ -250,7 +250,8 @@ def current_forward(root: Root) -> Forward:
     fresh = Forward(_replica.get(root.key) or root, active)
     if direct is not None:
         seen = direct.seen.again()
-        fresh.seen.coordinates, fresh.seen.patches, fresh.seen.samples = seen.coordinates, seen.patches, seen.samples
+        for name in ("coordinates", "patches", "points", "samples"):
+            setattr(fresh.seen, name, getattr(seen, name))
     _direct.set(root.key, fresh)
     return fresh
 
@@ -261,7 +262,8 @@ def restart_direct(root: Root, what: str, stage: int) -> None:
         return
     direct = _direct.get(root.key)
     if direct is not None and (
-        direct.seen.first == (what, stage) or (what == "coordinates" and stage in direct.seen.coordinates)
+        # Clouds are seen ahead of the coordinates that are chosen from them.
+        direct.seen.first == (what, stage) or (what in ("coordinates", "points") and stage in direct.seen.coordinates)
     ):
         _direct.set(root.key, None)
     fresh = current_forward(root)

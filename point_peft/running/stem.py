@@ -18,11 +18,13 @@ class StemCall:
     output: Any
     versions: tuple[int, ...]
     """The number of changes in place of each tensor of the output by then."""
+    points: Mapping[int, Tensor]
+    """Stage -> the clouds (b, n, 3) that were seen at modules within it, which do not run where this answers."""
 
     @staticmethod
-    def of(args: tuple[Any, ...], output: Any) -> StemCall:
+    def of(args: tuple[Any, ...], output: Any, points: Mapping[int, Tensor]) -> StemCall:
         """Remember a call that has just ended."""
-        return StemCall(args, output, versions(output))
+        return StemCall(args, output, versions(output), points)
 
     @property
     def intact(self) -> bool:
@@ -41,12 +43,14 @@ class StemCall:
     def of_samples(self, rows: Tensor, batch: int) -> StemCall | None:
         """The same of some samples of the batch; None where not all tensors have a row a sample."""
         outputs = self.output if isinstance(self.output, tuple) else (self.output,)
-        fitting = all(isinstance(v, Tensor) and v.ndim and len(v) == batch for v in (*self.args, *outputs))
+        values = (*self.args, *outputs, *self.points.values())
+        fitting = all(isinstance(v, Tensor) and v.ndim and len(v) == batch for v in values)
         if not fitting or not self.intact:
             return None
         taken = tuple(value[rows] for value in outputs)
         args = tuple(value[rows] for value in self.args)
-        return StemCall.of(args, taken if isinstance(self.output, tuple) else taken[0])
+        points = {stage: value[rows] for stage, value in self.points.items()}
+        return StemCall.of(args, taken if isinstance(self.output, tuple) else taken[0], points)
 
 
 Calls = Mapping[str, Sequence[StemCall]]
@@ -70,12 +74,12 @@ class Stem:
         """The known call of a module that answers one with these arguments."""
         return next((call for call in self.known.get(path, ()) if call.answers(args)), None)
 
-    def keep(self, path: str, args: tuple[Any, ...], output: Any) -> StemCall | None:
+    def keep(self, path: str, args: tuple[Any, ...], output: Any, points: Mapping[int, Tensor]) -> StemCall | None:
         """Remember a call that has just ended; None if it was answered by what was known."""
         if any(call.output is output for call in self.known.get(path, ())):
             return None
         self.computed = True
-        call = StemCall.of(args, output)
+        call = StemCall.of(args, output, points)
         self.calls.setdefault(path, []).append(call)
         return call
 

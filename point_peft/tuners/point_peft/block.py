@@ -15,6 +15,7 @@ from point_peft.parts.sequence import BlockTokens, SequencePart
 from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import as_layout, block_tokens, put_output_tokens, shift_rows
 from point_peft.tuners.point_peft.local_attention import StageGeometry
+from point_peft.tuners.point_peft.neighbourhood import NeighbourhoodEncoder
 from point_peft.tuners.point_peft.prior import MemoryBank, query_of
 from point_peft.tuners.point_peft.prompt import Prompt
 
@@ -35,6 +36,7 @@ class BlockPart(SequencePart):
         adapter: Bottleneck,
         prior: str | None,
         prefix: int,
+        neighbourhood: NeighbourhoodEncoder | None,
         centre_ratio: float,
         neighbours: int,
     ) -> None:
@@ -45,6 +47,7 @@ class BlockPart(SequencePart):
         self.prior_source = prior
         """Where the prior's query comes from, as `Bank.source` says; None: the prompts have no prior."""
         self.prefix_shift = nn.Parameter(torch.zeros(prefix, stage.width)) if prefix else None
+        self.neighbourhood = neighbourhood
         self.centre_ratio = centre_ratio
         self.neighbours = neighbours
 
@@ -54,6 +57,10 @@ class BlockPart(SequencePart):
             tokens = block_tokens(self.stage, call.path, args, kwargs)
             tokens = shift_rows(tokens, self.prefix_shift, 0, self.stage.layout)
             args, kwargs = put_argument(args, kwargs, self.stage.tokens, tokens)
+        if self.neighbourhood is not None:
+            got = self.received(call, args, kwargs)
+            around = self.neighbourhood.of(call, self.coordinates(call))
+            args, kwargs = self.with_tokens(args, kwargs, got.prefix, got.patches + around.to(got.patches.dtype))
         if self.prompt is None:
             return args, kwargs
         return self.with_prompts(call, args, kwargs, self.prompt(self.coordinates(call).shape[0], P))

@@ -22,8 +22,11 @@ from point_peft.schema import Count, Dropout, Factor, Limit, at_least
 from point_peft.tuners.point_peft.adapter import MlpPart
 from point_peft.tuners.point_peft.block import BlockPart
 from point_peft.tuners.point_peft.local_attention import LocalAttention, StageGeometry
+from point_peft.tuners.point_peft.neighbourhood import NeighbourhoodEncoder
 from point_peft.tuners.point_peft.prior import MemoryBank
 from point_peft.tuners.point_peft.prompt import Prompt
+
+NEIGHBOURHOOD_WIDTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +42,15 @@ class PointPEFTConfig(TunerConfig):
         "prior": "backbone",
         "standardised": False,
         "temperature": 1.0,
+        "memory_bank": True,
+        "neighbourhood_width": 0,
     }
 
     adapted_share: Annotated[float, Limit("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
     """Share of the blocks that is adapted, the last ones, where neither names nor numbers choose blocks.
 
-    The blocks ahead of them then are the plain frozen backbone: without gradient, and what they give is the query of
-    the memory bank.
+    The blocks ahead of them then are the plain frozen backbone, without gradient; what they give is the query of a
+    memory bank, if there is one.
     """
 
     num_prompts: Annotated[int, at_least(0)] = 10
@@ -57,8 +62,8 @@ class PointPEFTConfig(TunerConfig):
     """
     prompt_dropout: Dropout = 0.1
     """Dropout of the learned prompts."""
-    memory_bank: bool = True
-    """Enhance the prompts by the prior that a memory bank of training features gives.
+    memory_bank: bool = False
+    """Enhance the prompts by the prior that a memory bank of training features gives; published: True.
 
     Where stages differ in width: the prompts of the blocks that are as wide as the features.
     """
@@ -85,6 +90,18 @@ class PointPEFTConfig(TunerConfig):
     """
     temperature: Factor = 20.0
     """Factor of the likenesses of the retrieved rows ahead of their softmax."""
+    neighbourhood_width: Annotated[int | None, at_least(0)] = None
+    """Channels inside the encoder of the points around each token, ahead of the first adapted block; 0: none.
+
+    None: 64, but none where it is not known where the model sees its clouds, or where tokens are packed.
+    """
+    neighbourhood_points: Count = 16
+    """Points in the neighbourhood of a token, at most as many as a cloud has."""
+    neighbourhood_dilation: Count = 8
+    """Of so many times as many nearest points, the neighbourhood has each of that number: 16 of the 128 nearest.
+
+    Scans that are resampled to a number of points hold many of them twice.
+    """
     prior_adapter_width: Count = 8
     """Channels in the middle of the adapter of the prior, CPA."""
     adapter_width: Count = 16
@@ -170,6 +187,7 @@ class PointPEFTConfig(TunerConfig):
                     geometry=self._geometry(stage) if block in aware else None,
                     adapter=self._adapter(stage, self.adapter_width),
                     prior=prior if block in prompted else None,
+                    neighbourhood=self._neighbourhood(anatomy, stage) if block is chosen[0] else None,
                     prefix=self._shifted_tokens(backbone, anatomy, block) if block is chosen[0] else 0,
                     centre_ratio=self.centre_ratio,
                     neighbours=self.neighbours,
@@ -225,6 +243,24 @@ class PointPEFTConfig(TunerConfig):
             scale=self.propagation_scale,
             centre_scale=self.centre_scale,
             gated=self.init == "identity",
+        )
+
+    def _neighbourhood(self, anatomy: Anatomy, stage: Stage) -> NeighbourhoodEncoder | None:
+        """The encoder of the points around the tokens of a stage, whose clouds are those of the first that sees any."""
+        seen = [number for number, one in enumerate(anatomy.stages) if one.points is not None]
+        if self.neighbourhood_width == 0:
+            return None
+        if seen and stage.layout != "packed":
+            width = NEIGHBOURHOOD_WIDTH if self.neighbourhood_width is None else self.neighbourhood_width
+            points, dilation = self.neighbourhood_points, self.neighbourhood_dilation
+            return NeighbourhoodEncoder(stage.width, width, points, dilation, seen[0])
+        if self.neighbourhood_width is None:
+            return None
+        known = "these are packed" if stage.layout == "packed" else "where they are seen is not known"
+        raise AnatomyError(
+            f"{self.method} with neighbourhood_width={self.neighbourhood_width} needs the clouds that the tokens of "
+            f"'{stage.blocks[0].path}' were made of, and {known}: state it in config.anatomy (Stage.points), or leave "
+            "the field out"
         )
 
     def _stage_geometry(self, number: int, stage: Stage, prompted: bool) -> StageGeometry:
