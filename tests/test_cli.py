@@ -38,6 +38,8 @@ pytest_plugins = ["tests.hub_fixture"]
 HERE = "tests.test_cli"
 LORA = LoraConfig(r=4, modules_to_save=[])
 
+TUNER = replace(CONFIG, adapter_width=4)
+
 
 def make() -> nn.Module:
     return backbone()
@@ -254,7 +256,7 @@ def test_the_same_in_two_formats(tmp_path: Path) -> None:
 
 
 def test_two_adapters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapted(2, config=PeftConfig(tuners=[CONFIG], base_model_name_or_path="someone/base")).save_pretrained(
+    adapted(2, config=PeftConfig(tuners=[TUNER], base_model_name_or_path="someone/base")).save_pretrained(
         tmp_path / "b"
     )
     assert run("diff", folder, tmp_path / "b") == 1
