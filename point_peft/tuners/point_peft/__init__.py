@@ -37,7 +37,7 @@ Deviations from the published code, each with its reason:
 
 - By default the last half of the blocks is adapted (`adapted_share`), published: all. The blocks ahead of them are the
   frozen backbone then, and run without gradients.
-- There is no memory bank by default (`memory_bank=False`), published: there is. In our comparison it did not help
+- There is no memory bank by default (`memory_bank=False`), published: there is. In our runs it has not helped so far
   (`docs/accuracy.md`). What follows of the query and of likenesses is of adapters that have one.
 - By default an encoder of neighbourhoods adds z to the tokens at the first adapted block (`neighbourhood_width`),
   published: nothing. The patch embedding is frozen and made for the points of the pre-training; what it has lost of
