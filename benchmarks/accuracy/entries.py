@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,3 @@ def all_entries(make: Callable[[], nn.Module]) -> tuple[list[Entry], dict[str, s
 
 def _states_published(kind: type[TunerConfig]) -> bool:
     return PUBLISHED in vars(kind)
-
-
-def labels(chosen: Sequence[Entry]) -> str:
-    """The entries as the command line takes them."""
-    return ",".join(one.label for one in chosen)

@@ -34,7 +34,8 @@ recipe. CONVERGED_PROBE is logistic regression by L-BFGS on the standardised fro
 reads, its C chosen on validation; RETRIEVAL weighs the classes of the training clouds by softmax(20 cos) of
 these features and trains nothing. METHOD:field=value is a variant."""
 COLUMNS = """Trained: parameters without the head. File: with the head, and with the bank where there is one.
-Time: that of a few training steps, of those of full fine-tuning. Memory: what a training adds to its process."""
+Time: that of a few training steps, of those of full fine-tuning. Memory: the most that tensors of a step
+take at once."""
 
 PICTURE = f"""![accuracy over parameters and over time]({NAME}.png)
 

@@ -25,7 +25,7 @@ from point_peft.errors import PointPeftError
 KEPT = (
     *("part", "task", "entry", "seed", "lr", "clouds", "accuracy", "last_accuracy", "ece", "right", "count"),
     *("corrupted", "uncorrupted", "trainable", "trainable_without_head", "file_bytes", "seconds_an_epoch"),
-    *("peak_bytes_of_training", "best_epoch", "slope", "chosen"),
+    *("peak_bytes_of_a_step", "best_epoch", "slope", "chosen"),
 )
 """What the record has of each run."""
 COMMANDS = "commands.txt"

@@ -45,7 +45,7 @@ def of_set(results: Results, task: str) -> Lines:
                 _number(values(own, "trainable")),
                 _scaled(values(own, "file_bytes"), 1e-6, 2),
                 ratio(own, full),
-                _scaled(values(own, "peak_bytes_of_training"), 2**-20, 0),
+                _scaled(values(own, "peak_bytes_of_a_step"), 2**-20, 0),
             ]
         )
     header = ["", "accuracy", "last epoch", f"less {FULL}", f"less {FLAGSHIP}", "trained", "with head"]

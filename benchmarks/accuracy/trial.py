@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from benchmarks.accuracy.measuring import answers, classifier_of, inference_of, 
 from benchmarks.accuracy.protocol import Protocol, heads_of
 from benchmarks.accuracy.sets import Parts
 from benchmarks.accuracy.stem import Store
+from benchmarks.memory import peak_bytes
 from point_peft.data.augmenting import augment
 from point_peft.data.cloud import Sample
 from point_peft.data.cloud_set import CloudSet
@@ -96,27 +96,29 @@ class Views(Dataset[Sample]):
         return augment(self.clouds[index], self.augmentations, rng, self.clouds.preparation.normals)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def cost(model: nn.Module, train: CloudSet, recipe: Recipe) -> dict[str, float]:
+    """The memory of a first step, and this process's time for an epoch, by the median of a few steps, as JSON.
 
-
-def seconds_an_epoch(model: nn.Module, train: CloudSet, recipe: Recipe) -> float:
-    """The time of this process for the steps of an epoch, by the median of a few; it leaves the model spoilt."""
+    It leaves the model spoilt.
+    """
     inference = inference_of(model, len(train.classes))
     batch = inference.feed.batch([train[place] for place in range(min(recipe.batch_size, len(train)))])
     labels = inference.feed.labels(batch)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=recipe.lr)
     set_mode(model, True)
-    taken = []
-    for _ in range(TIMED_STEPS):
-        start = time.process_time()
+
+    def step() -> None:
         mean, auxiliary = inference.losses(batch, labels, inference.loss.weight_of(labels), 1.0)
         optimizer.zero_grad()
         (mean + auxiliary).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+    peak, taken = peak_bytes(step, torch.device("cpu")), []
+    for _ in range(TIMED_STEPS):
+        start = time.process_time()
+        step()
         taken.append(time.process_time() - start)
-    return median(taken) * len(train) / len(labels)
+    return {"peak_bytes_of_a_step": peak, "seconds_an_epoch": median(taken) * len(train) / len(labels)}
 
 
 def run_trained(
@@ -131,7 +133,7 @@ def run_trained(
     plain = protocol.plain(len(classes), recipe.seed)
     head = sum(p.numel() for path in heads_of(plain) for p in plain.get_submodule(path).parameters())
     model = protocol.model(entry, len(classes), recipe.seed).eval()
-    before, watch = peak_bytes(), Watch(model, recipe.epochs)
+    watch = Watch(model, recipe.epochs)
     train = Views(parts.train, watch, recipe.augment, protocol.views, recipe.seed)
     val = Watched(parts.val, watch) if len(parts.val) else None
     start = time.process_time()
@@ -158,8 +160,7 @@ def run_trained(
                 write_values(model, watch.last)
                 found["last_accuracy"] = answers(classify, parts.test).accuracy
         # The stem runs again, for it is part of what a step takes.
-        found["seconds_an_epoch"] = seconds_an_epoch(model, parts.train, recipe)
-        found["peak_bytes_of_training"] = peak_bytes() - before
+        found.update(cost(model, parts.train, recipe))
     for file in folder.iterdir():
         if file.suffix == ".png":
             file.unlink()
