@@ -96,6 +96,22 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_last_epoch_is_kept_where_the_recipe_says_so(tmp_path: Path) -> None:
+    wrong = TensorDataset(VAL.tensors[0], (VAL.tensors[1] + 2) % 3)  # what is learned makes these worse
+    recipe = replace(QUICK, epochs=4)
+    best, last, blind = (
+        fit(adapted(), TRAIN, val, replace(recipe, keep=keep), out=tmp_path / name)
+        for name, val, keep in (("best", wrong, "best"), ("last", wrong, "last"), ("blind", None, "best"))
+    )
+    assert best.best_epoch < last.best_epoch == blind.best_epoch == 4
+    assert torch.equal(logits(last.model, TEST), logits(blind.model, TEST))
+    assert not torch.equal(logits(last.model, TEST), logits(best.model, TEST))
+    assert "of which epoch 4 is kept, the last" in (last.folder / "README.md").read_text("utf-8")
+    with pytest.raises(PointPeftError, match="Recipe.patience is 3; allowed: null where keep is"):
+        replace(recipe, keep="last", patience=3)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_training_stops_when_validation_no_longer_improves(tmp_path: Path) -> None:
     wrong = TensorDataset(VAL.tensors[0], (VAL.tensors[1] + 1) % 3)  # what is learned makes these worse
     run = fit(adapted(), TRAIN, wrong, replace(QUICK, epochs=40, patience=2), out=tmp_path / "run")

@@ -74,7 +74,7 @@ def fit(
     log_with: str | Sequence[str] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Train whatever of a model requires a gradient, and leave the best of it, by validation, in the folder `out`.
+    """Train whatever of a model requires a gradient, and leave the values that `recipe.keep` names in the folder `out`.
 
     Of an adapted model that is its adapters; of a plain one everything (full fine-tuning), or what is not frozen
     (linear probing). A data set has a length and gives (clouds, label, …) by place; other forms are told by `to_inputs`

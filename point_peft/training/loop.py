@@ -160,7 +160,8 @@ class Loop:
         if self.val is not None:
             with nullcontext() if self.average is None else self.average.in_place():
                 val, _ = self.inference.measure(self.val)
-                self._keep_best(number, val[monitored(self.recipe.task == "segmentation")], val["loss"])
+                if self.recipe.keep == "best":
+                    self._keep_best(number, val[monitored(self.recipe.task == "segmentation")], val["loss"])
         self.folder.log(step=self.place.step, epoch=number, train_loss=mean, **{f"val_{k}": v for k, v in val.items()})
         self.accelerator.log({"train_loss": mean, **{f"val_{k}": v for k, v in val.items()}}, step=self.place.step)
         self.progress.epoch(number, mean, val)

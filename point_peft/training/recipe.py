@@ -56,6 +56,11 @@ class Recipe:
     """In the loss: "balanced" for weights inverse to the numbers of training clouds (or points), or one a class."""
     ema: Annotated[float | None, _SHARE] = None
     """The decay by step of a running average of what is trained, which is then what is validated and kept."""
+    keep: Literal["best", "last"] = "best"
+    """The epoch whose values are kept: the best on validation, or the last.
+
+    On few validation clouds the best epoch is partly luck; the last, at the end of the cosine, is often better.
+    """
     patience: Annotated[int | None, at_least(1)] = None
     """Training stops after so many epochs in which validation did not improve; None: never early."""
     augment: Sequence[str] = ("scale_translate",)
@@ -82,6 +87,8 @@ class Recipe:
         weights = self.class_weights
         above = isinstance(weights, str) or all(weight > 0 and math.isfinite(weight) for weight in weights)
         require(above, self, "class_weights", "'none', 'balanced' or a number above 0 for each class")
+        allowed = 'null where keep is "last": whoever stops early keeps the best'
+        require(self.keep == "best" or self.patience is None, self, "patience", allowed)
         require(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size, {self.batch_size}")
 
     def learning_rate(self, step: int, steps: int) -> float:
