@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import jobs
-from benchmarks.accuracy.__main__ import main, numbers
+from benchmarks.accuracy.__main__ import main, numbers, of_runs
 from benchmarks.accuracy.entries import all_entries, entries, entry
 from benchmarks.accuracy.frozen import features_of
 from benchmarks.accuracy.jobs import Job, Request, run_job
@@ -28,7 +28,7 @@ from benchmarks.accuracy.results import Results, collected, difference
 from benchmarks.accuracy.sets import Sets, mars_options
 from benchmarks.accuracy.statistics import paired_difference, slope
 from benchmarks.accuracy.stem import Store
-from benchmarks.accuracy.trial import Views, Watch
+from benchmarks.accuracy.trial import Views
 from point_peft import METHODS, LoraConfig, PointPEFTConfig, PointPeftError, TunerConfig, get_peft_model
 from point_peft.backbones import PointTransformer
 from point_peft.backbones.layers import Encoder
@@ -167,9 +167,12 @@ def test_unknown_entries_are_refused(text: str, message: str) -> None:
 
 
 def test_every_registered_method_is_an_entry_or_says_why_not() -> None:
-    found, refused = all_entries(tiny)
+    found, refused = all_entries(tiny, small=False)
     assert {one.method for one in found} | set(refused) >= set(METHODS)
     assert set(refused) == {"INPUT_ADAPTER"}
+    on_small, _ = all_entries(tiny, small=True)
+    assert [one.method for one in on_small] == [one.method for one in found]
+    assert {one.method for one in on_small if one not in found} == {"PPT", "POINT_LORA"}
 
 
 def test_one_person_is_left_out_and_the_next_one_validates() -> None:
@@ -178,6 +181,13 @@ def test_one_person_is_left_out_and_the_next_one_validates() -> None:
         assert (list(options.test_groups), list(options.val_groups)) == ([test], [val])
         assert len(options.train_groups) == 2
     assert numbers("0-2,5") == [0, 1, 2, 5]
+    assert of_runs(["run", "--out", "x", "--part", "sets", "--hours=2", "--workers", "1", "--seeds", "0"]) == [
+        "run",
+        "--part",
+        "sets",
+        "--seeds",
+        "0",
+    ]
     with pytest.raises(PointPeftError, match="no task is called 'dgits'; nearest: 'digits'"):
         Sets(radhar=Path(), mars=Path()).check("dgits")
 
@@ -231,16 +241,16 @@ def test_no_run_begins_once_the_time_is_over(tmp_path: Path, capsys: pytest.Capt
     assert "4 runs are left" in capsys.readouterr().out
 
 
-def rate_run(out: Path, lr: float, accuracy: float, text: str = "LORA") -> None:
-    job = Job(part="rates", task="digits", entry=entry(text), seed=0, lr=lr)
-    record = {"part": "rates", "task": "digits", "entry": text, "seed": 0, "lr": lr}
+def rate_run(out: Path, lr: float, accuracy: float, text: str = "LORA", task: str = "digits") -> None:
+    job = Job(part="rates", task=task, entry=entry(text), seed=0, lr=lr)
+    record = {"part": "rates", "task": task, "entry": text, "seed": 0, "lr": lr}
     job.path(out).parent.mkdir(parents=True, exist_ok=True)
-    job.path(out).write_text(json.dumps({**record, "best_epoch": 1, "val": [accuracy], "val_loss": [1.0]}))
+    job.path(out).write_text(json.dumps({**record, "validated": accuracy, "validated_loss": 1.0}))
 
 
 def test_the_rate_is_that_of_validation_or_that_of_the_method_itself(tmp_path: Path) -> None:
     asked = request(tmp_path, entries=entries("LORA,LORA:r=2,RETRIEVAL"), seeds=[0], lr=None)
-    with pytest.raises(PointPeftError, match="no learning rate was tried for LORA on digits"):
+    with pytest.raises(PointPeftError, match="no learning rate was tried for LORA: "):
         asked.jobs()
     for lr, accuracy in zip(GRID, (60, 70, 80, 75), strict=True):
         rate_run(tmp_path, lr, accuracy)
@@ -248,6 +258,12 @@ def test_the_rate_is_that_of_validation_or_that_of_the_method_itself(tmp_path: P
     assert request(tmp_path, "rates", entries=entries("LORA")).due() == []
     rate_run(tmp_path, 1e-2, 90)
     assert [job.lr for job in request(tmp_path, "rates", entries=entries("LORA")).due()] == [3e-2]
+    both = request(tmp_path, "rates", entries=entries("LORA"), tasks=["digits", "mars"])
+    assert [(job.task, job.lr) for job in both.due()] == [("mars", lr) for lr in GRID]
+    for lr, accuracy in zip(GRID, (60, 95, 80, 60), strict=True):
+        rate_run(tmp_path, lr, accuracy, task="mars")
+    assert both.due() == []
+    assert [job.lr for job in asked.jobs()] == [1e-3, 1e-3, None]
 
 
 def test_a_transfer_needs_the_run_that_it_begins_with(tmp_path: Path) -> None:
@@ -295,7 +311,7 @@ def test_a_run_from_clouds_to_the_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert full["seconds_an_epoch"] > 0
     assert probe["trainable"] == 2 * (48 + 1)
     assert all(len(run["corrupted"]["density"]) == 3 for run in (full, adapter, probe, retrieval))
-    assert 0 <= full["last_accuracy"] <= 100
+    assert 0 <= full["validated"] <= 100
     monkeypatch.setattr(jobs, "RADARS", ("radhar", "mars"))
     moved = next(job for job in request(out, "transfer", entries=entries("CONVERGED_PROBE"), seeds=[0]).jobs())
     run_job(moved, sets, protocol, out)
@@ -348,14 +364,14 @@ def test_a_frozen_stem_sees_a_cloud_once_and_one_that_is_trained_or_adapted_is_a
 
 def test_training_goes_round_the_views_and_everything_else_sees_the_clouds_as_they_are() -> None:
     clouds, model = solids(), tiny().eval()
-    views = Views(clouds, Watch(model, 4), ("scale_translate",), views=2, seed=0)
+    views = Views(clouds, model, ("scale_translate",), views=2, seed=0)
     assert torch.equal(views[1].points, clouds[1].points)
     model.train()
     first, second, third = (views[1].points for _ in range(3))
     assert torch.equal(first, third)
     assert not torch.equal(first, second)
     assert not torch.equal(first, clouds[1].points)
-    other = Views(clouds, Watch(model, 4), ("scale_translate",), views=2, seed=1)
+    other = Views(clouds, model, ("scale_translate",), views=2, seed=1)
     assert not torch.equal(other[1].points, first)
 
 
@@ -366,9 +382,9 @@ def results() -> Results:
     runs = [
         {
             **{"part": part, "task": task, "entry": name, "seed": seed, "lr": 1e-3, "clouds": [32, 8, 200]},
-            **{"accuracy": 100 * float(right.mean()), "last_accuracy": 50.0, "ece": 3.0},
+            **{"accuracy": 100 * float(right.mean()), "ece": 3.0},
             **{"right": packed(right), "count": 200, "trainable": 10, "trainable_without_head": 5},
-            **{"seconds_an_epoch": 2.0 - place, "slope": 0.5, "best_epoch": 3, "file_bytes": 10**6},
+            **{"seconds_an_epoch": 2.0 - place, "slope": 0.5, "file_bytes": 10**6},
         }
         for part, task in (("sets", "digits"), ("people", "mars-p1"), ("few_shot", "digits-5x10"))
         for place, (name, share) in enumerate({"FULL": 0.5, "POINT_PEFT": 0.9}.items())
@@ -378,7 +394,8 @@ def results() -> Results:
     rates = [{"task": "digits", "entry": "FULL", "tried": {"0.001": [70.0, -1.0], "0.003": [60.0, -1.0]}}]
     recipe = Recipe().to_json()
     protocol = {
-        **{"recipe": recipe, "train_clouds": 32, "val_clouds": 8, "test_clouds": 200, "groups": None, "views": 5}
+        **{"recipe": recipe, "train_clouds": 32, "val_clouds": 8, "test_clouds": 200, "groups": None, "views": 5},
+        **{"curve_clouds": 4, "rate_epochs": None},
     }
     about = {"protocol": {**protocol, "backbone": "tiny", "weights": "abc"}, "commands": ["python -m it"]}
     return Results(about=about, runs=runs, rates=rates)

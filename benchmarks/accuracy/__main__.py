@@ -31,10 +31,12 @@ from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
 from point_peft.errors import PointPeftError
 from point_peft.training.flags import ABSENT, add_flags, given_flags
+from point_peft.training.models import SMALL
 from point_peft.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path("build/accuracy")
+FOR_THE_MACHINE = ("--out", "--workers", "--hours")
 NOT_CHOSEN = ("task", "lr", "seed", "num_workers", "checkpoint_steps", "patience", "head_lr", "prompt_lr")
 """Fields of the recipe that are not stated for everything."""
 
@@ -128,10 +130,22 @@ def run_part(options: argparse.Namespace) -> int:
 
 def _note_command(out: Path, words: Sequence[str]) -> None:
     """Keep the command, for the page."""
-    path, line = out / COMMANDS, f"python -m benchmarks.accuracy {shlex.join(words)}"
+    path, line = out / COMMANDS, f"python -m benchmarks.accuracy {shlex.join(of_runs(words))}"
     if line not in (path.read_text("utf-8").splitlines() if path.exists() else []):
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def of_runs(words: Sequence[str]) -> list[str]:
+    """The words of a command that say which runs there are, without those for the machine."""
+    kept, value_follows = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if value_follows or name in FOR_THE_MACHINE:
+            value_follows = not value_follows and not equals
+        else:
+            kept.append(word)
+    return kept
 
 
 def _warm_up() -> None:
@@ -148,7 +162,7 @@ def _tasks(options: argparse.Namespace, sets: Sets) -> list[str]:
 def _entries(text: str | None, protocol: Protocol) -> list[Entry]:
     if text is not None:
         return entries(text)
-    found, refused = all_entries(lambda: protocol.plain(2, 0))
+    found, refused = all_entries(lambda: protocol.plain(2, 0), small=protocol.backbone == SMALL)
     for label, reason in refused.items():
         say(f"left out: {label}: {reason}")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from benchmarks.accuracy.entries import PROBE, Entry
 from benchmarks.accuracy.entries import entry as parsed
 from benchmarks.accuracy.protocol import Protocol
-from benchmarks.accuracy.rates import GRID, Tried, best_rate, missing_rates, on_validation
+from benchmarks.accuracy.rates import GRID, Tried, best_rate, missing_rates, on_validation, over_sets
 from benchmarks.accuracy.sets import FEW_SHOT_SETS, PEOPLE, Parts, Sets
 from benchmarks.accuracy.stem import Store
 from benchmarks.accuracy.trial import run_frozen, run_trained, run_transfer
@@ -82,17 +83,16 @@ class Request:
         """Those that are not done."""
         return [job for job in self.jobs() if not job.path(self.out).exists()]
 
-    def rate(self, entry: Entry, task: str) -> float | None:
-        """The learning rate of an entry on a set: the chosen one of its own, else of its method with defaults."""
+    def rate(self, entry: Entry) -> float | None:
+        """The learning rate of an entry: the chosen one of its own, else of its method with defaults."""
         if not entry.trains or self.lr is not None:
             return self.lr if entry.trains else None
+        tasks = sorted(path.name for path in (self.out / RUNS / RATES).glob("*"))
         for own in (entry, parsed(entry.method)):
-            tried = tried_rates(self.out, task, own)
+            tried = over_sets([found for task in tasks if (found := tried_rates(self.out, task, own))])
             if tried:
                 return best_rate(tried)
-        raise PointPeftError(
-            f"no learning rate was tried for {entry.label} on {task}: --part rates first, or state one by --lr"
-        )
+        raise PointPeftError(f"no learning rate was tried for {entry.label}: --part rates first, or state one by --lr")
 
 
 def tried_rates(out: Path, task: str, entry: Entry) -> Tried:
@@ -105,46 +105,44 @@ def tried_rates(out: Path, task: str, entry: Entry) -> Tried:
 
 
 def _rates(request: Request) -> Iterator[Job]:
-    """The rates that were tried and those that are missing, one for each entry and set, then the next."""
+    """The rates that were tried and those that are missing, one for each entry on all sets, then the next."""
     columns = []
-    for task in request.tasks:
-        for entry in request.entries:
-            tried = tried_rates(request.out, task, entry)
-            lrs = [*tried, *missing_rates(tried, request.grid)] if entry.trains else []
-            columns.append([Job(part=RATES, task=task, entry=entry, seed=request.seeds[0], lr=lr) for lr in lrs])
-    yield from (job for row in zip_longest(*columns) for job in row if job is not None)
+    for entry in request.entries:
+        tried = over_sets([tried_rates(request.out, task, entry) for task in request.tasks])
+        lrs = [*tried, *missing_rates(tried, request.grid)] if entry.trains else []
+        job = partial(Job, part=RATES, entry=entry, seed=request.seeds[0])
+        columns.append([[job(task=task, lr=lr) for task in request.tasks] for lr in lrs])
+    yield from (job for row in zip_longest(*columns, fillvalue=()) for jobs in row for job in jobs)
 
 
 def _sets(request: Request) -> Iterator[Job]:
-    yield from _crossed(request, SETS, {task: task for task in request.tasks})
+    yield from _crossed(request, SETS, request.tasks)
 
 
 def _few_shot(request: Request) -> Iterator[Job]:
-    names = {f"{task}-{ways}x10": task for task in request.tasks if task in FEW_SHOT_SETS for ways in WAYS}
+    names = [f"{task}-{ways}x10" for task in request.tasks if task in FEW_SHOT_SETS for ways in WAYS]
     yield from _crossed(request, FEW_SHOT, names)
 
 
 def _people(request: Request) -> Iterator[Job]:
-    yield from _crossed(request, PEOPLE_OUT, dict.fromkeys(PEOPLE, "mars"))
+    yield from _crossed(request, PEOPLE_OUT, PEOPLE)
 
 
 def _transfer(request: Request) -> Iterator[Job]:
-    names = {f"{source}-to-{target}": source for source, target in (RADARS, RADARS[::-1])}
-    for job in _crossed(request, TRANSFER, names):
+    for job in _crossed(request, TRANSFER, [f"{source}-to-{target}" for source, target in (RADARS, RADARS[::-1])]):
         if job.entry.trains and not job.source(request.out).exists():
-            raise PointPeftError(
-                f"{job} begins with the same run of --part sets --tasks {names[job.task]}: do it first"
-            )
+            raise PointPeftError(f"{job} begins with the same run of --part sets --tasks {job.sets[0]}: do it first")
         if job.entry.trains or job.entry.method == PROBE:
             yield job
 
 
-def _crossed(request: Request, part: str, sets: Mapping[str, str]) -> Iterator[Job]:
-    """Seeds, then tasks, then entries; task -> the set whose learning rates hold."""
+def _crossed(request: Request, part: str, tasks: Sequence[str]) -> Iterator[Job]:
+    """Seeds, then tasks, then entries."""
+    rates = [request.rate(entry) for entry in request.entries]
     for seed in request.seeds:
-        for task, own in sets.items():
-            for entry in request.entries:
-                yield Job(part=part, task=task, entry=entry, seed=seed, lr=request.rate(entry, own))
+        for task in tasks:
+            for entry, lr in zip(request.entries, rates, strict=True):
+                yield Job(part=part, task=task, entry=entry, seed=seed, lr=lr)
 
 
 _KINDS: Mapping[str, Callable[[Request], Iterator[Job]]] = {

@@ -27,12 +27,14 @@ FRESH = f"""# Accuracy
 """
 HOW = """A value is the mean ± standard deviation over the seeds, in percent of the test clouds. A seed draws
 the training clouds, the head, the adapter and the order of the batches, the same for everything that is
-compared. The epoch that is best on validation counts; the test clouds are not used before. A difference is in
+compared. The last epoch counts; the test clouds are not used before. Each entry has one learning rate, the best on
+the validation clouds of all sets with seed 0. A difference is in
 points, with the interval that holds 95 % of 4,000 paired bootstrap draws, of seeds and of test clouds; it is
 called better or worse only where the interval excludes zero. It holds for these sets, this backbone and this
 recipe. CONVERGED_PROBE is logistic regression by L-BFGS on the standardised frozen features that the head
 reads, its C chosen on validation; RETRIEVAL weighs the classes of the training clouds by softmax(20 cos) of
-these features and trains nothing. METHOD:field=value is a variant."""
+these features and trains nothing. METHOD:field=value is a variant; PPT and POINT_LORA group a cloud further times,
+here as finely as this backbone does, as their authors did with theirs."""
 COLUMNS = """Trained: parameters without the head. File: with the head, and with the bank where there is one.
 Time: that of a few training steps, of those of full fine-tuning. Memory: the most that tensors of a step
 take at once."""
@@ -92,7 +94,7 @@ def _clouds(results: Results, task: str) -> str:
 
 
 def _chapters(results: Results) -> Iterator[str]:
-    severities = ", ".join(map(str, SEVERITIES))
+    severities, protocol = ", ".join(map(str, SEVERITIES)), results.about["protocol"]
     if results.tasks(FEW_SHOT):
         text = f"{SHOTS} training clouds of each class, no validation, the last epoch; a seed is an episode."
         yield from ("", "## Few-shot", "", text, "", *tables.few_shot(results))
@@ -114,13 +116,14 @@ def _chapters(results: Results) -> Iterator[str]:
         text = f"Expected calibration error in points, {BINS} bins; less is better."
         yield from ("", "## Calibration", "", text, "", *tables.calibration(results))
         text = (
-            "Validation accuracy of the last quarter of the epochs less that of the quarter before, in points, and in "
-            "brackets the mean epoch that was best."
+            f"Accuracy on {protocol['curve_clouds']} validation clouds in the last quarter of the epochs "
+            "less that in the quarter before, in points."
         )
         yield from ("", "## Is the training at its end?", "", text, "", *tables.flatness(results))
     if results.rates:
+        epochs = protocol["rate_epochs"] or protocol["recipe"]["epochs"]
         text = (
-            "Accuracy on validation of the best epoch with seed 0; the chosen rate is bold. Where the best was on the "
-            "edge of the grid, more was tried; ! says that it still is."
+            f"Accuracy on validation after {epochs} epochs with seed 0; the chosen rate is bold."
+            " Where the best was on the edge of the grid, more was tried; ! says that it still is."
         )
         yield from ("", "## Learning rates that were tried", "", text, "", *tables.rates(results))

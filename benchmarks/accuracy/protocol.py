@@ -27,16 +27,18 @@ FILE = "protocol.json"
 class Protocol:
     """The conditions of one comparison."""
 
-    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=24, checkpoint_steps=10**6))
-    """Of every training; the learning rate and the seed are put in its place."""
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=24, keep="last", checkpoint_steps=10**6))
+    """Of every training, whose last epoch counts; the learning rate and the seed are put in its place."""
     few_shot_epochs: Count = 40
     """Epochs of few-shot tasks, which have few steps in each and no validation: their last epoch counts."""
     rate_epochs: Annotated[int | None, at_least(1)] = None
     """Epochs of the runs that try learning rates; None: those of the recipe."""
     train_clouds: Annotated[int, at_least(0)] = 320
     """At most so many training clouds, drawn by the seed, the same for all that is compared; 0: all."""
-    val_clouds: Annotated[int, at_least(0)] = 200
+    val_clouds: Annotated[int, at_least(0)] = 300
     """At most so many validation clouds, drawn once; 0: all."""
+    curve_clouds: Count = 60
+    """So many of these are validated after every epoch, to see whether the training is at its end."""
     test_clouds: Annotated[int, at_least(0)] = 500
     """At most so many test clouds, drawn once; 0: all."""
     corrupted_clouds: Annotated[int, at_least(0)] = 200

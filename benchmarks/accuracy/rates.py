@@ -1,8 +1,9 @@
-"""Learning rates: one grid for everything, chosen on validation, wider where the best lies on its edge."""
+"""Learning rates: one grid for everything, chosen on validation clouds of all sets, wider where an edge is best."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -10,13 +11,18 @@ FACTOR = 3.0
 EXTENSIONS = 2
 """Rates that may be added to the grid."""
 Tried = Mapping[float, tuple[float, float]]
-"""Rate -> accuracy on validation, and how much less than none the loss is, of the best epoch."""
+"""Rate -> accuracy on validation after the last epoch, and how much less than none the loss is."""
 
 
 def on_validation(run: Mapping[str, Any]) -> tuple[float, float]:
-    """Accuracy on validation of the best epoch of a run, and how much less than none the loss is."""
-    best = run["best_epoch"] - 1
-    return run["val"][best], -run["val_loss"][best]
+    """Accuracy of a run on validation, and how much less than none the loss is."""
+    return run["validated"], -run["validated_loss"]
+
+
+def over_sets(tried: Sequence[Tried]) -> Tried:
+    """The means over sets, of the rates that were tried on each of them."""
+    shared = [rate for rate in tried[0] if all(rate in one for one in tried)] if tried else []
+    return {rate: (fmean(one[rate][0] for one in tried), fmean(one[rate][1] for one in tried)) for rate in shared}
 
 
 def best_rate(tried: Tried) -> float:

@@ -18,14 +18,14 @@ from benchmarks.accuracy.entries import entry
 from benchmarks.accuracy.jobs import RATES, RUNS
 from benchmarks.accuracy.measuring import unpacked
 from benchmarks.accuracy.protocol import FILE
-from benchmarks.accuracy.rates import Tried, best_rate, on_validation
+from benchmarks.accuracy.rates import Tried, best_rate, on_validation, over_sets
 from benchmarks.accuracy.statistics import Difference, paired_difference, slope
 from point_peft.errors import PointPeftError
 
 KEPT = (
-    *("part", "task", "entry", "seed", "lr", "clouds", "accuracy", "last_accuracy", "ece", "right", "count"),
+    *("part", "task", "entry", "seed", "lr", "clouds", "accuracy", "validated", "ece", "right", "count"),
     *("corrupted", "uncorrupted", "trainable", "trainable_without_head", "file_bytes", "seconds_an_epoch"),
-    *("peak_bytes_of_a_step", "best_epoch", "slope", "chosen"),
+    *("peak_bytes_of_a_step", "slope", "chosen"),
 )
 """What the record has of each run."""
 COMMANDS = "commands.txt"
@@ -71,6 +71,14 @@ class Results:
             for one in self.rates
             if one["task"] == task
         }
+
+    def chosen(self, entry: str) -> Tried:
+        """The rates that were tried for an entry, over all sets; none where none were."""
+        return over_sets([own[entry] for task in self.rate_tasks() if entry in (own := self.tried(task))])
+
+    def rate_tasks(self) -> list[str]:
+        """The sets on which rates were tried."""
+        return sorted({one["task"] for one in self.rates})
 
 
 def collected(out: Path) -> tuple[Results, int]:
@@ -127,7 +135,7 @@ def _of_one_rate(runs: Sequence[Run], results: Results) -> list[Run]:
         counts[run["part"], run["task"], run["entry"]][run["lr"]] += 1
     chosen = {}
     for key, own in counts.items():
-        tried = results.tried(key[1]).get(key[2])
+        tried = results.chosen(key[2])
         best = best_rate(tried) if tried else None
         chosen[key] = best if best in own else max(own, key=lambda rate: own[rate])
     return [run for run in runs if run["lr"] == chosen[run["part"], run["task"], run["entry"]]]

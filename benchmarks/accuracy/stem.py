@@ -31,14 +31,25 @@ class Store:
     @staticmethod
     def read(path: Path) -> Store:
         """The store of a file, or an empty one."""
-        return Store(path, torch.load(path)) if path.exists() else Store(path)
+        if not path.exists():
+            return Store(path)
+        held = torch.load(path)
+        return Store(
+            path,
+            {name: dict(zip(keys, zip(*values, strict=True), strict=True)) for name, (keys, values) in held.items()},
+        )
 
     def write(self) -> None:
         """Write the file anew, at once, if there is more than it holds."""
         if self.grown:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             own = self.path.with_suffix(f".{os.getpid()}")
-            torch.save(self.rows, own)
+            # A few large tensors are read much faster than thousands of rows.
+            stacked = {
+                name: (list(rows), [torch.stack(column) for column in zip(*rows.values(), strict=True)])
+                for name, rows in self.rows.items()
+            }
+            torch.save(stacked, own)
             own.replace(self.path)
 
     @contextmanager

@@ -38,7 +38,6 @@ def of_set(results: Results, task: str) -> Lines:
             [
                 name,
                 spread(values(own, "accuracy")),
-                spread(values(own, "last_accuracy")),
                 "" if name == FULL else told(difference(own, full)),
                 "" if name == FLAGSHIP else told(difference(own, flagship)),
                 _number(values(own, "trainable_without_head")),
@@ -48,7 +47,7 @@ def of_set(results: Results, task: str) -> Lines:
                 _scaled(values(own, "peak_bytes_of_a_step"), 2**-20, 0),
             ]
         )
-    header = ["", "accuracy", "last epoch", f"less {FULL}", f"less {FLAGSHIP}", "trained", "with head"]
+    header = ["", "accuracy", f"less {FULL}", f"less {FLAGSHIP}", "trained", "with head"]
     return table(cells, [*header, "file, MB", f"time / {FULL}", "memory, MiB"])
 
 
@@ -87,30 +86,30 @@ def calibration(results: Results) -> Lines:
 
 
 def flatness(results: Results) -> Lines:
-    """The rise of validation at the end, and the mean best epoch."""
+    """The rise of validation at the end."""
 
     def cell(runs: Mapping[int, Run]) -> str:
-        rises, best = values(runs, "slope"), values(runs, "best_epoch")
-        return f"{fmean(rises):+.1f} ({fmean(best):.0f})" if rises else "-"
+        rises = values(runs, "slope")
+        return f"{fmean(rises):+.1f}" if rises else "-"
 
     return over_tasks(results, SETS, cell)
 
 
 def rates(results: Results) -> Lines:
     """Every learning rate that was tried, with the accuracy on validation; the chosen one bold, ! on the edge."""
-    tasks = sorted({one["task"] for one in results.rates})
-    tried = {task: results.tried(task) for task in tasks}
+    tasks = results.rate_tasks()
+    of_tasks = [results.tried(task) for task in tasks]
     cells = []
-    for name in dict.fromkeys(one["entry"] for one in results.rates):
-        row = [str(name)]
-        for task in tasks:
-            own = tried[task].get(name, {})
-            best = best_rate(own) if own else None
+    for name in sorted({one["entry"] for one in results.rates}):
+        whole = results.chosen(name)
+        best = best_rate(whole) if whole else None
+        row = [name]
+        for own in (whole, *(tried.get(name, {}) for tried in of_tasks)):
             words = [f"{rate:g}: {own[rate][0]:.1f}" for rate in sorted(own)]
-            words = [f"**{word}**" if rate == best else word for word, rate in zip(words, sorted(own), strict=True)]
-            row.append(", ".join(words) + (" !" if own and on_edge(own) else ""))
+            row.append(", ".join(f"**{w}**" if r == best else w for w, r in zip(words, sorted(own), strict=True)))
+        row[1] += " !" if whole and on_edge(whole) else ""
         cells.append(row)
-    return table(cells, ["", *tasks])
+    return table(cells, ["", "mean over the sets", *tasks])
 
 
 def robustness(results: Results, task: str) -> Lines:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from benchmarks.accuracy.entries import PROBE, Entry
 from benchmarks.accuracy.frozen import converged_probe, features_of, retrieval
-from benchmarks.accuracy.measuring import answers, classifier_of, inference_of, measured
+from benchmarks.accuracy.measuring import classifier_of, inference_of, measured
 from benchmarks.accuracy.protocol import Protocol, heads_of
 from benchmarks.accuracy.sets import Parts
 from benchmarks.accuracy.stem import Store
@@ -29,47 +29,9 @@ from point_peft.errors import PointPeftError
 from point_peft.training import Recipe, fit
 from point_peft.training.feeding import set_mode
 from point_peft.training.report import load_values
-from point_peft.training.state import snapshot, trained, write_values
+from point_peft.training.state import trained
 
 TIMED_STEPS = 5
-
-
-@dataclass
-class Watch:
-    """What the data sets of a training see of it: its epochs, and the values after the last one."""
-
-    model: nn.Module
-    epochs: int
-    done: int = 0
-    """Epochs that are over."""
-    last: dict[str, Tensor] | None = None
-    _trains: bool = False
-
-    def training(self) -> None:
-        """A training cloud is asked for."""
-        self._trains = True
-
-    def validating(self) -> None:
-        """A validation cloud is asked for: an epoch is at its end, if one began."""
-        if self._trains:
-            self._trains, self.done = False, self.done + 1
-            if self.done == self.epochs:
-                self.last = snapshot(self.model)
-
-
-@dataclass(frozen=True)
-class Watched(Dataset[Sample]):
-    """Validation clouds that tell a watch when one of them is asked for."""
-
-    clouds: CloudSet
-    watch: Watch
-
-    def __len__(self) -> int:
-        return len(self.clouds)
-
-    def __getitem__(self, index: int) -> Sample:
-        self.watch.validating()
-        return self.clouds[index]
 
 
 @dataclass(frozen=True)
@@ -77,7 +39,7 @@ class Views(Dataset[Sample]):
     """Training clouds: while the model trains, one of a few augmented versions after the other, else as they are."""
 
     clouds: CloudSet
-    watch: Watch
+    model: nn.Module
     augmentations: Sequence[str]
     views: int
     seed: int
@@ -88,9 +50,8 @@ class Views(Dataset[Sample]):
         return len(self.clouds)
 
     def __getitem__(self, index: int) -> Sample:
-        if not self.watch.model.training:
+        if not self.model.training:
             return self.clouds[index]
-        self.watch.training()
         count = self.asked[index] = self.asked.get(index, -1) + 1
         rng = np.random.default_rng((self.seed, index, count % self.views))
         return augment(self.clouds[index], self.augmentations, rng, self.clouds.preparation.normals)
@@ -133,9 +94,8 @@ def run_trained(
     plain = protocol.plain(len(classes), recipe.seed)
     head = sum(p.numel() for path in heads_of(plain) for p in plain.get_submodule(path).parameters())
     model = protocol.model(entry, len(classes), recipe.seed).eval()
-    watch = Watch(model, recipe.epochs)
-    train = Views(parts.train, watch, recipe.augment, protocol.views, recipe.seed)
-    val = Watched(parts.val, watch) if len(parts.val) else None
+    train = Views(parts.train, model, recipe.augment, protocol.views, recipe.seed)
+    val = parts.val.subset(range(min(protocol.curve_clouds, len(parts.val)))) if len(parts.val) else None
     start = time.process_time()
     with stem.serving(model):
         done = fit(model, train, val, replace(recipe, augment=()), out=folder, classes=classes)
@@ -145,22 +105,20 @@ def run_trained(
         "trainable_without_head": trainable - head,
         "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "seconds": time.process_time() - start,
-        "best_epoch": done.best_epoch,
         "train_loss": [round(line["train_loss"], 4) for line in done.history],
     }
     if val is not None:
         found["val"] = [round(line["val_accuracy"], 3) for line in done.history]
-        found["val_loss"] = [round(line["val_loss"], 4) for line in done.history]
+        with stem.serving(model):
+            figures, _ = inference_of(model, len(classes)).measure(parts.val)
+        found |= {"validated": figures["accuracy"], "validated_loss": figures["loss"]}
     if test:
         classify = classifier_of(model, len(classes))
         with stem.serving(model):
             found.update(measured(classify, parts.test, protocol.corrupted_clouds))
-            found["last_accuracy"] = found["accuracy"]
-            if watch.last is not None and done.best_epoch < recipe.epochs:
-                write_values(model, watch.last)
-                found["last_accuracy"] = answers(classify, parts.test).accuracy
-        # The stem runs again, for it is part of what a step takes.
-        found.update(cost(model, parts.train, recipe))
+        if recipe.seed == 0:
+            # What a step takes is the same for all seeds; the stem runs again, for it is part of it.
+            found.update(cost(model, parts.train, recipe))
     for file in folder.iterdir():
         if file.suffix == ".png":
             file.unlink()
