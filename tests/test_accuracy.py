@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.accuracy.picture import front
 from benchmarks.accuracy.pool import work
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.accuracy.rates import GRID, best_rate, missing_rates, on_edge
-from benchmarks.accuracy.results import Results, collected, difference
+from benchmarks.accuracy.results import Results, collected, difference, restore
 from benchmarks.accuracy.sets import Sets, mars_options
 from benchmarks.accuracy.statistics import paired_difference, slope
 from benchmarks.accuracy.stem import Store
@@ -292,7 +293,9 @@ def solids(count: int = 16) -> CloudSet:
     return CloudSet(entries=tuple(held), task="classification", classes=("long", "flat"))
 
 
-def test_a_run_from_clouds_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_from_clouds_to_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny.py").write_text(TINY)
     recipe = Recipe(epochs=4, batch_size=4)
     protocol = Protocol(backbone=f"{tmp_path / 'tiny.py'}:tiny", recipe=recipe, corrupted_clouds=2)
@@ -303,7 +306,7 @@ def test_a_run_from_clouds_to_the_page(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("point_peft.training.report._draw", lambda *_: None)
     monkeypatch.setattr("point_peft.training.pictures.curves", lambda *_: b"")
     for job in asked.jobs():
-        run_job(job, sets, protocol, out)
+        run_job(job, sets, protocol, out, timed_seed=0)
     full, adapter, probe, retrieval = (json.loads(job.path(out).read_text()) for job in asked.jobs())
     assert len(full["val"]) == len(full["train_loss"]) == 4
     assert full["trainable_without_head"] > adapter["trainable_without_head"] > probe["trainable_without_head"] == 0
@@ -314,13 +317,20 @@ def test_a_run_from_clouds_to_the_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert 0 <= full["validated"] <= 100
     monkeypatch.setattr(jobs, "RADARS", ("radhar", "mars"))
     moved = next(job for job in request(out, "transfer", entries=entries("CONVERGED_PROBE"), seeds=[0]).jobs())
-    run_job(moved, sets, protocol, out)
+    run_job(moved, sets, protocol, out, timed_seed=0)
     kept = next(job for job in asked.jobs() if job.entry.label == "POINT_PEFT")
-    run_job(Job(part="transfer", task="radhar-to-mars", entry=kept.entry, seed=0, lr=kept.lr), sets, protocol, out)
+    transfer = Job(part="transfer", task="radhar-to-mars", entry=kept.entry, seed=0, lr=kept.lr)
+    run_job(transfer, sets, protocol, out, timed_seed=0)
     assert main(["page", "--out", str(out), "--docs", str(tmp_path)]) == 0
     text = (tmp_path / "accuracy.md").read_text("utf-8")
     assert "| POINT_PEFT | " in text and "## From one radar to the other" in text
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    assert main(["restore", "--out", str(tmp_path / "again"), "--docs", str(tmp_path)]) == 0
+    assert replace(asked, out=tmp_path / "again").due() == []
+    assert main(["page", "--out", str(tmp_path / "again"), "--docs", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.md").read_text("utf-8") == text
+    assert main(["restore", "--out", str(out), "--docs", str(tmp_path)]) == 2
+    assert "holds runs: name a folder without" in capsys.readouterr().err
 
 
 def computed(model: torch.nn.Module, points: Tensor, store: Store, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -430,6 +440,17 @@ def test_runs_of_other_defaults_are_left_out(tmp_path: Path) -> None:
     stale.write_text(json.dumps({"part": "rates", "task": "digits", "entry": "LORA"}))
     found, left_out = collected(tmp_path)
     assert (len(found.rates), left_out) == (1, 1)
+
+
+def test_a_restored_run_of_other_defaults_is_left_out(tmp_path: Path) -> None:
+    rate_run(tmp_path / "old", 1e-3, 70.0)
+    rate_run(tmp_path / "old", 1e-3, 75.0, text="SSF")
+    (tmp_path / "old" / "protocol.json").write_text("{}")
+    found, _ = collected(tmp_path / "old")
+    found.about["prints"]["SSF"] = "SSF-00000000"
+    assert restore(found, tmp_path / "new") == 2
+    again, left_out = collected(tmp_path / "new")
+    assert (again.rates, left_out) == ([one for one in found.rates if one["entry"] == "LORA"], 1)
 
 
 def test_the_frozen_features_are_what_the_head_reads() -> None:

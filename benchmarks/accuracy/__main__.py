@@ -1,10 +1,11 @@
-"""The comparison as a command: `run` a part of it, or write its `page`.
+"""The comparison as a command: `run` a part of it, write its `page`, or `restore` its runs.
 
 python -m benchmarks.accuracy run --part rates                        learning rates, by validation
 python -m benchmarks.accuracy run --part sets --seeds 0-4 --hours 1.5 the same again goes on
 python -m benchmarks.accuracy run --part sets --tasks digits,mars --methods "POINT_PEFT,POINT_PEFT:memory_bank=true"
 python -m benchmarks.accuracy run --part sets --tasks data --data scans/ --num-points 2048
 python -m benchmarks.accuracy page                                    docs/accuracy.md, from what there is
+python -m benchmarks.accuracy restore                                 build/accuracy from docs/accuracy.json, to go on
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.accuracy.page import NAME, write
 from benchmarks.accuracy.pool import say, with_environment, work
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.accuracy.rates import GRID
-from benchmarks.accuracy.results import COMMANDS, Results, collected
+from benchmarks.accuracy.results import COMMANDS, Results, collected, restore
 from benchmarks.accuracy.sets import FEW_SHOT_SETS, FILES, OWN, SETS, Sets
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
@@ -76,7 +77,17 @@ def parser() -> argparse.ArgumentParser:
     page.add_argument("--out", type=Path, default=OUT, help=f"folder of the runs (default: {OUT})")
     page.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
     page.set_defaults(call=write_page)
+    again = commands.add_parser("restore", help="put the runs of docs/accuracy.json into a new folder, to go on there")
+    again.add_argument("--out", type=Path, default=OUT, help=f"the new folder (default: {OUT})")
+    again.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the record")
+    again.set_defaults(call=restore_folder)
     return made
+
+
+def restore_folder(options: argparse.Namespace) -> int:
+    """Make a folder of runs from the record beside the page."""
+    say(f"{options.out}: {restore(Results.read(options.docs / f'{NAME}.json'), options.out)} runs")
+    return 0
 
 
 def write_page(options: argparse.Namespace) -> int:
@@ -116,7 +127,7 @@ def run_part(options: argparse.Namespace) -> int:
         sets.clouds(name)  # read once, and shared by the forked processes
     say(f"{len(request.due())} of {len(jobs)} runs are to do, in {options.out}")
     _warm_up()
-    run = partial(run_job, sets=sets, protocol=protocol, out=options.out)
+    run = partial(run_job, sets=sets, protocol=protocol, out=options.out, timed_seed=options.seeds[0])
     done, failed = work(
         request.due,
         run,

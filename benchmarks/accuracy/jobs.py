@@ -41,8 +41,7 @@ class Job:
 
     def path(self, out: Path) -> Path:
         """The file of what came of it."""
-        rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        return out / RUNS / self.part / self.task / self.entry.print / f"seed{self.seed}{rate}.json"
+        return path_of(out, self.part, self.task, self.entry.print, self.seed, self.lr)
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -60,6 +59,12 @@ class Job:
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"
         return f"{self.part}: {self.entry.label} on {self.task}, seed {self.seed}{rate}"
+
+
+def path_of(out: Path, part: str, task: str, print_of_entry: str, seed: int, lr: float | None) -> Path:
+    """The file of what came of a run."""
+    rate = "" if lr is None else f"-lr{lr:g}"
+    return out / RUNS / part / task / print_of_entry / f"seed{seed}{rate}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +159,8 @@ _KINDS: Mapping[str, Callable[[Request], Iterator[Job]]] = {
 }
 
 
-def run_job(job: Job, sets: Sets, protocol: Protocol, out: Path) -> None:
-    """Do one run, and write its file at the end, at once."""
+def run_job(job: Job, sets: Sets, protocol: Protocol, out: Path, timed_seed: int) -> None:
+    """Do one run, and write its file at the end, at once; those of one seed are timed, as it is the same for all."""
     path = job.path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = parts_of(job, sets, protocol)
@@ -174,7 +179,8 @@ def run_job(job: Job, sets: Sets, protocol: Protocol, out: Path) -> None:
     else:
         recipe = replace(protocol.recipe, lr=job.lr, seed=job.seed, epochs=epochs)
         keep = job.part == SETS and job.task in RADARS
-        found = run_trained(job.entry, parts, own, recipe, folder, stem, test=job.part != RATES, keep=keep)
+        test, timed = job.part != RATES, job.part != RATES and job.seed == timed_seed
+        found = run_trained(job.entry, parts, own, recipe, folder, stem, test=test, timed=timed, keep=keep)
     stem.write()
     about: dict[str, Any] = {
         "part": job.part,

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.accuracy.entries import entry
-from benchmarks.accuracy.jobs import RATES, RUNS
+from benchmarks.accuracy.jobs import RATES, RUNS, path_of
 from benchmarks.accuracy.measuring import unpacked
 from benchmarks.accuracy.protocol import FILE
 from benchmarks.accuracy.rates import Tried, best_rate, on_validation, over_sets
 from benchmarks.accuracy.statistics import Difference, paired_difference, slope
 from point_peft.errors import PointPeftError
+from point_peft.training.folder import write_file
 
 KEPT = (
     *("part", "task", "entry", "seed", "lr", "clouds", "accuracy", "validated", "ece", "right", "count"),
@@ -99,10 +100,36 @@ def collected(out: Path) -> tuple[Results, int]:
     about = {
         "protocol": json.loads((out / FILE).read_text("utf-8")),
         "commands": commands.read_text("utf-8").splitlines() if commands.exists() else [],
+        "prints": {label: _print_of(label) for label in sorted({run["entry"] for run in runs})},
     }
     whole = Results(about=about, runs=[], rates=rates)
     kept = [compact(run) for run in _of_one_rate([run for run in runs if run["part"] != RATES], whole)]
     return Results(about=about, runs=kept, rates=rates), stale
+
+
+def restore(results: Results, out: Path) -> int:
+    """Put the runs of a record into an empty folder, where they count as done; returns how many there are.
+
+    What a transfer begins with, the trained values, is in no record. Raises `PointPeftError` if the folder has runs.
+    """
+    if (out / RUNS).exists():
+        raise PointPeftError(f"{out} holds runs: name a folder without, by --out")
+    tried = [
+        {"part": RATES, "task": one["task"], "entry": one["entry"], "seed": 0, "lr": float(rate)}
+        | {"validated": accuracy, "validated_loss": -less_loss}
+        for one in results.rates
+        for rate, (accuracy, less_loss) in one["tried"].items()
+    ]
+    restored = [*tried, *({"lr": None, **run} for run in results.runs)]
+    for run in restored:
+        # Under the name that it had: if defaults are others by now, it is left out as any run of the old ones.
+        own = results.about["prints"][run["entry"]]
+        path = path_of(out, run["part"], run["task"], own, run["seed"], run["lr"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(run) + "\n")
+    write_file(out / FILE, json.dumps(results.about["protocol"], indent=1) + "\n")
+    write_file(out / COMMANDS, "".join(f"{line}\n" for line in results.about["commands"]))
+    return len(restored)
 
 
 @cache
@@ -116,7 +143,7 @@ def _print_of(label: str) -> str | None:
 
 def compact(run: Run) -> Run:
     """What is kept of a run, in few digits."""
-    whole = {**run, "slope": slope(run.get("val", ()))}
+    whole = {"slope": slope(run.get("val", ())), **run}  # a run of a record has its slope, and no curve
     return {name: _rounded(whole[name]) for name in KEPT if whole.get(name) is not None}
 
 

@@ -83,11 +83,20 @@ def cost(model: nn.Module, train: CloudSet, recipe: Recipe) -> dict[str, float]:
 
 
 def run_trained(
-    entry: Entry, parts: Parts, protocol: Protocol, recipe: Recipe, folder: Path, stem: Store, *, test: bool, keep: bool
+    entry: Entry,
+    parts: Parts,
+    protocol: Protocol,
+    recipe: Recipe,
+    folder: Path,
+    stem: Store,
+    *,
+    test: bool,
+    timed: bool,
+    keep: bool,
 ) -> dict[str, Any]:
     """Train an entry in a folder, which is left with the trained values if they are to be kept.
 
-    Without `test` the test clouds are not touched, and no time is taken.
+    Without `test` the test clouds are not touched; `timed` says that its cost is measured, after everything else.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     classes = parts.train.classes
@@ -116,9 +125,8 @@ def run_trained(
         classify = classifier_of(model, len(classes))
         with stem.serving(model):
             found.update(measured(classify, parts.test, protocol.corrupted_clouds))
-        if recipe.seed == 0:
-            # What a step takes is the same for all seeds; the stem runs again, for it is part of it.
-            found.update(cost(model, parts.train, recipe))
+    if timed:
+        found.update(cost(model, parts.train, recipe))  # the stem runs again, for it is part of it
     for file in folder.iterdir():
         if file.suffix == ".png":
             file.unlink()
