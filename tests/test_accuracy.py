@@ -21,7 +21,7 @@ from benchmarks.accuracy.frozen import features_of
 from benchmarks.accuracy.jobs import Job, Request, run_job
 from benchmarks.accuracy.measuring import calibration_error, packed, unpacked
 from benchmarks.accuracy.page import BEGIN, END, write
-from benchmarks.accuracy.picture import front
+from benchmarks.accuracy.picture import front, legend
 from benchmarks.accuracy.pool import work
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.accuracy.rates import GRID, best_rate, missing_rates, on_edge
@@ -105,6 +105,11 @@ def test_the_slope_compares_the_last_two_quarters() -> None:
 
 def test_the_front_is_what_nothing_cheaper_beats() -> None:
     assert front([(3, 70), (1, 60), (2, 55), (3, 75), (4, 75)]) == [(1, 60), (3, 75)]
+
+
+def test_the_picture_shows_methods_and_leaves_their_variants_to_the_tables() -> None:
+    assert legend(["LORA", "LORA:r=2", "PPT:num_groups=32"]) == {"LORA": "LORA", "PPT:num_groups=32": "PPT"}
+    assert legend(["LORA:r=2", "LORA:r=4"]) == {"LORA:r=2": "LORA:r=2", "LORA:r=4": "LORA:r=4"}
 
 
 # ---- rates -----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ take at once."""
 
 PICTURE = f"""![accuracy over parameters and over time]({NAME}.png)
 
-Means over the seeds, with the least and the greatest of them; a grey line joins what nothing cheaper beats."""
+Means over the seeds, with the least and the greatest of them; a grey line joins what nothing cheaper beats.
+Variants of an entry are in the tables alone."""
 
 
 def write(results: Results, folder: Path, stale: int = 0) -> Path:

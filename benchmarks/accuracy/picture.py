@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -32,16 +33,28 @@ def front(points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def legend(names: Sequence[str]) -> dict[str, str]:
+    """Entry -> what it is called, but for variants of an entry that is there too: those are for the tables."""
+    shown = [name for name in names if ":" not in name or method_of(name) not in names]
+    counts = Counter(map(method_of, shown))
+    return {name: method_of(name) if counts[method_of(name)] == 1 else name for name in shown}
+
+
+def method_of(name: str) -> str:
+    """The method of an entry, without its settings."""
+    return name.partition(":")[0]
+
+
 def draw(results: Results, path: Path) -> None:
     """A row for each set; the lines join what nothing else beats at its price."""
     matplotlib.use("Agg")
     tasks = results.tasks(SETS)
-    names = sorted({name for task in tasks for name in results.of(SETS, task)})
+    called = legend(sorted({name for task in tasks for name in results.of(SETS, task)}))
     figure, axes = plt.subplots(len(tasks), 2, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
     for task, (left, right) in zip(tasks, axes, strict=True):
-        runs = results.of(SETS, task)
-        _panel(runs, "trainable_without_head", left, names)
-        _panel(runs, "seconds_an_epoch", right, names)
+        runs = {name: own for name, own in results.of(SETS, task).items() if name in called}
+        _panel(runs, "trainable_without_head", left, called)
+        _panel(runs, "seconds_an_epoch", right, called)
         left.set_xscale("symlog", linthresh=1000, linscale=0.5)
         left.set_xticks(PARAMETERS, [f"{number:,}" for number in PARAMETERS])
         left.set(ylabel=f"{task}: test accuracy, %", xlabel="trained parameters without the head")
@@ -50,13 +63,13 @@ def draw(results: Results, path: Path) -> None:
     handles: dict[str, Any] = {}
     for one in axes.flat:
         handles.update(zip(*one.get_legend_handles_labels()[::-1], strict=True))
-    there = [name for name in names if name in handles]
+    there = [label for label in called.values() if label in handles]
     figure.legend([handles[name] for name in there], there, loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def _panel(runs: Runs, cost: str, axes: Axes, names: Sequence[str]) -> None:
+def _panel(runs: Runs, cost: str, axes: Axes, called: Mapping[str, str]) -> None:
     colours = matplotlib.colormaps["tab10"]
     points: list[Point] = []
     for name, own in runs.items():
@@ -64,7 +77,7 @@ def _panel(runs: Runs, cost: str, axes: Axes, names: Sequence[str]) -> None:
         if not costs:
             continue
         points.append((median(costs), fmean(accuracies)))
-        number = names.index(name)
+        number = list(called).index(name)
         axes.errorbar(
             *points[-1],
             yerr=[[points[-1][1] - min(accuracies)], [max(accuracies) - points[-1][1]]],
@@ -72,7 +85,7 @@ def _panel(runs: Runs, cost: str, axes: Axes, names: Sequence[str]) -> None:
             color=STARS.get(name, colours(number % 10)),
             markersize=14 if name in STARS else 7,
             elinewidth=0.8,
-            label=name,
+            label=called[name],
         )
     best = front(points)
     if best:
