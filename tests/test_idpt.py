@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from point_peft import AnatomyError, IDPTConfig, PeftConfig, PointPeftError, VPTConfig, get_peft_model
 from point_peft.backbones import PointTransformer
-from point_peft.tuners.idpt import EdgeConv, PromptGenerator
+from point_peft.parts.feature_graph import EdgeConv
+from point_peft.tuners.idpt import PromptGenerator
 from tests import golden
 from tests.adapting import full_point_mae
 from tests.test_golden_base import Recorder, compare, grouping
