@@ -94,7 +94,8 @@ def _plan_methods(adapter: Adapter, backbone: Backbone) -> dict[str, list[Part]]
         adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
         tokens = (state.tuned_tokens for state in blueprint.shared.values())
         backbone = replace(backbone, tuned_tokens=backbone.tuned_tokens.union(*tokens))
-        whole = [(path, TunedModule(clean_copy(modules[path]).requires_grad_(True))) for path in blueprint.modules]
+        copies = [(path, clean_copy(modules[path]).requires_grad_(True)) for path in blueprint.modules]
+        whole = [(path, TunedModule(c, holds_statistics=blueprint.holds_statistics)) for path, c in copies]
         meant: dict[int, str] = {}
         for path, part in [*blueprint.parts, *whole]:
             module = id(modules[path])

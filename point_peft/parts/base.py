@@ -232,4 +232,6 @@ class Blueprint:
     """(site path, part)"""
     modules: list[str] = field(default_factory=list)
     """Modules of the backbone that the method trains as a whole, which the adapter then has copies of."""
+    holds_statistics: bool = False
+    """True if running statistics in these copies stay those of the backbone, as the rest of it keeps its own."""
     shared: dict[str, SharedState] = field(default_factory=dict)

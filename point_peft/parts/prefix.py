@@ -1,6 +1,6 @@
 """Training the prefix tokens of a backbone (CLS and the like) and their positions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,20 @@ class TunedTokens(SharedState):
         """
         value: Tensor = getattr(self, ("base:" if kept else "") + name.replace(".", "/"))
         return (value - _tensor(base_model, name)).reshape(-1, value.shape[-1])
+
+
+def less_positions(prefix: Tensor, positions: Sequence[PrefixParameter], call: Call) -> Tensor:
+    """Prefix tokens (b, e, c), as the first block gets them, without the positions that were added to them.
+
+    Of a position that another method trains, that of the base is taken away.
+    """
+    state = call.state("tokens", TunedTokens) if "tokens" in call.shared else None
+    for parameter in positions:
+        value = _tensor(call.forward.root.base_model, parameter.name)
+        if state is not None and parameter.name in state.tuned_tokens:
+            value = getattr(state, parameter.name.replace(".", "/"))
+        prefix = shift_rows(prefix, -value.reshape(-1, value.shape[-1]), parameter.row, "bgc")
+    return prefix
 
 
 def _tensor(base_model: nn.Module, name: str) -> Tensor:

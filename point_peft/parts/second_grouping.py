@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from point_peft import geometry
 from point_peft.anatomy.description import Stage
-from point_peft.anatomy.structure import has_parameters
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, Names
 from point_peft.parts.base import Call, Part, SharedState
 from point_peft.parts.sequence import BlockTokens, SequencePart
+from point_peft.parts.tuned import first_layers
 from point_peft.running.forward import Forward
 from point_peft.running.nested import Args, Kwargs
 
@@ -67,15 +67,7 @@ def modules_to_tune(backbone: Backbone, stage: Stage, names: Names) -> list[str]
     if names is not None:
         return list(match_names(names, list(backbone.modules), field="tuned_modules"))
     assert stage.position_embedding is not None  # `stage_to_group` has seen to it
-    return [stage.position_embedding, _first_layers(backbone, stage.tokenizer[0])]
-
-
-def _first_layers(backbone: Backbone, path: str) -> str:
-    """The first child with parameters of a module, or of what it holds where that is all it holds."""
-    children = [f"{path}.{name}" for name, child in backbone.modules[path].named_children() if has_parameters(child)]
-    if not children:
-        return path
-    return children[0] if len(children) > 1 else _first_layers(backbone, children[0])
+    return [stage.position_embedding, first_layers(backbone, stage.tokenizer[0])]
 
 
 class GroupingPart(Part):

@@ -1,18 +1,23 @@
 """Trained copies of the backbone's own tensors and modules."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
-from point_peft.anatomy.structure import is_norm
+from point_peft.anatomy.structure import has_parameters, is_norm
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Call, Part
 from point_peft.running.nested import Args, Kwargs
-from point_peft.torch_private import BatchNorm
+from point_peft.torch_private import BatchNorm, NormBase
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _copy(tensor: Tensor) -> nn.Parameter:
@@ -37,9 +42,18 @@ class TunedCopy(Part):
 class TunedModule(Part):
     """A module of the adapter's own, whose output replaces that of the base's module."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, holds_statistics: bool = False) -> None:
         super().__init__()
         self.module = module
+        self.holds_statistics = holds_statistics
+        """True if running statistics in it stay as they are in training too."""
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.module.modules() if self.holds_statistics else ():
+            if isinstance(module, NormBase):
+                module.training = False
+        return self
 
     @property
     def own_module(self) -> nn.Module:
@@ -134,3 +148,11 @@ def tuned_norms(backbone: Backbone, paths: Sequence[str]) -> list[tuple[str, Par
             part.act_by_weight(path)  # how it normalises is not known
         parts.append((path, part))
     return parts
+
+
+def first_layers(backbone: Backbone, path: str) -> str:
+    """The first child with parameters of a module, or of what it holds where that is all it holds."""
+    children = [f"{path}.{name}" for name, child in backbone.modules[path].named_children() if has_parameters(child)]
+    if not children:
+        return path
+    return children[0] if len(children) > 1 else first_layers(backbone, children[0])
