@@ -30,6 +30,7 @@ from point_peft.tuners.bottleneck import BottleneckConfig
 from point_peft.tuners.dapt import DAPTConfig
 from point_peft.tuners.ga_prompt import GAPromptConfig
 from point_peft.tuners.gem import GEMConfig
+from point_peft.tuners.gft import GFTConfig
 from point_peft.tuners.ia3 import IA3Config
 from point_peft.tuners.idpt import IDPTConfig
 from point_peft.tuners.input_adapter import InputAdapterConfig
@@ -60,6 +61,7 @@ __all__ = [
     "DataError",
     "GAPromptConfig",
     "GEMConfig",
+    "GFTConfig",
     "HubError",
     "IA3Config",
     "IDPTConfig",

@@ -34,6 +34,7 @@ ALTERNATIVES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "DAPT": ({"internal_prompts": False},),
     "GA_PROMPT": ({"shift": False, "point_prompts": 0}, ON_PATCHES),
     "GEM": (ON_PATCHES,),
+    "GFT": (ON_PATCHES,),
     "IA3": ({"scale_mlp": False},),
     "POINT_GST": (ON_PATCHES,),
     "POINT_LORA": ({"shared_mlp_width": 0},),

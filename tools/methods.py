@@ -95,6 +95,12 @@ PUBLISHED: Mapping[str, Published] = {
         reason="27,660 of the published never get a gradient and are left out; 12 gates make a fresh adapter start as "
         "the backbone and its prompts",
     ),
+    "GFT": Published(
+        parameters=367_616,
+        ours=364_544,
+        pool="cls+prompt+max",
+        reason="3,072 of the published, a second norm of the queries, never run and are left out",
+    ),
     "IA3": Published(parameters=27_648),
     "IDPT": Published(
         parameters=1_330_944,
