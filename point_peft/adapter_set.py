@@ -333,8 +333,6 @@ class AdapterSet(nn.Module):
         self.merged = {}
         return adding.detach_all(self)
 
-    # ---- memory bank ----
-
     def build_memory_bank(
         self,
         batches: Iterable[Any],
@@ -352,8 +350,7 @@ class AdapterSet(nn.Module):
 
         `to_labels(batch)` gives the classes, one integer a cloud: a tensor, an array or a list. Without it they are
         the only tensor in the batch, at whatever depth, that holds one integer a cloud and is no input of the model;
-        the progress bar names it. Where none or several are such, rows are reduced without classes and a warning says
-        so.
+        the progress bar names it. Where none or several are such, rows are reduced without classes, with a warning.
 
         The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained. Of
         more than 65,536 clouds only prototypes are held, so a loader may be longer than memory. Under accelerate, or
@@ -371,7 +368,12 @@ class AdapterSet(nn.Module):
     # ---- files ----
 
     def save_pretrained(
-        self, save_directory: str | Path, adapter_name: str | Sequence[str] | None = None, *, format: Format = "auto"
+        self,
+        save_directory: str | Path,
+        adapter_name: str | Sequence[str] | None = None,
+        *,
+        format: Format = "auto",
+        base_license: str | None = None,
     ) -> None:
         """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
@@ -380,17 +382,11 @@ class AdapterSet(nn.Module):
 
         An adapter of LoRA alone is written so that the PEFT package reads it too, unless it has something that PEFT's
         `format` cannot say: "peft" makes that an error, which names it; "point_peft" never writes PEFT's format.
-        """
-        self._save(Path(save_directory), self._to_save(adapter_name), format, {})
 
-    def _to_save(self, adapter_name: str | Sequence[str] | None) -> dict[str, Adapter]:
-        chosen = meant_adapters(self.adapters, adapter_name)
-        if not self.adapters:
-            raise AdapterError("there is no adapter to save")
-        check_unmerged(self.merged, "adapters cannot be saved")
-        if not chosen:
-            raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
-        return chosen
+        `base_license` is that of the backbone's weights, by its identifier on the Hub; the card passes it on.
+        """
+        chosen = adding.adapters_to_save(self.adapters, self.merged, adapter_name)
+        self._save(Path(save_directory), chosen, format, {"base_license": base_license})
 
     def _save(self, folder: Path, adapters: Mapping[str, Adapter], format: Format, said: Mapping[str, Any]) -> None:
         for name, adapter in adapters.items():
@@ -415,6 +411,7 @@ class AdapterSet(nn.Module):
         license: str | None = None,
         pipeline_tag: str | None = None,
         tags: Sequence[str] = (),
+        base_license: str | None = None,
     ) -> str:
         """Push adapters to a repository of the Hub, in one commit, and return its address, or that of the pull request.
 
@@ -423,16 +420,19 @@ class AdapterSet(nn.Module):
         of the repository stay, and so does what its owner wrote into the card.
 
         The card says what is known, and what you add: `results` (dataset -> metric -> value), `datasets`, `license`,
-        `pipeline_tag`, further `tags`.
+        `pipeline_tag`, further `tags`, and `base_license`, that of the backbone's weights (default: what the card of
+        `base_model_name_or_path` on the Hub states). If it forbids commercial use and no licence is stated, it is the
+        adapter's too; one that is stated and allows it gets a warning.
         """
-        chosen = self._to_save(adapter_name)
+        chosen = adding.adapters_to_save(self.adapters, self.merged, adapter_name)
         check_names(repo_id, revision, subfolder)
         said = {"results": results or {}, "datasets": tuple(datasets), "license": license, "tags": tuple(tags)}
         with tempfile.TemporaryDirectory() as folder:
             self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag})
             files = for_repository(files_below(Path(folder), subfolder), repo_id)
         message = commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}"
-        return push(Upload(files, repo_id, message, commit_description, private, token, revision, create_pr))
+        how = (private, token, revision, create_pr, base_license)
+        return push(Upload(files, repo_id, message, commit_description, *how))
 
     def load_adapter(
         self,

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", default=None, help="if the repository has to be made")
     command.add_argument("--message", help="of the commit")
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    command.add_argument("--base-license", metavar="ID", help="of the weights of the base, such as cc-by-nc-4.0")
     _add_place(command)
     command.set_defaults(run=_push)
 
@@ -316,8 +317,8 @@ def _merge(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     files = for_repository(_files(options.folder, options.subfolder), options.repo_id)
     message = options.message or f"Upload with point_peft {__version__}"
-    private, token, revision = options.private, options.token, options.revision
-    _say(push(Upload(files, options.repo_id, message, None, private, token, revision, options.create_pr)))
+    how = (options.private, options.token, options.revision, options.create_pr, options.base_license)
+    _say(push(Upload(files, options.repo_id, message, None, *how)))
     return 0
 
 

@@ -578,9 +578,7 @@ class HubServer:
 
     def _tags(self, repo: Repo) -> list[str]:
         """Tags that the Hub makes of the YAML in a repository's card."""
-        card = repo.commit("main").files.get("README.md")
-        matter = re.match(r"---\r?\n(.*?)\r?\n---", self._read(card).decode(), re.DOTALL) if card else None
-        fields = yaml.safe_load(matter[1]) if matter else {}
+        fields = self._card(repo.commit("main"))
         bases = fields.get("base_model") or []
         bases = [bases] if isinstance(bases, str) else bases
         relation = fields.get("base_model_relation")
@@ -588,6 +586,17 @@ class HubServer:
         tags += [f"base_model:{base}" for base in bases]
         tags += [f"base_model:{relation}:{base}" for base in bases if relation]
         return list(dict.fromkeys(tags))
+
+    def _card(self, commit: Commit) -> dict[str, Any]:
+        """The YAML in a commit's card, as far as it can be read."""
+        card = commit.files.get("README.md")
+        text = self._read(card).decode(errors="replace") if card else ""
+        matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        try:
+            fields = yaml.safe_load(matter[1]) if matter else {}
+        except (yaml.YAMLError, ValueError):
+            fields = {}
+        return fields if isinstance(fields, dict) else {}
 
     def _info(self, call: Call, repo: Repo, commit: Commit) -> Answer:
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.files]
@@ -610,6 +619,7 @@ class HubServer:
                 "downloads": 0,
                 "likes": 0,
                 "tags": [],
+                "cardData": self._card(commit),
                 "siblings": siblings,
             }
         )

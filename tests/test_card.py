@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from point_peft import METHODS, LoraConfig, PeftConfig, PointPeftError, PointPeftModel, get_peft_model
-from point_peft.hub.card import About, citation, for_repository, kept, merged, render
+from point_peft.hub.card import (
+    About,
+    base_licence,
+    carried,
+    citation,
+    for_repository,
+    kept,
+    merged,
+    render,
+    with_base_licence,
+)
+from point_peft.hub.licences import forbids_commerce
 from tests.test_state import CONFIG, backbone
 
 ABOUT = About(
@@ -350,13 +361,72 @@ def test_the_cards_of_a_push_become_one() -> None:
         for_repository({"README.md": b"\xff"}, "alice/x")
 
 
+# ---- the licence of the base ----
+
+NC = "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("licence", "forbids"),
+    [
+        *((name, True) for name in (NC, "cc-by-nc-sa-2.0", "fair-noncommercial-research-license", "apple-amlr")),
+        *((name, True) for name in ("intel-research", "h-research", "acme-nc-1.0")),
+        *(
+            (name, False)
+            for name in ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "openrail", "ncsa")
+        ),
+    ],
+)
+def test_identifiers_of_licences_that_forbid_commercial_use(licence: str, forbids: bool) -> None:
+    assert forbids_commerce(licence) == forbids
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("base", [None, "facebook/sonata", "my `weights`.pth licensed `mit`"])
+def test_an_adapter_s_section_says_which_weights_it_needs(base: str | None, line_end: str) -> None:
+    shown = {None: "its base", "facebook/sonata": "[facebook/sonata](https://huggingface.co/facebook/sonata)"}
+    plain = replace(ABOUT, base_model=base)
+    text = render(replace(plain, base_license=NC)).replace("\n", line_end)
+    assert text.count("## Licence") == 1 and f" licensed `{NC}`, which forbids commercial use" in text
+    assert f"The adapter works only with the weights of {shown.get(base, 'my')}" in text
+    assert base_licence(text, "") == NC and base_licence(text, "other") is None
+    without = render(plain).replace("\n", line_end)
+    assert base_licence(without, "") is None and with_base_licence(without, "", base, NC) == text
+    assert with_base_licence(text, "", base, NC) == text and with_base_licence(text, "other", base, NC) == text
+    other = with_base_licence(text, "", base, "mit")
+    assert base_licence(other, "") == "mit" and "commercial" not in other and len(other) < len(text)
+    assert merged(text, text) == text
+
+
+def test_a_licence_that_forbids_commercial_use_is_the_card_s_where_it_states_none() -> None:
+    text = render(PLAIN)
+    for once in (carried(text, [NC]), carried(text, ["mit", None, NC])):
+        assert fields(once) == {**fields(text), "license": NC} and carried(once, [NC]) == once
+    assert carried(text, []) == carried(text, ["mit", None, "other"]) == text
+    named = fields(carried(text.replace("\n", "\r\n"), ["acme-nc-1.0"]))
+    assert (named["license"], named["license_name"]) == ("other", "acme-nc-1.0"), "the Hub does not know it"
+
+
+@pytest.mark.parametrize("stated", [NC, "cc-by-nc-sa-4.0", "other", "unknown", ["mit", NC]])
+def test_a_stated_licence_that_does_not_say_otherwise_stays(stated: Any) -> None:
+    text = "---\n" + yaml.safe_dump({"license": stated}) + "---\nMine.\n"
+    assert carried(text, [NC]) == text
+
+
+@pytest.mark.parametrize("stated", ["mit", ["mit", "apache-2.0"], "other"])
+def test_a_stated_licence_that_says_otherwise_stays_with_a_warning(stated: Any) -> None:
+    text = "---\n" + yaml.safe_dump({"license": stated, "license_name": "acme-free"}) + "---\nMine.\n"
+    with pytest.warns(UserWarning, match=f"says license '(mit|acme-free).*'{NC}', which forbids commercial use"):
+        assert carried(text, [NC]) == text
+
+
 # ---- in a folder ----
 
 
-def saved_card(folder: Path, **base: Any) -> str:
+def saved_card(folder: Path, base_license: str | None = None, **base: Any) -> str:
     config = PeftConfig(tuners=[CONFIG, LoraConfig()], **base)
     model = get_peft_model(backbone(), config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, base_license=base_license)
     return (folder / "README.md").read_text(encoding="utf-8", errors="replace")
 
 
@@ -369,6 +439,19 @@ def test_a_save_writes_it(tmp_path: Path) -> None:
     assert r"| Method | POINT\_PEFT + LORA |" in text and "(PointTransformer)" in text
     assert r"| Own modules | cls\_head\_finetune |" in text and "2 Block" in text
     assert fields(text)["base_model"] == "someone/x" and fields(text)["base_model_relation"] == "adapter"
+
+
+def test_a_save_passes_the_licence_of_the_base_on(tmp_path: Path) -> None:
+    with pytest.raises(PointPeftError, match="base_license is 'CC BY-NC 4.0'; allowed: an identifier as the Hub has"):
+        saved_card(tmp_path, base_license="CC BY-NC 4.0")
+    assert not (tmp_path / "adapter_config.json").exists()
+    text = saved_card(tmp_path, base_license=NC, base_model_name_or_path="facebook/sonata")
+    assert fields(text)["license"] == base_licence(text, "") == NC
+    assert saved_card(tmp_path, base_license=NC, base_model_name_or_path="facebook/sonata") == text
+    (tmp_path / "README.md").write_text(text.replace(f"license: {NC}", "license: mit"), encoding="utf-8")
+    with pytest.warns(UserWarning, match="the card says license 'mit'"):
+        text = saved_card(tmp_path, base_license="cc-by-nc-sa-4.0")
+    assert fields(text)["license"] == "mit" and base_licence(text, "") == "cc-by-nc-sa-4.0"
 
 
 def test_a_second_save_writes_its_section_alone(tmp_path: Path) -> None:

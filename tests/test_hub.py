@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, scan_cache_dir
 from torch import Tensor
 
-from point_peft import BitFitConfig, HubError, PeftConfig, PointPeftModel, list_adapters
+from point_peft import BitFitConfig, HubError, PeftConfig, PointPeftError, PointPeftModel, list_adapters
+from point_peft.cli import main
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE
-from point_peft.hub import pulling, pushing
+from point_peft.hub import asking, pulling, pushing
 from tests.adapting import ONE_BLOCK, PAIRS, adapt, add, rescramble, run, without_search
 from tests.hub_server import HubServer
 from tests.peft_package import peft
@@ -251,6 +253,112 @@ def test_a_commit_that_came_in_between_is_kept(
     assert torch.equal(logits(), run(other(), SIMPLE))
 
 
+# ---- the licence of the base -----------------------------------------------------------------------------------------
+
+SONATA = "facebook/sonata"
+
+
+def based(name: str, revision: str | None = None) -> PointPeftModel:
+    config = PeftConfig(tuners=[BitFitConfig()], base_model_name_or_path=name, revision=revision)
+    return adapt(SIMPLE, config)
+
+
+def card_of(hub: HubServer, repo: str = REPO) -> tuple[str, dict[str, Any]]:
+    """The card's text and the fields of its YAML."""
+    text = hub.files(repo)[CARD_FILE].decode()
+    fields: dict[str, Any] = ModelCard(text).data.to_dict()
+    return text, fields
+
+
+def licensed(**fields: Any) -> dict[str, bytes]:
+    """The files of a base."""
+    return {CARD_FILE: f"---\n{json.dumps(fields)}\n---\n".encode()}
+
+
+@in_one_mode
+def test_the_licence_of_the_base_is_read_from_its_card_on_the_hub(hub: HubServer) -> None:
+    hub.put(SONATA, licensed(license="cc-by-nc-4.0"))
+    model = based(SONATA)
+    model.push_to_hub(REPO)
+    text, fields = card_of(hub)
+    assert fields["license"] == "cc-by-nc-4.0" and fields["base_model"] == SONATA and hub.seen("GET", SONATA)
+    assert f"the weights of [{SONATA}](https://huggingface.co/{SONATA}), and these are licensed `cc-by-nc-4.0`" in text
+    before = hub.files(REPO)
+    model.push_to_hub(REPO)
+    assert hub.files(REPO) == before
+    # The owner's word stays, whether it comes with the push or stands on the Hub.
+    with pytest.warns(UserWarning, match="license 'mit', but the weights .* licensed 'cc-by-nc-4.0', which forbids"):
+        model.push_to_hub("alice/b", license="mit")
+    hub.put(REPO, {CARD_FILE: text.replace("license: cc-by-nc-4.0", "license: apache-2.0").encode()})
+    with pytest.warns(UserWarning, match="license 'apache-2.0', but"):
+        model.push_to_hub(REPO)
+    assert (card_of(hub, "alice/b")[1]["license"], card_of(hub)[1]["license"]) == ("mit", "apache-2.0")
+    model.push_to_hub("alice/c", license="cc-by-nc-sa-4.0")
+    assert card_of(hub, "alice/c")[1]["license"] == "cc-by-nc-sa-4.0"
+
+
+@in_one_mode
+def test_a_licence_that_allows_it_is_said_and_not_taken_for_the_adapter_s(hub: HubServer) -> None:
+    hub.put(SONATA, licensed(license="apache-2.0"))
+    based(SONATA).push_to_hub(REPO)
+    text, fields = card_of(hub)
+    assert "these are licensed `apache-2.0`.\n" in text and "license" not in fields
+    first = hub.commits(SONATA)[0].oid
+    hub.put(SONATA, licensed(license="other", license_name="acme-nc", license_link="LICENSE"))
+    based(SONATA, first).push_to_hub(REPO)
+    assert card_of(hub)[0] == text.replace(" (PointTransformer)", f", revision {first} (PointTransformer)")
+    based(SONATA).push_to_hub(REPO)
+    text, fields = card_of(hub)
+    assert "licensed `acme-nc`, which forbids" in text and fields["license_name"] == "acme-nc"
+
+
+@in_one_mode
+def test_base_license_goes_before_the_hub_s_word(hub: HubServer, model: PointPeftModel, tmp_path: Path) -> None:
+    hub.put(SONATA, licensed(license="apache-2.0"))
+    based(SONATA).push_to_hub(REPO, base_license="cc-by-nc-4.0")
+    assert card_of(hub)[1]["license"] == "cc-by-nc-4.0" and not hub.seen("GET", SONATA)
+    model.push_to_hub("alice/b", base_license="cc-by-nc-4.0")
+    text, fields = card_of(hub, "alice/b")
+    assert fields["license"] == "cc-by-nc-4.0" and "only with the weights of its base, and these are licensed" in text
+    with pytest.raises(PointPeftError, match="base_license is 'CC-BY-NC-4.0'; allowed: an identifier as the Hub has"):
+        model.push_to_hub("alice/c", base_license="CC-BY-NC-4.0")
+    # A folder that was saved with it, and one that was not, by the command.
+    based(SONATA).save_pretrained(tmp_path / "a", base_license="cc-by-nc-4.0")
+    based(SONATA).save_pretrained(tmp_path / "b")
+    assert main(["push", str(tmp_path / "a"), "alice/d"]) == 0 and not hub.seen("GET", SONATA)
+    assert main(["push", str(tmp_path / "b"), "alice/e", "--base-license", "cc-by-nc-4.0"]) == 0
+    assert card_of(hub, "alice/d")[1] == card_of(hub, "alice/e")[1] == card_of(hub)[1]
+
+
+@in_one_mode
+def test_each_adapter_of_a_repository_names_its_own_base(hub: HubServer) -> None:
+    hub.put(SONATA, licensed(license=["cc-by-4.0", "cc-by-nc-4.0"]))
+    hub.put("someone/free", licensed(license="mit"))
+    based("someone/free").push_to_hub(REPO)
+    based(SONATA).push_to_hub(REPO, subfolder="scenes")
+    text, fields = card_of(hub)
+    assert "`mit`." in text and "`cc-by-nc-4.0`, which" in text and fields["license"] == "cc-by-nc-4.0"
+    assert fields["base_model"] == ["someone/free", SONATA]
+
+
+@in_one_mode
+def test_a_base_whose_licence_is_not_known_does_not_cost_the_push(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "time", SimpleNamespace(sleep=lambda seconds: None))
+    hub.put("alice/without-a-card", {})
+    hub.put("alice/odd", {CARD_FILE: b"---\nlicense: {a: 1}\n---\n"})
+    for name in ("alice/without-a-card", "alice/odd", "point_mae.pth", "/weights/point_mae.pth"):
+        based(name).push_to_hub(REPO)
+        assert "Licence" not in card_of(hub)[0] and "license" not in card_of(hub)[1]
+    with pytest.warns(UserWarning, match="weights of 'alice/none' is not known, state base_license: there is"):
+        based("alice/none").push_to_hub(REPO)
+    hub.fault("GET", "alice/odd", times=9, status=503)
+    with pytest.warns(UserWarning, match="weights of 'alice/odd' is not known, .*: the Hub answers 503"):
+        based("alice/odd").push_to_hub(REPO)
+    assert card_of(hub)[1]["base_model"] == "alice/odd"
+
+
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
@@ -455,6 +563,6 @@ def test_adapters_of_a_base_are_listed(hub: HubServer, model: PointPeftModel) ->
 
 @in_one_mode
 def test_what_is_pushed_for_a_named_base_is_listed(hub: HubServer) -> None:
-    model = adapt(SIMPLE, PeftConfig(tuners=[BitFitConfig()], base_model_name_or_path="alice/point-mae"))
-    model.push_to_hub(REPO)
+    hub.put("alice/point-mae", {})
+    based("alice/point-mae").push_to_hub(REPO)
     assert [info.id for info in list_adapters("alice/point-mae")] == [REPO]

@@ -77,6 +77,19 @@ def meant_adapters(adapters: nn.ModuleDict, names: str | Sequence[str] | None) -
     return meant
 
 
+def adapters_to_save(
+    adapters: nn.ModuleDict, merged: Collection[str], names: str | Sequence[str] | None
+) -> dict[str, Adapter]:
+    """The adapters that a name or a list of names means, to be saved, which is refused where it cannot be done."""
+    chosen = meant_adapters(adapters, names)
+    if not adapters:
+        raise AdapterError("there is no adapter to save")
+    check_unmerged(merged, "adapters cannot be saved")
+    if not chosen:
+        raise AdapterError("save_pretrained got an empty list of adapters: name at least one")
+    return chosen
+
+
 def single_adapter(adapters: nn.ModuleDict, active: Sequence[str], name: str | None) -> tuple[str, Adapter]:
     """The name of the one adapter that is meant, and it; None means the active one."""
     if name is None:

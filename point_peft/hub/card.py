@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -25,12 +25,14 @@ from point_peft.adapting.adding import own_parameters
 from point_peft.config import METHODS, TunerConfig, require
 from point_peft.errors import PointPeftError, quoted
 from point_peft.files.format import CARD_FILE, Card
+from point_peft.hub.licences import LICENCE, card_fields, check_licence, forbids_commerce, stated_licences
 from point_peft.hub.pulling import LIBRARY, is_repo_id
 
 TAGS = ("point-cloud", LIBRARY)
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_./\-]*"
 _MARK = re.compile(rf"^<!-- (begin|end) {LIBRARY}(?: ({_NAME}))? -->(?=[ \t]*\r?$)", re.MULTILINE)
 _LOADING = re.compile(r"^model = PointPeftModel\.from_pretrained\(backbone, .*\)(?=\r?$)", re.MULTILINE)
+_LICENCE = re.compile(rf"^## Licence\r?\n\r?\n.* licensed `({LICENCE})`.*\r?\n\r?\n(?=<!-- end)", re.MULTILINE)
 _LINE_END = r"(?:\r\n|\r|\n)"
 _FRONT = re.compile(rf"\s*---{_LINE_END}(.*?){_LINE_END}---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 """The block of YAML that a card begins with, by the Hub's rule."""
@@ -61,6 +63,8 @@ class About:
     datasets: Sequence[str] = ()
     """Ids of the datasets on the Hub that it was trained on."""
     license: str | None = None
+    base_license: str | None = None
+    """Of the weights of the backbone."""
     pipeline_tag: str | None = None
     tags: Sequence[str] = ()
     repo_id: str | None = None
@@ -94,11 +98,14 @@ def about_adapter(adapter: Adapter, base: nn.Module, size: int) -> About:
 
 def card_of(base: nn.Module, said: Mapping[str, Any], adapter: Adapter) -> Card:
     """The card of an adapter, with the fields of `About` that its owner states; one that cannot be read stays."""
+    check_licence(said.get("base_license"))
 
     def over(existing: str | None, size: int) -> str:
-        new = render(replace(about_adapter(adapter, base, size), **said))
+        about = replace(about_adapter(adapter, base, size), **said)
+        new = render(about)
         try:
-            return kept(existing, new)
+            text = kept(existing, new)
+            return text if text == existing else carried(text, [about.base_license])
         except PointPeftError as error:
             warnings.warn(f"{CARD_FILE} is left as it is: {error}", stacklevel=2)
             return existing or new
@@ -205,16 +212,25 @@ def _section(about: About) -> Iterator[str]:
     for method, blocks in about.methods.items():
         if blocks:
             yield from ("", f"{_plain(method)}: {markdown(' '.join(' '.join(blocks).split()))}")
+    if about.base_license:
+        yield from ("", *_licence(about.base_model, about.base_license))
     yield from ("", end)
 
 
 def _base(about: About) -> str:
     kind, revision = _plain(about.base_kind), f", revision {_plain(about.revision)}" if about.revision else ""
-    if about.base_model is None:
-        return kind + revision
-    name = _plain(about.base_model)
-    linked = f"[{name}](https://huggingface.co/{about.base_model})" if is_repo_id(about.base_model) else name
-    return f"{linked}{revision} ({kind})"
+    return kind + revision if about.base_model is None else f"{_linked(about.base_model)}{revision} ({kind})"
+
+
+def _linked(base: str) -> str:
+    return f"[{_plain(base)}](https://huggingface.co/{base})" if is_repo_id(base) else _plain(base)
+
+
+def _licence(base: str | None, licence: str) -> tuple[str, str, str]:
+    """The lines that say which weights an adapter needs and what is allowed with them; `base_licence` reads them."""
+    bound = ", which forbids commercial use, also of this adapter with them" if forbids_commerce(licence) else ""
+    weights = f"the weights of {_linked(base) if base else 'its base'}"
+    return "## Licence", "", f"The adapter works only with {weights}, and these are licensed `{licence}`{bound}."
 
 
 def _loading(repo_id: str | None, adapter: str | None) -> str:
@@ -308,6 +324,45 @@ def _addressed(text: str, repo_id: str, folder: str) -> str:
             for old, new in zip(_marks(name), _marks(folder), strict=True):
                 section = section.replace(old, new)
             return front + body[:start] + section + body[stop:]
+    return text
+
+
+def base_licence(text: str, adapter: str) -> str | None:
+    """The licence of the base that an adapter's section of a card states, if any."""
+    found = [_LICENCE.search(text, *where) for name, where in _sections(text).items() if name == adapter]
+    return found[0][1] if found and found[0] else None
+
+
+def with_base_licence(text: str, adapter: str, base: str | None, licence: str) -> str:
+    """A card in which an adapter's section says so of the weights that it needs."""
+    where = _sections(text).get(adapter)
+    if where is None:
+        return text
+    section, end = _LICENCE.sub("", text[slice(*where)]), _marks(adapter)[1]
+    line_end = "\r\n" if "\r\n" in section else "\n"
+    lines = line_end.join([*_licence(base, licence), "", end])
+    return text[: where[0]] + section.removesuffix(end) + lines + text[where[1] :]
+
+
+def carried(text: str, licences: Iterable[str | None]) -> str:
+    """A card that also states the licence of a base, if it forbids commercial use and the card states none.
+
+    One that states another stays, with a warning: it is its owner's word.
+    """
+    binding = [licence for licence in licences if licence and forbids_commerce(licence)]
+    if not binding:
+        return text
+    _, fields, body = _taken_apart(text)
+    stated = stated_licences(fields)
+    if not stated:
+        line_end = "\r\n" if 0 < text.count("\n") == text.count("\r\n") else "\n"
+        return _front({**fields, **card_fields(binding[0])}).replace("\n", line_end) + body
+    if not any(forbids_commerce(licence) or licence in ("other", "unknown") for licence in stated):
+        warnings.warn(
+            f"the card says license {quoted(', '.join(stated))}, but the weights that the adapter needs are licensed "
+            f"{quoted(binding[0])}, which forbids commercial use: state license={quoted(binding[0])} if that is meant",
+            stacklevel=2,
+        )
     return text
 
 

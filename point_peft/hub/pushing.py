@@ -3,8 +3,8 @@
 from __future__ import annotations  # the client is loaded when it is used
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -12,9 +12,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from point_peft.errors import HubError, quoted
-from point_peft.files.format import CARD_FILE
+from point_peft.files.format import CARD_FILE, CONFIG_FILE
 from point_peft.hub.asking import T, Unreachable, ask, first_line
-from point_peft.hub.card import merged
+from point_peft.hub.card import base_licence, carried, merged, with_base_licence
+from point_peft.hub.licences import check_licence, licence_on_hub
 from point_peft.hub.pulling import COMMIT, PULL_REQUEST, Place, Token, check_names, client, fetched, is_path, model_info
 
 
@@ -31,6 +32,11 @@ class Upload:
     token: Token = None
     revision: str | None = None
     create_pr: bool = False
+    base_license: str | None = None
+    """Of the weights that the adapters need; None: what their cards say, or else the base's own on the Hub."""
+
+    def __post_init__(self) -> None:
+        check_licence(self.base_license)
 
 
 def push(upload: Upload) -> str:
@@ -52,12 +58,13 @@ def push(upload: Upload) -> str:
     _asked(upload, lambda: api.create_repo(repo_id, private=upload.private, exist_ok=True))
     if revision is not None and not upload.create_pr:
         _asked(upload, lambda: _make_branch(api, repo_id, revision))
+    licensed, licences = _licensed(upload)
     for _ in range(3):
         try:
             # A commit is prepared anew each time: if only the answer was lost, nothing is left to commit.
             if upload.create_pr:
-                return _open_request(upload)
-            return _asked(upload, lambda: _send(upload, *_prepare(upload)))
+                return _open_request(licensed, licences)
+            return _asked(upload, lambda: _send(upload, *_prepare(licensed, licences)))
         except HubError as error:
             # 412: somebody else has committed since; what is there now is read again.
             if not isinstance(error.__cause__, HfHubHTTPError) or error.__cause__.response.status_code != 412:
@@ -75,9 +82,24 @@ def _asked(upload: Upload, request: Callable[[], T]) -> T:
         ) from error
 
 
-def _open_request(upload: Upload) -> str:
+def _licensed(upload: Upload) -> tuple[Upload, list[str]]:
+    """The upload whose card says under which licences the weights are that its adapters need, and these licences."""
+    if CARD_FILE not in upload.files:
+        return upload, []
+    card, licences = upload.files[CARD_FILE].decode("utf-8"), []
+    for path in sorted(path for path in upload.files if path.rpartition("/")[2] == CONFIG_FILE):
+        about, adapter = json.loads(upload.files[path]), path.rpartition("/")[0]
+        base, revision = about.get("base_model_name_or_path"), about.get("revision")
+        licence = upload.base_license or base_licence(card, adapter) or licence_on_hub(base, revision, upload.token)
+        if licence is not None:
+            card = with_base_licence(card, adapter, base, licence)
+            licences.append(licence)
+    return replace(upload, files={**upload.files, CARD_FILE: card.encode("utf-8")}), licences
+
+
+def _open_request(upload: Upload, licences: Sequence[str]) -> str:
     """Open a pull request. It is not sent again: one whose answer is lost would be opened twice."""
-    prepared = _asked(upload, lambda: _prepare(upload))
+    prepared = _asked(upload, lambda: _prepare(upload, licences))
     try:
         return ask(upload.repo_id, upload.revision, lambda: _send(upload, *prepared), pauses=())
     except Unreachable as error:
@@ -87,7 +109,7 @@ def _open_request(upload: Upload) -> str:
         ) from error
 
 
-def _prepare(upload: Upload) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
+def _prepare(upload: Upload, licences: Sequence[str]) -> tuple[str, list[huggingface_hub.CommitOperationAdd]]:
     """The commit that is there, and what goes on top of it."""
     info = model_info(upload.repo_id, upload.revision, upload.token)
     if upload.private and info.private is False:
@@ -99,6 +121,8 @@ def _prepare(upload: Upload) -> tuple[str, list[huggingface_hub.CommitOperationA
             continue
         path = fetched(upload.repo_id, str(info.sha), entry, Place(token=upload.token))
         contents[name] = _over(path.read_bytes(), contents[name])
+    if licences:
+        contents[CARD_FILE] = carried(contents[CARD_FILE].decode("utf-8"), licences).encode("utf-8")
     added = [huggingface_hub.CommitOperationAdd(name, contents[name]) for name in sorted(contents)]
     return str(info.sha), added
 
