@@ -244,6 +244,61 @@ def test_nearest_interpolate_is_differentiable_in_all() -> None:
     assert torch.autograd.gradcheck(geometry.nearest_interpolate, (features, sources, queries))
 
 
+# ---- a curve ---------------------------------------------------------------------------------------------------------
+
+
+def along_curve(cloud: Tensor) -> list[int]:
+    """The numbers of points (n, 3) along the curve, digit by digit."""
+    corner = cloud.min(dim=0).values
+    side = float((cloud - corner).max()) or 1.0
+    codes = []
+    for number, point in enumerate(cloud):
+        cells = [int(float((point[axis] - corner[axis]) / side) * 1023) for axis in range(3)]
+        codes.append(("".join(str(cells[axis] >> bit & 1) for bit in reversed(range(10)) for axis in range(3)), number))
+    return [number for _, number in sorted(codes)]
+
+
+def test_a_z_order_takes_x_ahead_of_y_and_z_bit_by_bit() -> None:
+    corners = torch.cartesian_prod(*[torch.arange(2.0)] * 3)  # z fastest
+    assert geometry.morton_order(corners[None]).tolist() == [list(range(8))]
+    # The longest side alone counts: of two cells in z here the second is the 512th of x.
+    assert geometry.morton_order(torch.tensor([[[1.0, 0, 0], [0, 0, 0.5], [0, 0, 0]]])).tolist() == [[2, 1, 0]]
+    points = clouds(3, 50) * torch.tensor([1.0, 3.0, 0.2])
+    order = geometry.morton_order(points)
+    assert order.tolist() == [along_curve(cloud) for cloud in points]
+    assert torch.equal(geometry.morton_order(4 * points - 1), order)
+
+
+def test_a_z_order_is_the_same_packed_and_alone() -> None:
+    sizes, points = [50, 0, 1, 20, 50], torch.cat([clouds(1, 71)[0], clouds(1, 50, seed=1)[0] + 7])
+    offset = torch.tensor(sizes).cumsum(0)
+    order = geometry.ragged_morton_order(points, offset).split(sizes)
+    for own, cloud, end, n in zip(order, points.split(sizes), offset, sizes, strict=True):
+        if n:
+            assert torch.equal(own - (end - n), geometry.morton_order(cloud[None])[0])
+    with pytest.raises(PointPeftError, match="offset must end in 121, the number of points, got 120"):
+        geometry.ragged_morton_order(points, offset - 1)
+
+
+def test_points_in_one_cell_keep_their_order() -> None:
+    points = clouds(2, 10).repeat(1, 3, 1)
+    places = geometry.morton_order(points).view(2, 10, 3)
+    assert bool((places.diff(dim=2) == 10).all())
+    assert geometry.morton_order(torch.ones(1, 4, 3)).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_point_that_is_nowhere_changes_the_order_of_its_own_cloud_alone() -> None:
+    points = clouds(2, 30)
+    expected = geometry.morton_order(points)[1]
+    points[0, 4, 1] = torch.nan
+    packed = geometry.ragged_morton_order(points.flatten(0, 1), torch.tensor([30, 60])).view(2, 30)
+    for order in (geometry.morton_order(points), packed % 30):
+        assert torch.equal(order[1], expected) and order[0].sort().values.tolist() == list(range(30))
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_distances_are_taken_in_float32(dtype: torch.dtype) -> None:
     points = (clouds(2, 40) * 300).to(dtype)

@@ -6,6 +6,7 @@ that lies 100 units from the origin. Half precision inputs are widened to float3
 """
 
 from point_peft.geometry.dense import gather, interpolate, inverse_distance_weights, rows_of_all, squared_distance
+from point_peft.geometry.morton import morton_order, ragged_morton_order
 from point_peft.geometry.neighbours import farthest_point_sample, feature_knn, knn, nearest_interpolate
 from point_peft.geometry.offsets import as_offset, gathered, offset_of, rows_of, samples_of
 from point_peft.geometry.packed import nearest_weights, ragged_farthest_point_sample, ragged_interpolate, ragged_knn
@@ -19,12 +20,14 @@ __all__ = [
     "interpolate",
     "inverse_distance_weights",
     "knn",
+    "morton_order",
     "nearest_interpolate",
     "nearest_weights",
     "offset_of",
     "ragged_farthest_point_sample",
     "ragged_interpolate",
     "ragged_knn",
+    "ragged_morton_order",
     "rows_of",
     "rows_of_all",
     "samples_of",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
+from point_peft.geometry.morton import interleaved
 from point_peft.geometry.neighbours import CHUNK_ELEMENTS
 from point_peft.geometry.offsets import counts_of, runs_of, samples_of
 
@@ -15,9 +16,6 @@ from point_peft.geometry.offsets import counts_of, runs_of, samples_of
 FAN = 16
 QUERIES = 32
 PAIRS = 2**18
-# Shifts and masks that spread 21 bits over 63.
-_SHIFTS = (32, 16, 8, 4, 2)
-_MASKS = (0x001F00000000FFFF, 0x001F0000FF0000FF, 0x100F00F00F00F00F, 0x10C30C30C30C30C3, 0x1249249249249249)
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,7 @@ def along_curve(points: Tensor, offset: Tensor) -> Tensor:
     high = corner.scatter_reduce(0, own[:, None].expand(n, 3), points, "amax", include_self=False)
     side = (high - low).amax(1, keepdim=True)
     cell = ((points - low[own]) / side.where(side > 0, 1)[own] * (2**21 - 1)).long()
-    # Two zero bits between any two bits of a coordinate.
-    for shift, mask in zip(_SHIFTS, _MASKS, strict=True):
-        cell = (cell | cell << shift) & mask
-    order = (cell[:, 0] | cell[:, 1] << 1 | cell[:, 2] << 2).argsort(stable=True)
+    order = interleaved(cell.flip(1)).argsort(stable=True)
     return order[own[order].argsort(stable=True)]
 
 
