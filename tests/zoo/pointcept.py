@@ -19,6 +19,8 @@ from .registry import CLASSES, linear_head, register
 
 PATCH = 16
 """Tokens in each patch of the serialised attention."""
+CURVES = ([0, 1, 2], [1, 0, 2])
+"""The axes of each curve: the second has x and y exchanged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +47,10 @@ class Point(dict[str, Any]):
         self[name] = value
 
     def serialize(self) -> None:
-        """Order the points of each sample along a Z curve, and cut that order into patches (p, k)."""
-        code = _z_code(self.grid_coord) + self.batch * GRID**3
-        self.order = code.argsort()
+        """Order the points of each sample along two Z curves, and cut any such order into patches (p, k)."""
+        curves = [_z_code(self.grid_coord[:, axes]) for axes in CURVES]
+        self.serialized_order = (torch.stack(curves) + self.batch * GRID**3).argsort()
+        self.serialized_inverse = self.serialized_order.argsort()
         slots, valid = [], []
         start = 0
         for end in self.offset.tolist():
@@ -126,18 +129,19 @@ def _chain(*modules: nn.Module) -> PointSequential:
 
 
 class SerializedAttention(PointModule):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, order_index: int) -> None:
         super().__init__()
         self.heads = heads
+        self.order_index = order_index
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, point: Point) -> Point:
-        slots = point.order[point.patch_slots]
+        slots = point.serialized_order[self.order_index][point.patch_slots]
         q, k, v = self.qkv(point.feat)[slots].unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=point.patch_valid[:, None, None])
         mixed = mixed.transpose(1, 2).flatten(2)[point.patch_valid]
-        point.feat = self.proj(mixed[point.order.argsort()])
+        point.feat = self.proj(mixed[point.serialized_inverse[self.order_index]])
         return point
 
 
@@ -156,11 +160,11 @@ class Mlp(nn.Module):
 class Block(PointModule):
     """A convolution that tells positions, attention, MLP; the Point is changed in place."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, order_index: int) -> None:
         super().__init__()
         self.cpe = _chain(SparseConv(width, width), nn.Linear(width, width), nn.LayerNorm(width))
         self.norm1 = _chain(nn.LayerNorm(width))
-        self.attn = SerializedAttention(width, heads)
+        self.attn = SerializedAttention(width, heads, order_index)
         self.norm2 = _chain(nn.LayerNorm(width))
         self.mlp = _chain(Mlp(width))
 
@@ -231,11 +235,11 @@ class PointTransformerV3(nn.Module):
     def __init__(self, narrow: int = 16, wide: int = 24) -> None:
         super().__init__()
         self.embedding = _chain(SparseConv(6, narrow), nn.BatchNorm1d(narrow), nn.GELU())
-        fine = OrderedDict[str, nn.Module](block0=Block(narrow, 2), block1=Block(narrow, 2))
+        fine = OrderedDict[str, nn.Module](block0=Block(narrow, 2, 0), block1=Block(narrow, 2, 1))
         coarse = OrderedDict[str, nn.Module](
-            down=GridPooling(narrow, wide), block0=Block(wide, 4), block1=Block(wide, 4)
+            down=GridPooling(narrow, wide), block0=Block(wide, 4, 0), block1=Block(wide, 4, 1)
         )
-        up = OrderedDict[str, nn.Module](up=GridUnpooling(wide, narrow, narrow), block0=Block(narrow, 2))
+        up = OrderedDict[str, nn.Module](up=GridUnpooling(wide, narrow, narrow), block0=Block(narrow, 2, 0))
         self.enc = PointSequential({"enc0": PointSequential(fine), "enc1": PointSequential(coarse)})
         self.dec = PointSequential({"dec0": PointSequential(up)})
         self.seg_head = nn.Linear(narrow, CLASSES)
