@@ -40,6 +40,7 @@ from point_peft.tuners.norm_tuning import NormTuningConfig
 from point_peft.tuners.point_gst import PointGSTConfig
 from point_peft.tuners.point_lora import PointLoRAConfig
 from point_peft.tuners.point_peft import PointPEFTConfig
+from point_peft.tuners.point_tpa import PointTPAConfig
 from point_peft.tuners.ppt import PPTConfig
 from point_peft.tuners.ssf import SSFConfig
 from point_peft.tuners.stag import STAGConfig
@@ -77,6 +78,7 @@ __all__ = [
     "PointPEFTConfig",
     "PointPeftError",
     "PointPeftModel",
+    "PointTPAConfig",
     "SSFConfig",
     "STAGConfig",
     "TunerConfig",

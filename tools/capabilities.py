@@ -39,6 +39,7 @@ ALTERNATIVES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "POINT_GST": (ON_PATCHES,),
     "POINT_LORA": ({"shared_mlp_width": 0},),
     "POINT_PEFT": ({"num_prompts": 0}, {"num_prompts": 0, "adapter_scale": 0.0}, ON_PATCHES),
+    "POINT_TPA": (ON_PATCHES,),
     "VPT": (ON_PATCHES,),
 }
 """Changes of a method's defaults that are tried, in this order, where the defaults are refused."""
