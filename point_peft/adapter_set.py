@@ -278,7 +278,7 @@ class AdapterSet(nn.Module):
     def trainable_parameters_report(self) -> str:
         """The table that `print_trainable_parameters` prints.
 
-        It ends with what stays frozen though no pre-training fills it, or some do not: heads and prefix tokens.
+        It ends with what methods chose here, and what stays frozen though some pre-trainings do not fill it, or none.
         """
         return status.trainable_parameters_report(self.base_model, all_adapters(self.adapters), self.anatomy)
 

@@ -107,6 +107,7 @@ def trainable_parameters_report(base: nn.Module, adapters: Adapters, anatomy: An
             "no pre-training fills": frozen_heads(anatomy, base, adapter),
             "some pre-trainings leave out": _frozen_tokens(anatomy, adapter),
         }
+        lines += [f"{name:<{names}}  {choice}" for choice in adapter.choices]
         lines += [f"{name:<{names}}  frozen, and {why}: {', '.join(paths)}" for why, paths in left.items() if paths]
     return "\n".join([*lines, f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"])
 

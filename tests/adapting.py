@@ -238,6 +238,11 @@ def add(model: AdapterSet, backbone: TinyBackbone, how: How, name: str, *, seed:
     complete(model, backbone, name, seed, fresh=False)
 
 
+def unchanged_when_fresh(how: TunerConfig | PeftConfig, backbone: TinyBackbone) -> bool:
+    """True if a fresh adapter leaves the output as it is: prompts change it, for which packed tokens have no place."""
+    return how.identity_at_init or backbone.kind == "packed"
+
+
 def stated(how: How, backbone: TinyBackbone) -> PeftConfig:
     """The configuration, with the anatomy if no preset tells it, so that it is not traced again and again."""
     if isinstance(how, tuple):

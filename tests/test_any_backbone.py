@@ -30,9 +30,14 @@ def test_rows_of_three_backbones(capsys, options):
         assert float(rows[name][-3]) < float(rows[name][-4])
         assert ("traced" in rows[name]) == (bool(options) or known_anatomy(BACKBONES[name].build()) is None)
     if "pyg_point_transformer" in names:
-        assert {"packed", "split", "POINT_PEFT¹"} <= set(rows["pyg_point_transformer"])
-        assert "¹ num_prompts=0" in printed
+        assert {"packed", "split", "POINT_PEFT"} <= set(rows["pyg_point_transformer"])
     assert re.search(rf"^{len(names)} backbones in [\d.]+ s, failed: none$", printed, re.MULTILINE)
+
+
+def test_a_mark_says_what_a_backbone_asks_for(capsys):
+    assert any_backbone.main(["--backbone", "official_ptv1"]) == 0
+    printed = capsys.readouterr().out
+    assert "POINT_PEFT¹" in printed and "¹ adapter_scale=0.0" in printed
 
 
 def test_a_method_falls_back_where_it_is_unsupported(capsys):

@@ -50,4 +50,4 @@ def test_a_refusal_is_on_the_page_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
 def test_labels_stand_for_configurations() -> None:
     assert capabilities.labelled("LORA") == ("LORA", {})
-    assert capabilities.labelled("POINT_PEFT[num_prompts=0]") == ("POINT_PEFT", {"num_prompts": 0})
+    assert capabilities.labelled("POINT_PEFT[adapter_scale=0.0]") == ("POINT_PEFT", {"adapter_scale": 0.0})

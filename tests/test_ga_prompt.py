@@ -462,7 +462,7 @@ def test_a_block_that_is_called_alone_says_what_it_misses() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "why"),
     [
-        ("torch_pointcloud_ptv3", {}, r"are packed, .*use POINT_PEFT with num_prompts=0 or POINT_GST"),
+        ("torch_pointcloud_ptv3", {}, r"are packed, .*use POINT_PEFT, which does without, or POINT_GST"),
         ("padded_patches", {}, r"GA_PROMPT puts prompts ahead of the patch tokens of 'blocks.0'"),
         ("padded_patches", {"num_prompts": 0}, r"GA_PROMPT needs to know where the tokens of 'blocks.0' lie in space"),
         ("point_features", {}, r"no module is known that is given the cloud and groups it"),

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, TunerConfig, describe, get_peft_model
+from point_peft import AnatomyError, LoraConfig, PointPEFTConfig, PointPeftModel, TunerConfig, describe, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.anatomy.description import Anatomy, Block, Stage, Tap
 from tests.forks import Server
@@ -164,23 +164,52 @@ def test_the_chunks_of_a_large_scene_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_prompts_in_packed_tokens_are_refused_with_what_can_be_had() -> None:
     backbone = BACKBONES["pointcept_ptv3"]
-    message = r"POINT_PEFT puts prompts among the tokens of 'enc.enc1.block1', which has no place .*num_prompts=0.*LORA"
-    with pytest.raises(AnatomyError, match=message):
-        get_peft_model(backbone.build(), PointPEFTConfig())
+    message = (
+        r"POINT_PEFT puts prompts among the tokens of 'enc\.enc\d\.block\d', which has no place .*num_prompts out.*LORA"
+    )
+    for stated in (PointPEFTConfig(num_prompts=10), PointPEFTConfig.published()):
+        with pytest.raises(AnatomyError, match=message):
+            get_peft_model(backbone.build(), stated)
     get_peft_model(backbone.build(), LoraConfig())
+
+
+def test_without_a_word_on_prompts_packed_tokens_get_none_and_the_report_says_so(tmp_path: Path) -> None:
+    """What is made and saved is that of no prompts; a file of before there was a choice means the ten of then."""
+    backbone = BACKBONES["pointcept_ptv3"]
+    torch.manual_seed(0)
+    model = get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=True)).eval()
+    said = "POINT_PEFT has no prompts in 2 of its 2 blocks, which have no place for them ('enc.enc1.block1' …)"
+    assert said in model.trainable_parameters_report()
+    torch.manual_seed(0)
+    without = get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0, memory_bank=True))
+    assert "no prompts" not in without.trainable_parameters_report()
+    named = [get_adapter(one, "default").tensors() for one in (model, without)]
+    assert named[0].keys() == named[1].keys() and not any("prompt" in name for name in named[0])
+    (data,) = backbone.inputs(2, 0)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        output = model(data)
+        assert not torch.allclose(output, backbone.build()(data), atol=1e-2)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    again = PointPeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    assert torch.equal(again(data), output) and said in again.trainable_parameters_report()
+    before = TunerConfig.from_json({"method": "POINT_PEFT"})
+    assert isinstance(before, PointPEFTConfig) and before.num_prompts == 10
 
 
 def test_a_block_without_an_mlp_is_refused_with_what_can_be_had() -> None:
     backbone = BACKBONES["official_ptv1"]
     with pytest.raises(AnatomyError, match=r"MLP of every block, and 'dec2\.1' has none .*adapter_scale=0\.0"):
-        get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0))
+        get_peft_model(backbone.build(), PointPEFTConfig())
 
 
 @pytest.mark.parametrize("gone", ["batch", "offset"])
 def test_samples_are_told_by_numbers_or_by_ends(gone: str) -> None:
     backbone = BACKBONES["pointcept_ptv3"]
     (data,) = backbone.inputs(3, 0)
-    model = get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0)).eval()
+    model = get_peft_model(backbone.build(), PointPEFTConfig()).eval()
     with torch.no_grad():
         for parameter in model.adapters.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

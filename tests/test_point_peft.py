@@ -393,6 +393,7 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
     base.load_state_dict({name: tensors.get(name, tensor) for name, tensor in base.state_dict().items()})
     with model.disable_adapter():
         query = model.forward_features(cloud[None])[0, 1:].amax(dim=0)
+    assert config.num_prompts is not None
     top_k = config.num_prompts - 2 if config.top_k is None else config.top_k
     first = round((1 - config.adapted_share) * len(base.blocks.blocks))
 
@@ -641,6 +642,13 @@ def test_the_published_start_is_no_identity() -> None:
 def test_a_wrong_field_is_named_with_what_is_allowed(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(PointPeftError, match=rf"{field}.*allowed: {allowed}"):
         PointPEFTConfig(**{"memory_bank": True, field: value})
+
+
+def test_ten_prompts_where_nothing_is_stated_and_they_have_a_place() -> None:
+    default, ten = (adapted(fresh=True, bank=False, num_prompts=count) for count in (None, 10))
+    named = [get_adapter(model, "default").tensors() for model in (default, ten)]
+    assert {name: tensor.shape for name, tensor in named[0].items()} == {n: t.shape for n, t in named[1].items()}
+    assert "no prompts" not in default.trainable_parameters_report()
 
 
 def test_two_prompts_suffice_without_a_bank() -> None:

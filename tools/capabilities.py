@@ -38,7 +38,7 @@ ALTERNATIVES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "IA3": ({"scale_mlp": False},),
     "POINT_GST": (ON_PATCHES,),
     "POINT_LORA": ({"shared_mlp_width": 0},),
-    "POINT_PEFT": ({"num_prompts": 0}, {"num_prompts": 0, "adapter_scale": 0.0}, ON_PATCHES),
+    "POINT_PEFT": ({"adapter_scale": 0.0}, ON_PATCHES),
     "POINT_TPA": (ON_PATCHES,),
     "VPT": (ON_PATCHES,),
 }

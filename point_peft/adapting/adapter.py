@@ -31,6 +31,8 @@ class Adapter(nn.Module):
         """Modules that read weights of modules which are not called -> these, as far as the adapter changes them."""
         self.unproven: Unproven | None = None
         """The facts that forwards have yet to show of it; None once they have shown all."""
+        self.choices: list[str] = []
+        """The choices of its methods for this backbone, in words."""
         self.ran_eagerly = False
         """True once a forward that was not compiled has run it."""
 

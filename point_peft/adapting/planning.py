@@ -92,6 +92,7 @@ def _plan_methods(adapter: Adapter, backbone: Backbone) -> dict[str, list[Part]]
     for number, tuner in enumerate(adapter.config.tuners):
         blueprint = tuner.build(backbone)
         adapter.shared.append(nn.ModuleDict(dict(blueprint.shared)))
+        adapter.choices += blueprint.choices
         tokens = (state.tuned_tokens for state in blueprint.shared.values())
         backbone = replace(backbone, tuned_tokens=backbone.tuned_tokens.union(*tokens))
         copies = [(path, clean_copy(modules[path]).requires_grad_(True)) for path in blueprint.modules]

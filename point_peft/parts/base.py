@@ -235,3 +235,5 @@ class Blueprint:
     holds_statistics: bool = False
     """True if running statistics in these copies stay those of the backbone, as the rest of it keeps its own."""
     shared: dict[str, SharedState] = field(default_factory=dict)
+    choices: list[str] = field(default_factory=list)
+    """The choices for this backbone that the configuration leaves open, in words for the report."""

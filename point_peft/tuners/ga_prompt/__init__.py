@@ -275,7 +275,7 @@ class GAPromptConfig(TunerConfig):
         if blocks and stage.layout == "packed":
             raise AnatomyError(
                 f"{self.method} puts prompts into the cloud and among its tokens, and the tokens of '{blocks[0].path}' "
-                "are packed, which have no place for either: use POINT_PEFT with num_prompts=0 or POINT_GST"
+                "are packed, which have no place for either: use POINT_PEFT, which does without, or POINT_GST"
             )
         if prompted:
             check_takes_prompts(stage, self.method, "Set num_prompts=0, or use LORA, SSF or BOTTLENECK")

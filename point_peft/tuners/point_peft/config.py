@@ -27,6 +27,7 @@ from point_peft.tuners.point_peft.prior import MemoryBank
 from point_peft.tuners.point_peft.prompt import Prompt
 
 NEIGHBOURHOOD_WIDTH = 64
+PROMPTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class PointPEFTConfig(TunerConfig):
 
     method: ClassVar[str] = "POINT_PEFT"
     earlier: ClassVar[Mapping[str, Any]] = {
+        "num_prompts": PROMPTS,
         "adapted_share": 1.0,
         "prior": "backbone",
         "standardised": False,
@@ -53,8 +55,8 @@ class PointPEFTConfig(TunerConfig):
     memory bank, if there is one.
     """
 
-    num_prompts: Annotated[int, at_least(0)] = 10
-    """Prompts p that each of the prompt layers gets."""
+    num_prompts: Annotated[int | None, at_least(0)] = None
+    """Prompts p that each of the prompt layers gets; None: 10, but none where they have no place (packed tokens)."""
     prompt_layers: Annotated[int | None, at_least(0)] = None
     """Adapted blocks that get prompts, counted from the first.
 
@@ -142,10 +144,10 @@ class PointPEFTConfig(TunerConfig):
         divides = self.local_attention_width % heads == 0
         require(divides, self, "local_attention_width", f"a multiple of local_attention_heads={heads}")
         if self.top_k is not None:
-            limit = max(0, self.num_prompts - 2)
+            limit = max(0, self._prompts - 2)
             require(1 <= self.top_k <= limit, self, "top_k", f"1 to num_prompts - 2 = {limit}, or None")
-        elif self.memory_bank and self.num_prompts:
-            require(self.num_prompts >= 3, self, "num_prompts", "0, or 3 or more with a memory bank (2 + top_k)")
+        elif self.memory_bank and self._prompts:
+            require(self._prompts >= 3, self, "num_prompts", "0, or 3 or more with a memory bank (2 + top_k)")
 
     @classmethod
     def published(cls) -> PointPEFTConfig:
@@ -154,18 +156,23 @@ class PointPEFTConfig(TunerConfig):
 
     @property
     def identity_at_init(self) -> bool:
-        """A fresh adapter is the backbone plus its prompts."""
+        """A fresh adapter is the backbone plus its prompts, which not every backbone has a place for."""
         return self.init == "identity" and (self.num_prompts == 0 or self.prompt_layers == 0)
 
     def build(self, backbone: Backbone) -> Blueprint:
         anatomy = backbone.known_anatomy(self.method)
         chosen = self._adapted(backbone)
-        prompted = self._prompted(anatomy, chosen)
+        left_open = self.num_prompts is None
+        without = [b for b in chosen if left_open and not anatomy.stages[anatomy.stage_of(b)].takes_prompts]
+        prompted = self._prompted(anatomy, [block for block in chosen if block not in without])
         queried = self._queried(anatomy, chosen[0])
         source = chosen[0].path if self.prior == "block" else self.prior
         # Where the prediction is made from the prefix tokens alone, nothing reads the last block's patches.
         unread = None if anatomy.patches_read else anatomy.blocks[-1]
         plan = Blueprint()
+        if without:
+            where = f"{len(without)} of its {len(chosen)} blocks, which have no place for them ('{without[0].path}' …)"
+            plan.choices.append(f"{self.method} has no prompts in {where}: the geometry-aware adapter acts alone")
         for number, stage in enumerate(anatomy.stages):
             blocks = [block for block in chosen if block in stage.blocks]
             if not blocks:
@@ -222,19 +229,24 @@ class PointPEFTConfig(TunerConfig):
         return anatomy.stages[number]
 
     def _prompted(self, anatomy: Anatomy, chosen: Sequence[Block]) -> Sequence[Block]:
-        """The blocks that get prompts."""
+        """The blocks that get prompts, of those that may."""
         if self.num_prompts == 0:
             return []
         several = len({stage.width for stage in anatomy.stages}) > 1
         half = len(chosen) if several else max(1, len(chosen) // 2)
         return chosen[: half if self.prompt_layers is None else self.prompt_layers]
 
+    @property
+    def _prompts(self) -> int:
+        """Prompts in a block that has a place for them."""
+        return PROMPTS if self.num_prompts is None else self.num_prompts
+
     def _adapter(self, stage: Stage, width: int) -> Bottleneck:
         return quick_bottleneck(stage.width, width, self.adapter_dropout, identity=self.init == "identity")
 
     def _prompt(self, stage: Stage, prior: str | None) -> Prompt:
         prior_adapter = None if prior is None else self._adapter(stage, self.prior_adapter_width)
-        return Prompt(self.num_prompts, stage.width, self.prompt_dropout, prior_adapter)
+        return Prompt(self._prompts, stage.width, self.prompt_dropout, prior_adapter)
 
     def _geometry(self, stage: Stage) -> GeometryAwareAdapter:
         return GeometryAwareAdapter(
@@ -268,7 +280,7 @@ class PointPEFTConfig(TunerConfig):
         return StageGeometry(
             "point_peft" if number == 0 else f"point_peft.stage_{number}",
             LocalAttention(stage.width, width, heads, drop_path),
-            self.num_prompts if prompted else 0,
+            self._prompts if prompted else 0,
         )
 
     def _bank(self, queried: Stage, source: str) -> MemoryBank:
@@ -279,7 +291,7 @@ class PointPEFTConfig(TunerConfig):
             )
         return MemoryBank(
             queried.width,
-            self.num_prompts - 2 if self.top_k is None else self.top_k,
+            self._prompts - 2 if self.top_k is None else self.top_k,
             source,
             torch.float16 if self.bank_dtype == "float16" else torch.float32,
             leave_nearest_out=self.leave_nearest_out,
@@ -315,7 +327,8 @@ class PointPEFTConfig(TunerConfig):
             )
             raise AnatomyError(
                 f"{self.method} puts prompts among the tokens of '{path}', which has no place for them "
-                f"({why}): set num_prompts=0 to keep its geometry-aware adapter, or use LORA or BITFIT"
+                f"({why}): leave num_prompts out, or set it to 0, to keep its geometry-aware adapter, or use LORA or "
+                "BITFIT"
             )
 
     def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
