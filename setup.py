@@ -20,6 +20,7 @@ PEFT = ["peft>=0.21"]
 FAST = ["torch-fps>=0.6"]
 # Other people's models that the tests adapt, unmodified.
 BACKBONES = [
+    "ocnn==2.3.3",
     "openpoints==0.1.2",
     "spconv==2.3.8",
     "timm>=1.0.31",

@@ -18,6 +18,7 @@ from point_peft import (
     AdapterFileError,
     AnatomyError,
     BitFitConfig,
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PointPEFTConfig,
@@ -207,6 +208,31 @@ EXPECTED: dict[str, E] = {
         voxels("decoder.blocks.0.blocks.0", 1, 16),
         heads="head",
     ),
+    **dict.fromkeys(
+        ("torch_pointcloud_sonata", "torch_pointcloud_concerto"),
+        expect(voxels("encoder.blocks.0.blocks.0", 2, 16), voxels("encoder.blocks.1.blocks.0", 2, 24), heads="head"),
+    ),
+    "torch_pointcloud_utonia": expect(
+        *(
+            packed(f"encoder.blocks.{i}.blocks.0", 2, width, f"input.pos of 'encoder.blocks.{i}.blocks.0'", FUSED)
+            for i, width in enumerate((12, 24))
+        ),
+        heads="head",
+    ),
+    # An octree is no tensor: coordinates are not found, and of these blocks neither are samples.
+    "torch_pointcloud_octformer": expect(
+        packed("encoder.layers.0.blocks.0", 2, 16, "None", FUSED),
+        packed("encoder.layers.1.blocks.0", 2, 24, "None", FUSED),
+        heads="decoder head",
+    ),
+    "torch_pointcloud_3detr": expect(
+        nowhere("encoder.layers.0", TORCH),
+        nowhere("decoder.layers.0", TORCH),
+        norms="decoder.norm",
+        heads=" ".join(f"mlp_heads.{n}_head" for n in ("center", "size", "angle_cls", "angle_residual", "sem_cls")),
+    ),
+    "torch_pointcloud_point_mamba": expect(nowhere("encoder.blocks.0", "none"), norms="encoder.norm_f", heads="head"),
+    "litept": expect(point("enc.enc1.block0", 2, 24), heads="seg_head"),
     "uni3d": uni3d(FUSED),
     "uni3d_swiglu": uni3d(SPLIT),
     "timm_vit": expect(vit("blocks.0", 2, 0, "output[1] of 'patches'", position="once"), heads="head", norms="norm"),
@@ -667,6 +693,44 @@ def test_padded_patches_are_not_taken(name):
     get_peft_model(backbone.build(), LoraConfig(), example_inputs=backbone.inputs(3, 1))
 
 
+def test_a_model_without_attention_has_linear_layers_and_says_so():
+    name = "torch_pointcloud_point_mamba"
+    if name not in BACKBONES:
+        pytest.skip("its package is not installed")
+    backbone = BACKBONES[name]
+    args = backbone.inputs(3, 1)
+    anatomy = describe(backbone.build(), *args)
+    for said in ("attention:   none: of these blocks the linear layers alone", "'encoder.blocks.0' has no attention"):
+        assert said in str(anatomy)
+    # One of them by the attribute `T`.
+    assert {read.module.rpartition(".")[2] for read in anatomy.reads} == {"in_proj", "dt_proj"} and not anatomy.uncalled
+    model = get_peft_model(backbone.build(), LoraConfig(), example_inputs=args)
+    names = {row.name.rpartition(".")[2] for row in model.get_layer_status() if "mamba" in row.name}
+    assert names == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    with pytest.raises(AnatomyError, match=r"IA3 scales the keys and values .* 'encoder\.blocks\.0' has none"):
+        get_peft_model(backbone.build(), IA3Config(), example_inputs=args)
+
+
+@pytest.mark.parametrize("name", ["torch_pointcloud_sonata", "torch_pointcloud_utonia"])
+def test_a_pre_trained_encoder_is_known_alone_and_under_a_head(name):
+    if name not in BACKBONES:
+        pytest.skip("its package is not installed")
+    backbone = BACKBONES[name]
+    encoder = backbone.build().get_submodule("encoder")
+    models = (backbone.build(), encoder, Made({"a": encoder, "b": nn.Linear(24, 2)}))
+    whole, alone, under = map(known_anatomy, models)
+    assert whole is not None and alone is not None and under is not None
+    assert alone.source == f"{whole.source}, encoder" and (alone.heads, under.heads) == ((), ("b",))
+    for anatomy, prefix in ((alone, ""), (under, "a.")):
+        paths = [path.path for path in anatomy.blocks]
+        assert paths == [block.path.replace("encoder.", prefix, 1) for block in whole.blocks]
+    args = backbone.inputs(2, 1)
+    model = get_peft_model(encoder, PointPEFTConfig(modules_to_save=[]))
+    features, *_ = model(args[0], *args[-2:], **({"pos": args[1]} if len(args) == 4 else {}))
+    features.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.adapters.parameters())
+
+
 class PackedLayer(Layer):
     """A block on packed tokens (n, c) of one cloud."""
 
@@ -695,6 +759,21 @@ def test_unknown_coordinates_of_packed_tokens():
     with pytest.raises(AnatomyError, match=r"needs to know where the tokens .* \(144, 24\) of 'layer'"):
         config = PointPEFTConfig(num_prompts=0, memory_bank=False)
         get_peft_model(Thinned(), config, example_inputs=offset_list(3, 1))
+
+
+class Ordered(Thinned):
+    """Packed tokens (n, c) in an order of their own, as along a curve."""
+
+    def forward(self, given: list[Tensor]) -> Tensor:
+        order = given[1][:, 0].argsort()
+        logits: Tensor = self.out(self.layer(self.embed(5 * given[1])[order]))
+        return logits
+
+
+def test_points_that_the_model_alone_is_given_are_not_taken_for_coordinates_of_packed_tokens():
+    """Nothing tells that they are in the order of the tokens."""
+    (stage,) = trace(Ordered(), offset_list(3, 1), {}).stages
+    assert (stage.layout, stage.coordinates) == ("packed", None) and "(288, 24) of 'layer'" in stage.unknown
 
 
 @pytest.mark.parametrize("name", ["official_ptv1", "pointcept_ptv3", "pyg_point_transformer"])

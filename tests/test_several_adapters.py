@@ -62,6 +62,10 @@ def test_each_sample_goes_to_its_adapter_and_every_task_gets_its_answer(backbone
     args = backbone.inputs(5, 0)
     kinds = [*model.adapters, None]
     names = [kinds[i % len(kinds)] for i in (0, 1, 3, 1, 2)]
+    if backbone.name == "torch_pointcloud_octformer":
+        with pytest.raises(AdapterError, match="is a Octree that holds tensors, and cannot be divided"):
+            model(*args, adapter_names=names)
+        return
     expected = {kind: backbone.select(alone(model, kind, backbone.inputs(5, 0))) for kind in set(names)}
     found = backbone.select(model(*args, adapter_names=names))
     for i, kind in enumerate(names):

@@ -52,7 +52,12 @@ HEADER = (
 )
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 COORDINATES = HEADER.index("coordinates")
-KINDS = {"one fused projection": "fused", "split projections": "split", "nn.MultiheadAttention": "torch"}
+KINDS = {
+    "one fused projection": "fused",
+    "split projections": "split",
+    "nn.MultiheadAttention": "torch",
+    "none": "none",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

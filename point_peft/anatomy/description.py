@@ -46,7 +46,8 @@ class Block:
     """One transformer block; every entry is a module path."""
 
     path: str
-    attention: str
+    attention: str | None
+    """None: the tokens meet in another way, as in a state-space model, and linear layers are all that is adapted."""
     qkv: tuple[str, ...]
     projection: str | None
     norms: tuple[str, ...]
@@ -65,7 +66,11 @@ class Block:
 
     @property
     def attention_kind(self) -> str:
-        """The way query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention."""
+        """The way query, key and value are made: by one linear layer, by several, or inside nn.MultiheadAttention; or
+        "none".
+        """
+        if self.attention is None:
+            return "none"
         return {0: "nn.MultiheadAttention", 1: "one fused projection"}.get(len(self.qkv), "split projections")
 
 
@@ -213,7 +218,7 @@ class Anatomy:
                 f"  positions:   added {stage.position.replace('_', ' ')}, made by {_list([stage.position_embedding])}",
                 f"  masks:       {_masks(stage)}",
                 f"  prompts:     {'yes' if stage.takes_prompts else 'no'}",
-                f"  attention:   '{first.attention}', {first.attention_kind} {_list(first.qkv)}",
+                f"  attention:   {_attention(first)}",
                 f"  projection:  {_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])}; linears outside the attention: {_list(first.linears)}",
                 f"  norms:       {_list(first.norms)}; ahead of the MLP {_list([first.mlp_norm])}",
@@ -237,6 +242,12 @@ def _masks(stage: Stage) -> str:
     padding = [f"input{spell_steps(steps)} (b, l)" for steps in stage.padding_masks]
     lets = ", which let attend where True" if stage.mask_visible else ""
     return (", ".join([*square, *padding]) or "none") + lets
+
+
+def _attention(block: Block) -> str:
+    if block.attention is None:
+        return "none: of these blocks the linear layers alone are adapted"
+    return f"'{block.attention}', {block.attention_kind} {_list(block.qkv)}"
 
 
 def _list(names: Sequence[str | None]) -> str:

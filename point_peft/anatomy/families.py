@@ -216,6 +216,29 @@ _PTV1 = Preset(
     ),
     encoder=r"(?:enc|dec)\d+",
 )
+# torch-pointcloud's PTv3, and the encoders of its make that are pre-trained on scenes: Sonata, Concerto.
+_SERIALISED = Preset(
+    name="torch-pointcloud PTv3 family",
+    requires=("encoder.blocks.0.blocks.0.cpe_conv", "encoder.stem", "head"),
+    stages=(
+        StagePreset(
+            blocks=r"(?:encoder|decoder)\.blocks\.\d+\.blocks\.\d+",
+            coordinates=_given("{first}", 2),
+            samples=(_given("{first}", 3),),
+            layout="packed",
+            outputs=((0,), (1, "features")),
+            mlp_norm="norm2",
+        ),
+    ),
+    encoder=r"encoder|decoder",
+)
+# The blocks of Utonia are told positions beside cells.
+_ROTATED = variant(
+    _SERIALISED,
+    name="torch-pointcloud Utonia",
+    requires=(*_SERIALISED.requires, "encoder.blocks.0.blocks.0.attn.rope"),
+    stage={"coordinates": _given("{first}", "pos")},
+)
 PRESETS: tuple[Preset, ...] = (
     _POINT_MAE,
     _POINT_GPT_SEGMENTATION,
@@ -303,20 +326,18 @@ PRESETS: tuple[Preset, ...] = (
         stage={"blocks": r"(?:patch_embed|enc_stages\.\d+|dec_stages\.\d+)\.blocks\.blocks\.\d+"},
         encoder=r"patch_embed|enc_stages|dec_stages",
     ),
-    Preset(
-        name="torch-pointcloud PTv3",
-        requires=("encoder.blocks.0.blocks.0.cpe_conv", "encoder.stem", "head"),
-        stages=(
-            StagePreset(
-                blocks=r"(?:encoder|decoder)\.blocks\.\d+\.blocks\.\d+",
-                coordinates=_given("{first}", 2),
-                samples=(_given("{first}", 3),),
-                layout="packed",
-                outputs=((0,), (1, "features")),
-                mlp_norm="norm2",
-            ),
-        ),
-        encoder=r"encoder|decoder",
+    _ROTATED,
+    _SERIALISED,
+    # The encoder alone, as its `from_pretrained` returns it, or in a model of the user's.
+    *(
+        variant(
+            preset,
+            name=f"{preset.name}, encoder",
+            requires=tuple(path.removeprefix("encoder.") for path in preset.requires if path != "head"),
+            stage={"blocks": r"blocks\.\d+\.blocks\.\d+"},
+            encoder=r"blocks|stem",
+        )
+        for preset in (_ROTATED, _SERIALISED)
     ),
     Preset(
         name="torch-pointcloud PTv2",

@@ -1,4 +1,7 @@
-"""Blocks found by their structure: an attention, a norm and a linear layer outside the attention."""
+"""Blocks found by their structure: an attention, a norm and a linear layer outside the attention.
+
+Of a model without any attention, they are the items of its lists of modules that have a norm and a linear layer.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -35,7 +38,7 @@ def projects(block: Block, path: str) -> str:
     """The role of one of a block's `qkv` layers, in the order of its rows: "qkv", "kv", "k"; "" if no name tells it."""
     if len(block.qkv) == 1:
         return "qkv"
-    name = path.removeprefix(block.attention + ".")
+    name = path.removeprefix(f"{block.attention}.")
     return "v" if name == VALUES_BESIDE_EDGES else role_of_name(name)
 
 
@@ -112,7 +115,7 @@ def _linears(module: nn.Module, path: str = "") -> list[str]:
 
 
 def find_blocks(modules: Modules) -> dict[str, Block]:
-    """The transformer blocks among modules by path: the smallest ancestor of an attention with a norm and a linear."""
+    """The blocks among modules by path: the smallest ancestor of an attention with a norm and a linear layer."""
     every_norm = [path for path, module in modules.items() if is_norm(module)]
     every_linear = [path for path, module in modules.items() if linear_shape(module)]
     blocks: dict[str, Block] = {}
@@ -143,13 +146,25 @@ def find_blocks(modules: Modules) -> dict[str, Block]:
         one = projection[0] if len(projection) == 1 else None
         block = Block(path=path, attention=attention, qkv=qkv, projection=one, norms=norms, mlp=None, linears=linears)
         blocks[path] = _with_mlp(modules, block, attentions)
+    if not attentions:
+        for path in (path for path, module in modules.items() if _is_item(modules, path) and any(module.children())):
+            norms, linears = outside(every_norm, path, path + "."), outside(every_linear, path, path + ".")
+            if norms and linears:
+                blocks[path] = Block(
+                    path=path, attention=None, qkv=(), projection=None, norms=norms, mlp=None, linears=linears
+                )
     # A block inside another block's attention search is the container of several blocks, not a block.
     return {path: b for path, b in blocks.items() if not any(other.startswith(path + ".") for other in blocks)}
 
 
+def _is_item(modules: Modules, path: str) -> bool:
+    """Tell whether a module is an item of a list of modules."""
+    return bool(path) and isinstance(modules.get(path.rpartition(".")[0]), (nn.ModuleList, nn.ModuleDict))
+
+
 def _flat_block(modules: Modules, path: str, qkv: Sequence[str]) -> Block | None:
     """A block, one of a list, that has its query, key and value layers itself, beside norms and other layers."""
-    if not qkv or not isinstance(modules[path.rpartition(".")[0]], (nn.ModuleList, nn.ModuleDict)):
+    if not qkv or not _is_item(modules, path):
         return None
     width = (linear_shape(modules[qkv[0]]) or (0, 0))[1]
     norms = tuple(name for name, child in modules[path].named_modules(prefix=path) if is_norm(child))

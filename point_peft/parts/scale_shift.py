@@ -26,7 +26,8 @@ def channels_of(module: nn.Module) -> int | None:
 
 def block_sites(block: Block) -> list[str]:
     """Norms and linear layers of a block, or the attention itself where it has its projections inside."""
-    return [*block.norms, *(block.qkv or (block.attention,)), *filter(None, [block.projection]), *block.linears]
+    made = block.qkv or (block.attention,)
+    return [*block.norms, *filter(None, made), *filter(None, [block.projection]), *block.linears]
 
 
 def patch_taps(anatomy: Anatomy) -> dict[str, tuple[Tap, int]]:

@@ -154,7 +154,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor], what: str) -> Any:
         return _rebuilt(value, {key: _mapped(entry, change, what) for key, entry in value.items()})
     if isinstance(value, (tuple, list)):
         return _rebuilt(value, [_mapped(entry, change, what) for entry in value])
-    if any(True for _ in leaves(value)):
+    # What it holds under names of its own no `leaves` tell, as of an octree.
+    if any(True for held in (value, getattr(value, "__dict__", {})) for _ in leaves(held)):
         raise AdapterError(
             f"an {what} of the model is a {type(value).__name__} that holds tensors, and cannot be divided among "
             "adapters: only tensors, tuples, lists and dicts can; run the adapters one after another"

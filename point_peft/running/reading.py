@@ -18,6 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "__len__"})
 """Functions that look at a tensor and do not use what it holds."""
+VIEWS = frozenset({"T", "mT", "H", "mH"})
+"""Attributes that hand on what a tensor holds."""
+
+
+def looks(func: Any) -> bool:
+    """Tell whether a function of torch looks at a tensor and does not use what it holds; `tensor.T` uses it."""
+    return func.__name__ in LOOKS and not (func.__name__ == "__get__" and func.__self__.__name__ in VIEWS)
 
 
 class _State(threading.local):
@@ -69,7 +76,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Not in what a model compiles itself, such as its attention, which knows no identities.
-        if not torch.compiler.is_compiling() and func.__name__ not in LOOKS:
+        if not torch.compiler.is_compiling() and not looks(func):
             used = {self.owners[id(value)] for value in arguments(args, kwargs) if id(value) in self.owners}
             if used and self.alive():
                 self.used |= used

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from point_peft.anatomy.description import Steps
 from point_peft.running.nested import all_arguments, leaves
-from point_peft.running.reading import LOOKS, arguments
+from point_peft.running.reading import arguments, looks
 
 
 @dataclass
@@ -88,7 +88,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in arguments(args, kwargs) if func.__name__ not in LOOKS else ():
+        for value in () if looks(func) else arguments(args, kwargs):
             if not isinstance(value, nn.Parameter):
                 continue
             self.uses[id(value)] += 1

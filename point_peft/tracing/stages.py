@@ -246,10 +246,12 @@ def packed_stage(stage: Stage, seen: Trace, tokens: Tensor) -> Stage:
         return value.shape == (n, 3) and _inside(value, seen)
 
     coordinates = _latest(seen, path, may_be_coordinates)
-    if coordinates is None:
+    # What the model alone is given may be in another order than the tokens, as points are than the cells of an octree.
+    if coordinates is None or not coordinates.module:
         why = (
             f"the coordinates ({n}, 3) of the packed tokens {tuple(tokens.shape)} of '{path}' were not found, no such "
-            "tensor within the bounds of the input cloud was seen before or by it; state them in config.anatomy"
+            "tensor within the bounds of the input cloud was seen by it or by a module before it; state them in "
+            "config.anatomy"
         )
         return replace(packed, unknown=why)
     alike = {

@@ -203,8 +203,20 @@ def _stage(model: nn.Module, blocks: tuple[Block, ...], seen: Trace) -> Stage:
         raise AnatomyError(f"block '{path}' returns no tokens of the shape {tuple(tokens.shape)} of those that it got")
     # Beside the tokens, a block may return them in a sparse tensor; anything else of their shape is something else.
     outputs = (outputs[0], *(place for place in outputs[1:] if place[-1:] == ("features",)))
-    stage = Stage(blocks=tuple(_with_mlp_norm(b, seen) for b in blocks), width=width, tokens=steps, outputs=outputs)
+    blocks = tuple(_with_mlp_norm(_without_idle_norms(block, seen), seen) for block in blocks)
+    stage = Stage(blocks=blocks, width=width, tokens=steps, outputs=outputs)
+    if blocks[0].attention is None:
+        why = f"'{path}' has no attention, and of such blocks no more is told than their linear layers"
+        return replace(stage, layout="packed" if tokens.ndim == 2 else "bgc", prompts=False, unknown=why)
     return packed_stage(stage, seen, tokens) if tokens.ndim == 2 else dense_stage(stage, seen, tokens)
+
+
+def _without_idle_norms(block: Block, seen: Trace) -> Block:
+    """A block without the norms that get nothing but zeros, as queries are at first: their scale has no effect."""
+    calls = {path: seen.calls.get(path, []) for path in block.norms}
+    given = {path: [value for call in calls[path] for value in call.inputs.values()] for path in block.norms}
+    idle = [path for path in block.norms if given[path] and not any(bool(value.any()) for value in given[path])]
+    return replace(block, norms=tuple(path for path in block.norms if path not in idle))
 
 
 def _with_mlp_norm(block: Block, seen: Trace) -> Block:

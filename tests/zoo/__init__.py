@@ -12,6 +12,7 @@ from .inputs import LABELS, POINTS, clouds, labelled_clouds, labels, packed_clou
 from .operators import supply_pyg_operators
 from . import library as library
 from . import torch_pointcloud as torch_pointcloud
+from . import torch_pointcloud_scenes as torch_pointcloud_scenes
 from .compact import Checkpointing, Compact, compact_like
 from . import timm as timm
 from . import torch_geometric as torch_geometric

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import traceback
 import warnings
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -33,6 +35,17 @@ def supply_torchvision_schemas() -> torch.library.Library:
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library  # the declarations last as long as it
+
+
+@functools.cache
+def supply_ocnn() -> None:
+    """Import ocnn, where it is installed, before torch_pointcloud does, whose classes of octrees derive from its."""
+    if find_spec("ocnn") is None:
+        return
+    supply_torchvision_schemas()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("ocnn")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A model with the names and the layout of Pointcept's Point Transformer V3, written from their description.
+"""Models with the names and the layout of Pointcept's Point Transformer V3, written from their description.
 
 One mutable `Point` goes through all modules. Each has two copies of the features, `feat` and those in the immutable
 `sparse_conv_feat`; the convolutions read the second.
@@ -178,6 +178,23 @@ class Block(PointModule):
         return point
 
 
+class ConvBlock(PointModule):
+    """A convolution and an MLP, and no attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = _chain(nn.LayerNorm(width), SparseConv(width, width))
+        self.mlp = _chain(nn.LayerNorm(width), Mlp(width))
+
+    def forward(self, point: Point) -> Point:
+        for branch in (self.conv, self.mlp):
+            shortcut = point.feat
+            point = branch(point)
+            point.feat = shortcut + point.feat
+            point.sparse_conv_feat = point.sparse_conv_feat.replace_feature(point.feat)
+        return point
+
+
 class GridPooling(PointModule):
     """Cells twice as wide: the means of the coordinates and the maxima of the features in each."""
 
@@ -253,14 +270,44 @@ class PointTransformerV3(nn.Module):
         return logits
 
 
-@register(
-    inputs=voxel_dict,
-    slice=slice_offset,
-    select=lambda output: output.unflatten(0, (-1, POINTS)),
-    heads=("seg_head",),
-    other_head=linear_head(16),
-    kind="packed",
-)
+class LitePT(nn.Module):
+    """Convolutions where there are many points, attention where there are few; logits (n, c) of what both have made."""
+
+    def __init__(self, narrow: int = 16, wide: int = 24) -> None:
+        super().__init__()
+        self.embedding = _chain(SparseConv(6, narrow), nn.BatchNorm1d(narrow), nn.GELU())
+        fine = OrderedDict[str, nn.Module](block0=ConvBlock(narrow), block1=ConvBlock(narrow))
+        coarse = OrderedDict[str, nn.Module](
+            down=GridPooling(narrow, wide), block0=Block(wide, 4), block1=Block(wide, 4)
+        )
+        self.enc = PointSequential({"enc0": PointSequential(fine), "enc1": PointSequential(coarse)})
+        self.seg_head = nn.Linear(narrow + wide, CLASSES)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        point = Point(data)
+        point.serialize()
+        point.sparsify()
+        point = self.enc(self.embedding(point))
+        logits: Tensor = self.seg_head(torch.cat([point.pooling_parent.feat, point.feat[point.pooling_inverse]], dim=1))
+        return logits
+
+
+_segmentation: dict[str, Any] = {
+    "inputs": voxel_dict,
+    "slice": slice_offset,
+    "select": lambda output: output.unflatten(0, (-1, POINTS)),
+    "heads": ("seg_head",),
+    "kind": "packed",
+}
+
+
+@register(**_segmentation, other_head=linear_head(16))
 def pointcept_ptv3() -> nn.Module:
     """A mutable Point through everything; containers that ask for classes; features held twice; a decoder of blocks."""
     return PointTransformerV3()
+
+
+@register(**_segmentation, other_head=linear_head(40))
+def litept() -> nn.Module:
+    """The first stage has no attention, so that nothing is put into it; written after the model of this name."""
+    return LitePT()

@@ -14,16 +14,17 @@ from .registry import CLASSES, WIDTH, linear_head, register
 NEEDS = ("torch_geometric", "torch_pointcloud")
 
 
-def _class(module: str, name: str) -> Any:
+def model_class(module: str, name: str) -> Any:
     """A class of torch_pointcloud.models, to run without pyg-lib."""
     operators.supply_pyg_operators()
+    operators.supply_ocnn()
     kind = getattr(importlib.import_module(f"torch_pointcloud.models.{module}"), name)
     # This file has the function under a name of its own.
     importlib.import_module("torch_pointcloud.layers.voxel_grid_pool").__dict__["voxel_grid"] = operators.voxel_grid
     return kind
 
 
-def _by_sample(output: Tensor) -> Tensor:
+def by_sample(output: Tensor) -> Tensor:
     return output.view(-1, POINTS, output.shape[1])
 
 
@@ -59,7 +60,7 @@ def _head(channels: int) -> nn.Module:
     random_in_training=True,
 )
 def torch_pointcloud() -> nn.Module:
-    model: nn.Module = _class("point_mae", "PointMAEClassification")(**_point_mae, depth=2)
+    model: nn.Module = model_class("point_mae", "PointMAEClassification")(**_point_mae, depth=2)
     return model
 
 
@@ -67,7 +68,7 @@ def torch_pointcloud() -> nn.Module:
     needs=NEEDS,
     inputs=packed_labelled_clouds,
     slice=slice_packed,
-    select=_by_sample,
+    select=by_sample,
     heads=("label_conv", "propagation_0", "head"),
     other_head=linear_head(FEATURES + 6 * WIDTH + 64),
     random_in_training=True,
@@ -75,7 +76,7 @@ def torch_pointcloud() -> nn.Module:
 )
 def torch_pointcloud_part_seg() -> nn.Module:
     """As published the blocks that reach the prediction are the fourth, the eighth and the last of twelve."""
-    model: Any = _class("point_mae", "PointMAEPartSegmentation")(**_point_mae, num_categories=LABELS, depth=12)
+    model: Any = model_class("point_mae", "PointMAEPartSegmentation")(**_point_mae, num_categories=LABELS, depth=12)
     model.blocks.blocks, model.fetch_idx = model.blocks.blocks[:4], (1, 2, 3)
     model.propagation_0, model.head = _propagation(3 * WIDTH, 4 * WIDTH), _head(FEATURES + 6 * WIDTH + 64)
     part_seg: nn.Module = model
@@ -90,7 +91,7 @@ _classification: dict[str, Any] = {"needs": NEEDS, "inputs": packed_clouds, "sli
 @register(**_classification, other_head=linear_head(2 * WIDTH), random_in_training=True)
 def torch_pointcloud_point_bert() -> nn.Module:
     """The blocks lie in `encoder`, which has its own class token; tokens are projected to the width."""
-    model: nn.Module = _class("point_bert", "PointBERTClassification")(
+    model: nn.Module = model_class("point_bert", "PointBERTClassification")(
         **_vit,
         depth=2,
         encoder_dims=16,
@@ -111,7 +112,7 @@ def torch_pointcloud_point_bert() -> nn.Module:
 )
 def torch_pointcloud_pointgpt() -> nn.Module:
     """Sequence first inside `blocks`, a causal mask (l, l), two prefix tokens, a generator that is never called."""
-    kind = _class("pointgpt", "PointGPTClassification")
+    kind = model_class("pointgpt", "PointGPTClassification")
     model: nn.Module = kind(**_vit, **_encoder, depth=2, decoder_depth=1)
     return model
 
@@ -133,7 +134,7 @@ _m2ae: dict[str, Any] = {
 @register(**_classification, other_head=linear_head(48), random_in_training=True, kind="hierarchical")
 def torch_pointcloud_point_m2ae() -> nn.Module:
     """Three stages of different widths and token counts, additive masks (b, l, l) by radius, no prefix."""
-    model: nn.Module = _class("point_m2ae", "PointM2AEClassification")(**_m2ae, head_channels=(32,))
+    model: nn.Module = model_class("point_m2ae", "PointM2AEClassification")(**_m2ae, head_channels=(32,))
     return model
 
 
@@ -141,7 +142,7 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
     needs=NEEDS,
     inputs=packed_labelled_clouds,
     slice=slice_packed,
-    select=_by_sample,
+    select=by_sample,
     heads=(*(f"propagations.{level}" for level in range(3)), "label_conv", "head"),
     other_head=linear_head(6 * FEATURES + 64),
     random_in_training=True,
@@ -149,7 +150,7 @@ def torch_pointcloud_point_m2ae() -> nn.Module:
 )
 def torch_pointcloud_point_m2ae_part_seg() -> nn.Module:
     """Every stage's tokens reach the prediction."""
-    model: nn.Module = _class("point_m2ae", "PointM2AEPartSegmentation")(**_m2ae, num_categories=LABELS)
+    model: nn.Module = model_class("point_m2ae", "PointM2AEPartSegmentation")(**_m2ae, num_categories=LABELS)
     model.propagations = nn.ModuleList(_propagation(channels, 48) for channels in _m2ae["encoder_dims"])
     model.head = _head(6 * FEATURES + 64)
     return model
@@ -157,7 +158,7 @@ def torch_pointcloud_point_m2ae_part_seg() -> nn.Module:
 
 # ---- point transformers without patches ------------------------------------------------------------------------------
 
-_segmentation: dict[str, Any] = {**_classification, "select": _by_sample}
+_segmentation: dict[str, Any] = {**_classification, "select": by_sample}
 _encoder_stages: dict[str, Any] = {
     "encoder_channels": (16, WIDTH),
     "encoder_depths": (2, 2),
@@ -175,14 +176,14 @@ _decoder_stages: dict[str, Any] = {
 @register(**_classification, other_head=linear_head(WIDTH), random_in_training=True, kind="packed")
 def torch_pointcloud_ptv1() -> nn.Module:
     """Vector attention over a graph of neighbours: tokens (n, c) in one row, fewer from stage to stage."""
-    kind = _class("point_transformer", "PointTransformerClassification")
+    kind = model_class("point_transformer", "PointTransformerClassification")
     model: nn.Module = kind(0, CLASSES, **_encoder_stages, ratios=(0.25,))
     return model
 
 
 @register(**_segmentation, other_head=linear_head(16), random_in_training=True, kind="packed")
 def torch_pointcloud_ptv1_seg() -> nn.Module:
-    kind = _class("point_transformer", "PointTransformerSegmentation")
+    kind = model_class("point_transformer", "PointTransformerSegmentation")
     model: nn.Module = kind(0, CLASSES, **_encoder_stages, **_decoder_stages, ratios=(0.25,))
     return model
 
@@ -190,14 +191,14 @@ def torch_pointcloud_ptv1_seg() -> nn.Module:
 @register(**_classification, other_head=linear_head(WIDTH), kind="packed")
 def torch_pointcloud_ptv2() -> nn.Module:
     """Coarser points are means over cells of a grid, not points of the cloud."""
-    kind = _class("point_transformer_v2", "PointTransformerV2Classification")
+    kind = model_class("point_transformer_v2", "PointTransformerV2Classification")
     model: nn.Module = kind(3, CLASSES, grid_sizes=(0.5,), **_encoder_stages)
     return model
 
 
 @register(**_segmentation, other_head=linear_head(16), kind="packed")
 def torch_pointcloud_ptv2_seg() -> nn.Module:
-    kind = _class("point_transformer_v2", "PointTransformerV2Segmentation")
+    kind = model_class("point_transformer_v2", "PointTransformerV2Segmentation")
     model: nn.Module = kind(3, CLASSES, grid_sizes=(0.5,), **_encoder_stages, **_decoder_stages)
     return model
 
@@ -221,14 +222,14 @@ _voxels: dict[str, Any] = {"needs": (*NEEDS, "spconv"), "inputs": voxel_clouds, 
 def torch_pointcloud_ptv3() -> nn.Module:
     """Blocks pass on (tokens, sparse tensor of them); attention within patches of a serialised order."""
     operators.supply_spconv_on_cpu()
-    model: nn.Module = _class("point_transformer_v3", "PointTransformerV3Classification")(**_ptv3)
+    model: nn.Module = model_class("point_transformer_v3", "PointTransformerV3Classification")(**_ptv3)
     return model
 
 
 @register(**{**_segmentation, **_voxels}, other_head=linear_head(16), kind="packed")
 def torch_pointcloud_ptv3_seg() -> nn.Module:
     operators.supply_spconv_on_cpu()
-    model: nn.Module = _class("point_transformer_v3", "PointTransformerV3Segmentation")(
+    model: nn.Module = model_class("point_transformer_v3", "PointTransformerV3Segmentation")(
         **_ptv3, decoder_channels=(16,), decoder_depths=(1,), decoder_num_heads=(2,), decoder_patch_size=(16,)
     )
     return model

@@ -98,15 +98,16 @@ class BottleneckConfig(TunerConfig):
 def _attention_output(backbone: Backbone, anatomy: Anatomy, block: Block) -> str:
     """The module that gives what the attention adds to the tokens: its projection, itself where that is not called."""
     read = {read.module for read in anatomy.reads}
-    inside = isinstance(backbone.modules[block.attention], nn.MultiheadAttention)
+    attention = block.path if block.attention is None else block.attention
+    inside = isinstance(backbone.modules[attention], nn.MultiheadAttention)
     if block.projection is not None and not inside and block.projection not in read:
         return block.projection
-    if block.attention == block.path:
+    if attention == block.path:
         raise AnatomyError(
             f"'{block.path}' has no attention of its own to put an adapter after: use placement=\"pfeiffer\", or name "
             "its projection in config.anatomy"
         )
-    return block.attention
+    return attention
 
 
 class SerialPart(Part):

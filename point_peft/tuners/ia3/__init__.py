@@ -55,6 +55,10 @@ class IA3Config(TunerConfig):
         return plan
 
     def _keys_and_values(self, backbone: Backbone, block: Block) -> list[tuple[str, Part]]:
+        if block.attention is None:
+            raise AnatomyError(
+                f"{self.method} scales the keys and values of attentions, and '{block.path}' has none: use LORA or SSF"
+            )
         if not block.qkv:
             attention = backbone.modules[block.attention]
             fused = attention._parameters.get("in_proj_weight")

@@ -136,7 +136,9 @@ class LoraConfig(TunerConfig):
         return read_fields(fields, names)
 
     def _projections(self, block: Block) -> Sequence[str]:
-        """The layers of a block that make query, key and value, as far as they are chosen."""
+        """The layers of a block that make query, key and value, as far as they are chosen; all where there are none."""
+        if block.attention is None:
+            return block.linears
         if len(block.qkv) <= 1 or self.qkv == QKV:
             return block.qkv or (block.attention,)
         roles = {path: projects(block, path) for path in block.qkv}

@@ -142,7 +142,7 @@ class PointLoRAConfig(TunerConfig):
 
     def _attention_layers(self, block: Block) -> list[str]:
         """The layers that make query, key and value of a block, and the projection of its attention."""
-        if block.projection is None:
+        if block.projection is None or block.attention is None:
             raise AnatomyError(
                 f"{self.method} adapts the projection of every attention, and that of '{block.attention}' was not "
                 "found: name it in config.anatomy, or use LORA"
