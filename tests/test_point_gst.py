@@ -57,7 +57,7 @@ def published(transform: str) -> tuple[PointPeftModel, PointTransformer, dict[st
 def inject(monkeypatch: pytest.MonkeyPatch, whole: Tensor, local: Tensor) -> None:
     """Let the bases be those that were recorded: their signs are arbitrary, and the output depends on them."""
     recorded = {whole.shape[1]: whole, local.shape[2]: local.flatten(0, 1)}
-    monkeypatch.setattr(graph, "fourier_basis", lambda points, real, delta: recorded[points.shape[1]].to(points))
+    monkeypatch.setattr(graph, "fourier_basis", lambda points, *given, pick: recorded[points.shape[1]].to(points))
 
 
 @torch.no_grad()
@@ -118,7 +118,8 @@ def test_the_bases_are_the_recorded_ones_but_for_signs() -> None:
         if name not in expected:
             continue
         real, sample = torch.ones(inside.shape[:2], dtype=torch.bool), torch.arange(len(inside)) // (len(inside) // b)
-        golden.assert_close(graph.smallest_distance(inside, real, sample, b).reshape(b, -1)[:, 0], expected[name])
+        found_here = graph.smallest_distance(graph.distances(inside, real), sample, b)
+        golden.assert_close(found_here.reshape(b, -1)[:, 0], expected[name])
 
 
 @torch.no_grad()
@@ -264,6 +265,16 @@ def test_packed_samples_have_two_scales_of_groups_and_do_not_meet() -> None:
         assert torch.allclose(one.vectors, scale.vectors[: len(one.vectors)], atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [grid, doubled, lambda: torch.zeros(1, 24, 3), lambda: places(4, 24)])
+def test_bases_of_many_graphs_are_fixed_by_the_same_rule(make: Any) -> None:
+    points = make().double()
+    b, g, _ = points.shape
+    real, sample = torch.arange(g).expand(b, g) < g - 2, torch.arange(b)
+    points = points.masked_fill(~real[..., None], 0.0)
+    every, picked = (graph.fourier_basis(points, real, sample, b, pick=pick) for pick in (False, True))
+    assert torch.allclose(every, picked, atol=1e-9)
+
+
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
@@ -349,13 +360,18 @@ def test_a_cloud_of_few_places_gives_numbers() -> None:
 def test_the_bases_are_made_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made, make = adapted(), [], graph.fourier_basis
 
-    def count(*args: Any) -> Tensor:
-        made.append(make(*args))
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(make(*args, **kwargs))
         return made[-1]
 
     monkeypatch.setattr(graph, "fourier_basis", count)
     model(*clouds(2, 0))
     assert len(made) == 2
+    # Two stages of an encoder; that of the decoder has the tokens of the first.
+    made.clear()
+    scenes = adapted("pointcept_ptv3")
+    scenes(*BACKBONES["pointcept_ptv3"].inputs(2, 0))
+    assert len(made) == 4 and len({part.number for part in scenes.modules() if isinstance(part, SpectralPart)}) == 3
 
 
 @pytest.mark.parametrize("again", ["inside", "block", "container"])
