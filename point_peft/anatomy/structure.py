@@ -65,6 +65,15 @@ def weight_to_adapt(module: nn.Module) -> tuple[str, tuple[int, int]] | None:
     return None if fused is None else ("in_proj_weight", (fused.shape[0], fused.shape[1]))
 
 
+def sparse_convolution(module: nn.Module) -> type[nn.Module] | None:
+    """The class in spconv of a convolution that keeps the cells of its input, SubMConv3d and the like; None: no such.
+
+    It is known by its name, since spconv is optional and never imported here.
+    """
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "spconv")
+    return next((kind for kind in kinds if kind.__name__.startswith("SubMConv")), None)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Tell whether a module normalises: it says so by its class name and has no children."""
     return "norm" in type(module).__name__.lower() and not any(module.children())

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of linear layers and 1-D convolutions, with DoRA, rank stabilisation and a choice of q, k, v.
+"""LoRA: low-rank updates of linear layers and convolutions, with DoRA, rank stabilisation and a choice of q, k, v.
 
 E. J. Hu, Y. Shen, P. Wallis, Z. Allen-Zhu, Y. Li, S. Wang, L. Wang, W. Chen: "LoRA: Low-Rank Adaptation of Large
 Language Models", ICLR 2022, https://arxiv.org/abs/2106.09685. With `use_dora`: S.-Y. Liu, C.-Y. Wang, H. Yin,
@@ -14,8 +14,10 @@ length of every row of the sum, which begins as the length of the base's row:
 
 |V_i| takes no part in the gradient (section 4.3 of DoRA). B starts at zero, so a fresh adapter changes nothing. Merged,
 the weight becomes W + s B A, or W'. Of an nn.Conv1d with kernel k, A (r, in, k) is a convolution like the layer and
-B (out, r, 1) one of kernel 1. Of a fused projection, whose rows are those of the query, the key and the value, `qkv`
-may choose some: each of these has an A and a B of its own, and the other rows stay as they are.
+B (out, r, 1) one of kernel 1. Of spconv's SubMConv3d (out, k, k, k, in), which tells positions in PTv3, A (r, k, k, k,
+in) is one on the same cells, with a matrix for each offset, and B (out, r) is linear. Of a fused projection, whose rows
+are those of the query, the key and the value, `qkv` may choose some: each of these has an A and a B of its own, and the
+other rows stay as they are.
 
 When to use it: as the first thing to try where a model must be as fast as before once it is merged, or where PEFT must
 read the file. It sees no geometry.
@@ -35,14 +37,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from point_peft.anatomy.description import Block
-from point_peft.anatomy.structure import projects, weight_to_adapt
+from point_peft.anatomy.structure import projects, sparse_convolution, weight_to_adapt
 from point_peft.config import Changes, Combination, TunerConfig, require
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Blueprint, Part
 from point_peft.schema import Count, Dropout, Factor, FrozenMapping
 from point_peft.tuners.lora.combining import combined_tensors
-from point_peft.tuners.lora.parts import LoraPart
+from point_peft.tuners.lora.parts import LoraPart, SparseLoraPart
 from point_peft.tuners.lora.peft_format import SHARED, anchored, exactly, pattern_values, read_fields, why_no_layer
 
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
@@ -51,6 +53,8 @@ QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TunerConfig):
     """LoRA on linear layers and nn.Conv1d; `target_modules=None` means the query, key and value of every block.
+
+    Sparse convolutions, spconv's SubMConv3d, are adapted where they are named, without DoRA.
 
     Where such a projection is not called but its weight is read (`nn.MultiheadAttention`, EVA attention), the weight is
     adapted; the fused one of `nn.MultiheadAttention` is meant by the name of the attention itself.
@@ -159,12 +163,20 @@ class LoraConfig(TunerConfig):
 
     def _part(self, path: str, module: nn.Module, r: int, alpha: float, fused: bool) -> LoraPart:
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)
+        if sparse_convolution(module) is not None:
+            if self.use_dora:
+                raise AnatomyError(
+                    f"use_dora: '{path}' is a {type(module).__name__}, which {self.method} adapts without DoRA only: "
+                    "leave it out with exclude_modules, or give it an adapter of its own with use_dora=False"
+                )
+            return SparseLoraPart(module, "weight", r, scale, self.lora_dropout, False, ())
         known = weight_to_adapt(module)
         if isinstance(module, nn.Conv1d):
             known = ("weight", (module.out_channels, module.in_channels)) if module.groups == 1 else None
         if known is None:
             raise AnatomyError(
-                f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and nn.Conv1d of one group"
+                f"'{path}' is a {type(module).__name__}; {self.method} adapts linear layers and nn.Conv1d of one group "
+                "and spconv's SubMConv3d"
             )
         weight, shape = known
         if self.qkv == QKV or not fused:

@@ -32,7 +32,7 @@ def combined_tensors(
             kernel = parts[0].lora_A.weight.shape[2:]  # of a convolution
             tensors[path] = {
                 "lora_A.weight": a.reshape(len(a), -1, *kernel),
-                "lora_B.weight": b.reshape(*b.shape, *[1 for _ in kernel]),
+                "lora_B.weight": b.reshape(*b.shape, *parts[0].lora_B.weight.shape[2:]),
             }
     return ranks, tensors
 

@@ -6,6 +6,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from point_peft.anatomy.structure import sparse_convolution
 from point_peft.errors import AnatomyError
 from point_peft.parts.base import Call, Part
 from point_peft.running.nested import Args, Kwargs
@@ -121,8 +122,24 @@ class LoraPart(Part):
         return magnitude.flatten() / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
 
 
+class SparseLoraPart(LoraPart):
+    """y <- y + s B A dropout(x) at a convolution of spconv: A is one on the same cells, of r channels, and B linear."""
+
+    def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        # The output lies on the cells of the input, and holds already which of them are neighbours.
+        update = self.lora_B(self.lora_A(output.replace_feature(self.dropout(x.features))).features)
+        return output.replace_feature(output.features + (self.scale * update).to(output.features.dtype))
+
+
 def _factors(module: nn.Module, out: int, width: int, r: int, slices: int) -> tuple[Layer, Layer]:
     """A and B for a layer, as torch makes such layers; of a convolution, A moves over the input as the layer does."""
+    sparse = sparse_convolution(module)
+    if sparse is not None:
+        like: Any = module
+        moves = (like.kernel_size, like.stride, like.padding, like.dilation)
+        down: Any = sparse(like.in_channels, r, *moves, bias=False, indice_key=like.indice_key, algo=like.algo)
+        return down, nn.Linear(r, out, bias=False)
     if not isinstance(module, nn.Conv1d):
         return nn.Linear(width, slices * r, bias=False), nn.Linear(r, out, bias=False)
     (kernel,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
