@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.clock import Learner
+from benchmarks.scene_steps import SceneBench
 from tests.zoo import supply_pyg_operators
 from tools.methods import BASE, QUICK, Bench, Row
 
@@ -59,7 +60,7 @@ def learner(bench: Bench, row: Row | None, batch: int, device: torch.device) -> 
     return Learner(model.to(device), inputs, torch.arange(batch, device=device))
 
 
-def described(benches: Sequence[Bench]) -> str:
+def described(benches: Sequence[Bench | SceneBench]) -> str:
     """Names and sizes."""
     sizes = [sum(parameter.numel() for parameter in bench.make().parameters()) / 1e6 for bench in benches]
     return "; ".join(f"{bench.name}, {size:.1f} M parameters" for bench, size in zip(benches, sizes, strict=True))

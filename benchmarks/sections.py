@@ -18,6 +18,7 @@ from benchmarks.beside_peft import handling, libraries
 from benchmarks.clock import Learner, Timed, seconds, take_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.results import Measure, Series, Values
+from benchmarks.scene_steps import QUICK_SCENE, SCENE, SceneBench
 from benchmarks.tables import LORA, PAPER, POINT_PEFT, WITH_BANK, loaded
 from point_peft import PointPeftModel, describe, geometry
 from point_peft.files.format import TENSOR_FILE
@@ -34,6 +35,7 @@ class Setting:
 
     published: Bench
     reference: Bench
+    scene: SceneBench
     headline: Sequence[Row]
     further: Sequence[Row]
     """The other methods: on the reference encoder only, and in half as many rounds."""
@@ -62,6 +64,7 @@ FULL_SETTING = partial(
     Setting,
     published=PUBLISHED,
     reference=REFERENCE,
+    scene=SCENE,
     batch=4,
     groups=128,
     group_size=32,
@@ -74,6 +77,7 @@ QUICK_SETTING = partial(
     Setting,
     published=QUICK_PUBLISHED,
     reference=QUICK_REFERENCE,
+    scene=QUICK_SCENE,
     batch=4,
     groups=8,
     group_size=8,
@@ -170,6 +174,35 @@ def files(setting: Setting) -> Values:
                 setting.reference.fill(banked)
                 found[Measure(table="file", subject=WITH_BANK.label)] = Series(values=size(banked), reference=whole)
                 banked.unload()
+    return found
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+
+
+def scenes(setting: Setting) -> Values:
+    """A training step on a scene of each method that adapts a packed encoder, and of all of it, beside LoRA's.
+
+    A step takes seconds: a quarter of the rounds, and the memory of one step.
+    """
+    bench, device = setting.scene, setting.device
+    methods = {LORA.method, *(row.method for row in (*setting.headline, *setting.further))}
+
+    def train(row: Row | None) -> None:
+        bench.learner(row, device).training_step()
+
+    with bench.open():
+        every: dict[str, Row | None] = {row.method: row for row in bench.rows(methods)}
+        every[FULL] = None
+        runs = {label: bench.learner(row, device).training_step for label, row in every.items()}
+        took = take_turns(runs, max(1, setting.rounds // 4), "scenes")
+        runs.clear()
+        peaks = {label: [float(peak_bytes(partial(train, row), device))] for label, row in every.items()}
+    found: dict[Measure, Series] = {}
+    for table, values in (("scene training", took), ("scene memory", peaks)):
+        for label, own in values.items():
+            beside = () if label == LORA.method else values[LORA.method]
+            found[Measure(table=table, subject=label)] = Series(values=own, reference=beside)
     return found
 
 
@@ -340,6 +373,7 @@ def _mix(rows: Sequence[Row], setting: Setting) -> dict[str, tuple[Callable[[], 
 SECTIONS: Mapping[str, Callable[[Setting], Values]] = {
     "published": published,
     "reference": reference,
+    "scenes": scenes,
     "files": files,
     "peft": beside_peft,
     "tasks": tasks,

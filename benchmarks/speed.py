@@ -52,13 +52,13 @@ def about(setting: Setting, command: str) -> Mapping[str, str]:
     there = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is not None]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in there]
     chip = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "CPU"
-    benches = [setting.published, setting.reference] if torch_pointcloud_is_there() else [setting.reference]
+    published = [setting.published] if torch_pointcloud_is_there() else []
     return {
         "command": command,
         "date": str(date.today()),
         "machine": f"{chip}; {os.cpu_count()} cores; {machine()}",
         "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
-        "backbones": described(benches),
+        "backbones": described([*published, setting.reference, setting.scene]),
         "input": f"{setting.batch} clouds of {setting.reference.points} points, {setting.groups} tokens each",
         "rounds": f"{setting.rounds} that count; {setting.fewer_rounds} for what has no aim",
     }

@@ -93,6 +93,17 @@ CHAPTERS: Sequence[Chapter] = (
         ),
     ),
     Chapter(
+        title="Scenes",
+        text="One scene, 100,000 points in a full run, on a packed encoder and decoder with the layout of Pointcept's "
+        "PTv3 (tests/zoo/pointcept.py): each registered method that adapts it with the head trained, in its default "
+        "configuration (POINT_PEFT without prompts, which have no place there), and full fine-tuning. Memory is that "
+        "of one step, the making of the model included.",
+        tables=(
+            Table(name="scene training", caption=STEP, reference="LORA", aims={"POINT_GST": 1.30}),
+            Table(name="scene memory", caption="Peak memory of training", reference="LORA", unit="bytes"),
+        ),
+    ),
+    Chapter(
         title="Beside PEFT",
         text="LoRA of rank 8 on the `qkv` of every block of the reference encoder, without a head, in both libraries; "
         "they take turns. `get_peft_model` and `from_pretrained` get a fresh backbone each time, the others a model"

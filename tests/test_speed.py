@@ -17,8 +17,10 @@ from benchmarks.beside_peft import libraries
 from benchmarks.clock import take_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.results import Measure, Results, Series, Spread
+from benchmarks.scene_steps import QUICK_SCENE
 from benchmarks.tables import CHAPTERS, HEADLINE, PAPER, loaded
 from point_peft import METHODS
+from tests.zoo import pointcept
 from tools import methods
 from tools.methods import FULL, PLAIN
 
@@ -41,6 +43,9 @@ def test_a_whole_run_writes_everything_and_says_the_same_everywhere(tmp_path: Pa
     assert speed.main(given) == 0
     results, text = Results.read(folder / "speed.json"), (folder / "speed.md").read_text(encoding="utf-8")
     _check_every_row_has_its_numbers(results, {"POINT_PEFT", PAPER.label}, {"BITFIT"})
+    for name in ("scene training", "scene memory"):
+        beside = {measure.subject: bool(series.reference) for measure, series in results.of(name).items()}
+        assert beside == {"BITFIT": True, "LORA": False, "POINT_PEFT": True, FULL: True}
     assert {measure.table for measure in results.values} == set(TABLES), "a table is measured and not shown, or not"
     assert page.NOT_MEASURED not in text
     assert text == page.page(results, "speed.png")
@@ -74,6 +79,16 @@ def test_every_registered_method_is_measured():
     labels = [row.label for row in (*quick.headline, *quick.further)]
     assert {label.split()[0] for label in labels} == set(METHODS) and len(labels) == len(METHODS) + 1
     assert PAPER.label in labels
+
+
+def test_every_method_that_adapts_scenes_is_measured_on_them():
+    """Those that put tokens among others are not; the model's constants are as before afterwards."""
+    patch = pointcept.PATCH
+    with QUICK_SCENE.open():
+        found = {row.method for row in QUICK_SCENE.rows(set(METHODS))}
+    assert patch == pointcept.PATCH
+    assert {"LORA", "POINT_GST", "GEM", "STAG", "SSF", "BOTTLENECK", "POINT_PEFT"} <= found
+    assert not {"VPT", "DAPT", "IDPT"} & found
 
 
 def test_every_aim_is_about_a_row_that_there_is():
