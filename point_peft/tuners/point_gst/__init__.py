@@ -27,7 +27,7 @@ When to use it: for classification and part segmentation with up to some hundred
 there should be neither prompts nor other clouds. On a CPU the bases of 128 tokens cost less than one block; their cost
 grows with the cube of the number of tokens, and GPUs are slow at many small ones. In packed tokens graphs are small and
 their cost grows with the number of tokens: a training step on 100,000 points of a PTv3-like encoder of 48 and 96
-channels takes 1.15 times the processor time of LoRA's.
+channels takes about 1.2 times the processor time of LoRA's.
 
 Deviations from the published code, each with its reason:
 
