@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import torch
@@ -16,8 +15,6 @@ from point_peft import METHODS, AnatomyError, get_peft_model
 from tests.zoo import CLASSES, pointcept
 from tools.methods import Row
 
-FIELDS: Mapping[str, Mapping[str, Any]] = {"POINT_PEFT": {"num_prompts": 0}}
-"""Method -> fields of the configuration, where that of packed tokens is not the default."""
 CELLS = 512
 """Cells along a side of the grid: of 2 cm, 10 m."""
 
@@ -73,7 +70,7 @@ class SceneBench:
 
     def rows(self, methods: Set[str]) -> list[Row]:
         """One row for each of these methods that adapts the model."""
-        every = [Row(method=name, fields=FIELDS.get(name, {})) for name in sorted(METHODS) if name in methods]
+        every = [Row(method=name) for name in sorted(METHODS) if name in methods]
         return [row for row in every if self._adapts(row)]
 
     def _adapts(self, row: Row) -> bool:

@@ -449,9 +449,9 @@ def test_errors_of_the_hub_are_one_line(capsys: pytest.CaptureFixture[str], monk
 def test_through_the_real_client(
     hub: HubServer, folder: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("push", folder, "alice/x", "--private") == 0
+    assert run("push", folder, "alice/x", "--private", "--base-license", "mit") == 0
     assert capsys.readouterr().out.startswith(f"{hub.url}/alice/x/commit/")
-    assert run("push", lora, "alice/x", "--subfolder", "tasks/lora") == 0
+    assert run("push", lora, "alice/x", "--subfolder", "tasks/lora", "--base-license", "mit") == 0
     assert run("pull", "alice/x", tmp_path / "one") == run("diff", folder, tmp_path / "one") == 0
     assert run("pull", "alice/x", tmp_path / "two", "--subfolder", "tasks/lora") == run("diff", lora, tmp_path / "two")
     text = Path(hf_hub_download("alice/x", "README.md")).read_text(encoding="utf-8")
@@ -463,7 +463,7 @@ def test_through_the_real_client(
         path_or_fileobj=text.replace("<!--", "Mine.\n\n<!--", 1).encode(), path_in_repo="README.md", repo_id="alice/x"
     )
     adapted(7).save_pretrained(folder)
-    assert run("push", folder, "alice/x", "--create-pr") == 0
+    assert run("push", folder, "alice/x", "--create-pr", "--base-license", "mit") == 0
     assert capsys.readouterr().out == f"{hub.url}/alice/x/discussions/1\n"
     assert run("diff", "alice/x", folder) == 1
     text = Path(hf_hub_download("alice/x", "README.md", revision="refs/pr/1")).read_text(encoding="utf-8")

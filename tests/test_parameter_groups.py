@@ -72,6 +72,7 @@ def test_prompts_are_what_the_methods_say() -> None:
         "DAPT": tokens,
         "GA_PROMPT": {"embeddings", "point_prompts", "prompt_coordinates", *tokens},
         "GEM": {"latents"},
+        "GFT": {"prompts", *tokens},
         "IDPT": {"position", *tokens},
         "POINT_GST": tokens,
         "POINT_LORA": tokens,

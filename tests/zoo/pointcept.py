@@ -278,7 +278,7 @@ class LitePT(nn.Module):
         self.embedding = _chain(SparseConv(6, narrow), nn.BatchNorm1d(narrow), nn.GELU())
         fine = OrderedDict[str, nn.Module](block0=ConvBlock(narrow), block1=ConvBlock(narrow))
         coarse = OrderedDict[str, nn.Module](
-            down=GridPooling(narrow, wide), block0=Block(wide, 4), block1=Block(wide, 4)
+            down=GridPooling(narrow, wide), block0=Block(wide, 4, 0), block1=Block(wide, 4, 1)
         )
         self.enc = PointSequential({"enc0": PointSequential(fine), "enc1": PointSequential(coarse)})
         self.seg_head = nn.Linear(narrow + wide, CLASSES)

@@ -142,8 +142,8 @@ class ParameterPart(SequencePart):
         self.adapter = adapter
         self.cut = cut
         """None where no projection depends on groups."""
-        self.attention = block.attention.removeprefix(block.path).removeprefix(".")
-        """The path of the attention in the block."""
+        self.attention = (block.attention or block.path).removeprefix(block.path).removeprefix(".")
+        """The path of the attention in the block; "" where the block is one itself."""
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.cut is not None and self.stage.layout == "packed":
