@@ -3,7 +3,8 @@
     python -m benchmarks.probe point_peft/backbones/point_mae_small.safetensors OTHER.safetensors --groups 32,64
 
 A file is one that `tools.pretrain` writes, with its constructor's arguments as json beside it. Training, validation and
-test clouds are all that the three sets of `benchmarks.accuracy` have: digits, radhar and mars.
+test clouds are all that the three sets of `benchmarks.accuracy` have: digits, radhar and mars; and the mean over the
+four persons of mars, each left out once, as one person alone is a small sample of people.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.accuracy.frozen import converged_probe, retrieval
 from benchmarks.accuracy.measuring import answers
 from benchmarks.accuracy.protocol import Protocol
-from benchmarks.accuracy.sets import FILES, SETS, Parts, Sets
+from benchmarks.accuracy.sets import FILES, PEOPLE, SETS, Parts, Sets
 from point_peft.backbones import PointTransformer, load_checkpoint
 from tools.methods import table
 
@@ -40,9 +42,8 @@ def accuracies(model: nn.Module, parts: Parts) -> tuple[float, float]:
     """Test accuracy in percent of the converged probe and of retrieval."""
     classes = len(parts.train.classes)
     probe, _ = converged_probe(model, HEAD, parts.train, parts.val, classes)
-    return answers(probe, parts.test).accuracy, answers(
-        retrieval(model, HEAD, parts.train, classes), parts.test
-    ).accuracy
+    near = retrieval(model, HEAD, parts.train, classes)
+    return answers(probe, parts.test).accuracy, answers(near, parts.test).accuracy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = []
     for path in args.files:
         for groups in map(int, args.groups.split(",")):
-            found = [accuracies(backbone(path, groups), sets.parts(task, every, 0)) for task in SETS]
-            cells.append([path.stem, str(groups), *(f"{probe:.1f} / {near:.1f}" for probe, near in found)])
+            model = backbone(path, groups)
+            found = {task: accuracies(model, sets.parts(task, every, 0)) for task in (*SETS, *PEOPLE)}
+            people = np.mean([found[person] for person in PEOPLE], axis=0)
+            pairs = [*(found[task] for task in SETS), people]
+            cells.append([path.stem, str(groups), *(f"{probe:.1f} / {near:.1f}" for probe, near in pairs)])
             print(f"{path}, {groups} groups: done", flush=True)
-    print("\n".join(["", *table(cells, ["probe / retrieval", "groups", *SETS])]))
+    print("\n".join(["", *table(cells, ["probe / retrieval", "groups", *SETS, "mars, each person once"])]))
 
 
 if __name__ == "__main__":
