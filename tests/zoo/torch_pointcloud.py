@@ -203,7 +203,7 @@ def torch_pointcloud_ptv2_seg() -> nn.Module:
     return model
 
 
-_ptv3: dict[str, Any] = {
+ptv3_sizes: dict[str, Any] = {
     "in_channels": 3,
     "num_classes": CLASSES,
     "strides": (2,),
@@ -222,7 +222,7 @@ _voxels: dict[str, Any] = {"needs": (*NEEDS, "spconv"), "inputs": voxel_clouds, 
 def torch_pointcloud_ptv3() -> nn.Module:
     """Blocks pass on (tokens, sparse tensor of them); attention within patches of a serialised order."""
     operators.supply_spconv_on_cpu()
-    model: nn.Module = model_class("point_transformer_v3", "PointTransformerV3Classification")(**_ptv3)
+    model: nn.Module = model_class("point_transformer_v3", "PointTransformerV3Classification")(**ptv3_sizes)
     return model
 
 
@@ -230,6 +230,6 @@ def torch_pointcloud_ptv3() -> nn.Module:
 def torch_pointcloud_ptv3_seg() -> nn.Module:
     operators.supply_spconv_on_cpu()
     model: nn.Module = model_class("point_transformer_v3", "PointTransformerV3Segmentation")(
-        **_ptv3, decoder_channels=(16,), decoder_depths=(1,), decoder_num_heads=(2,), decoder_patch_size=(16,)
+        **ptv3_sizes, decoder_channels=(16,), decoder_depths=(1,), decoder_num_heads=(2,), decoder_patch_size=(16,)
     )
     return model

@@ -12,20 +12,8 @@ from . import operators
 from .inputs import POINTS, packed_clouds, slice_packed, voxel_clouds
 from .mamba import Mamba
 from .registry import CLASSES, WIDTH, Args, linear_head, register
-from .torch_pointcloud import NEEDS, by_sample, model_class
+from .torch_pointcloud import NEEDS, by_sample, model_class, ptv3_sizes
 
-_encoder: dict[str, Any] = {
-    "in_channels": 3,
-    "num_classes": CLASSES,
-    "strides": (2,),
-    "encoder_channels": (16, WIDTH),
-    "encoder_depths": (2, 2),
-    "encoder_num_heads": (2, 4),
-    "encoder_patch_size": (16, 16),
-    "shuffle_serialization_orders": False,
-    "use_flash_attn": False,
-    "drop_path": 0.0,
-}
 _unpooled: dict[str, Any] = {
     "needs": (*NEEDS, "spconv", "ocnn"),
     "inputs": voxel_clouds,
@@ -42,14 +30,14 @@ _unpooled: dict[str, Any] = {
 def torch_pointcloud_sonata() -> nn.Module:
     """No decoder: what every stage made of a point is un-pooled, and a linear head reads all of it."""
     operators.supply_spconv_on_cpu()
-    model: nn.Module = model_class("sonata", "SonataSegmentation")(**_encoder)
+    model: nn.Module = model_class("sonata", "SonataSegmentation")(**ptv3_sizes)
     return model
 
 
 @register(**_unpooled)
 def torch_pointcloud_concerto() -> nn.Module:
     operators.supply_spconv_on_cpu()
-    model: nn.Module = model_class("concerto", "ConcertoSegmentation")(**_encoder)
+    model: nn.Module = model_class("concerto", "ConcertoSegmentation")(**ptv3_sizes)
     return model
 
 
@@ -69,7 +57,7 @@ def _slice_placed(args: Args, i: int) -> Args:
 def torch_pointcloud_utonia() -> nn.Module:
     """Queries and keys are turned by where their points are, of which a block is told beside their cells."""
     operators.supply_spconv_on_cpu()
-    model: nn.Module = model_class("utonia", "UtoniaSegmentation")(**{**_encoder, "encoder_channels": (12, WIDTH)})
+    model: nn.Module = model_class("utonia", "UtoniaSegmentation")(**{**ptv3_sizes, "encoder_channels": (12, WIDTH)})
     return model
 
 
