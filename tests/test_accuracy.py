@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import jobs
-from benchmarks.accuracy.__main__ import main, numbers, of_runs
+from benchmarks.accuracy.__main__ import ROOT, main, numbers, of_runs
 from benchmarks.accuracy.entries import all_entries, entries, entry
 from benchmarks.accuracy.frozen import features_of
 from benchmarks.accuracy.jobs import Job, Request, run_job
@@ -468,3 +468,9 @@ def test_the_frozen_features_are_what_the_head_reads() -> None:
     expected = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], dim=1)
     assert np.allclose(values[:3], expected.numpy(), atol=1e-5)
     assert labels[:4].tolist() == [0, 1, 0, 1]
+
+
+def test_the_record_beside_the_page_is_of_what_its_labels_mean_today() -> None:
+    """A default that moves on makes other adapters of an old label: its runs then are no runs of it any more."""
+    prints = Results.read(ROOT / "docs" / "accuracy.json").about["prints"]
+    assert prints == {label: entry(label).print for label in prints}

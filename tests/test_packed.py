@@ -100,7 +100,9 @@ def anatomy(packed: bool) -> Anatomy:
 
 
 def config(packed: bool, **changes: Any) -> PointPEFTConfig:
-    return PointPEFTConfig(**{"num_prompts": 0, "anatomy": anatomy(packed), "init": "published", **changes})
+    return PointPEFTConfig(
+        **{"num_prompts": 0, "adapted_share": 0.5, "anatomy": anatomy(packed), "init": "published", **changes}
+    )
 
 
 def test_tracing_finds_what_is_stated_here() -> None:
@@ -178,7 +180,7 @@ def test_without_a_word_on_prompts_packed_tokens_get_none_and_the_report_says_so
     backbone = BACKBONES["pointcept_ptv3"]
     torch.manual_seed(0)
     model = get_peft_model(backbone.build(), PointPEFTConfig(memory_bank=True)).eval()
-    said = "POINT_PEFT has no prompts in 2 of its 2 blocks, which have no place for them ('enc.enc1.block1' …)"
+    said = "POINT_PEFT has no prompts in 5 of its 5 blocks, which have no place for them ('enc.enc0.block0' …)"
     assert said in model.trainable_parameters_report()
     torch.manual_seed(0)
     without = get_peft_model(backbone.build(), PointPEFTConfig(num_prompts=0, memory_bank=True))
@@ -201,7 +203,7 @@ def test_without_a_word_on_prompts_packed_tokens_get_none_and_the_report_says_so
 
 def test_a_block_without_an_mlp_is_refused_with_what_can_be_had() -> None:
     backbone = BACKBONES["official_ptv1"]
-    with pytest.raises(AnatomyError, match=r"MLP of every block, and 'dec2\.1' has none .*adapter_scale=0\.0"):
+    with pytest.raises(AnatomyError, match=r"MLP of every block, and 'enc1\.1' has none .*adapter_scale=0\.0"):
         get_peft_model(backbone.build(), PointPEFTConfig())
 
 

@@ -395,7 +395,7 @@ def naive(model: PointPeftModel, cloud: Tensor, rows: Tensor | None) -> Tensor:
         query = model.forward_features(cloud[None])[0, 1:].amax(dim=0)
     assert config.num_prompts is not None
     top_k = config.num_prompts - 2 if config.top_k is None else config.top_k
-    first = round((1 - config.adapted_share) * len(base.blocks.blocks))
+    first = round((1 - (config.adapted_share or 0.5)) * len(base.blocks.blocks))
 
     def part(start: str) -> dict[str, Tensor]:
         return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -35,8 +35,8 @@ fields of the default were made so, and are read so.
 
 Deviations from the published code, each with its reason:
 
-- By default the last half of the blocks is adapted (`adapted_share`), published: all. The blocks ahead of them are the
-  frozen backbone then, and run without gradients.
+- By default the last half of the blocks is adapted (`adapted_share`), published: all; packed tokens: all, as the first
+  blocks see a scene in detail. The blocks ahead of them are the frozen backbone then, and run without gradients.
 - There is no memory bank by default (`memory_bank=False`), published: there is. In our runs it has not helped so far
   (`docs/accuracy.md`). What follows of the query and of likenesses is of adapters that have one.
 - By default an encoder of neighbourhoods adds z to the tokens at the first adapted block (`neighbourhood_width`),

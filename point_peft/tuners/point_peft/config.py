@@ -48,8 +48,8 @@ class PointPEFTConfig(TunerConfig):
         "neighbourhood_width": 0,
     }
 
-    adapted_share: Annotated[float, Limit("more than 0 and at most 1", lambda share: 0 < share <= 1)] = 0.5
-    """Share of the blocks that is adapted, the last ones, where neither names nor numbers choose blocks.
+    adapted_share: Annotated[float | None, Limit("more than 0 and at most 1", lambda share: 0 < share <= 1)] = None
+    """Share of the blocks that is adapted, the last ones, where nothing else chooses blocks; None: half, packed: all.
 
     The blocks ahead of them then are the plain frozen backbone, without gradient; what they give is the query of a
     memory bank, if there is one.
@@ -211,7 +211,9 @@ class PointPEFTConfig(TunerConfig):
         chosen = [block for _, block in self.chosen_blocks(backbone)]
         if self.target_modules is not None or self.layers_to_transform is not None:
             return chosen
-        return chosen[-max(1, round(self.adapted_share * len(chosen))) :]
+        packed = any(stage.layout == "packed" for stage in backbone.known_anatomy(self.method).stages)
+        share = self.adapted_share or (1.0 if packed else 0.5)
+        return chosen[-max(1, round(share * len(chosen))) :]
 
     def _shifted_tokens(self, backbone: Backbone, anatomy: Anatomy, first: Block) -> int:
         """The number of prefix tokens that are trained as they enter the first adapted block: none at the very first.
