@@ -151,13 +151,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def linear_probe(model: nn.Module, *, example_inputs: Any = None) -> PointPeftModel:
     """Train the head; a decoder, if there is one, stays as it is."""
-    heads = [head for head in _heads(model, example_inputs) if head != DECODER]
-    return get_peft_model(model, LinearProbeConfig(modules_to_save=heads), example_inputs=example_inputs)
+    return adapter(model, LinearProbeConfig(), example_inputs=example_inputs)
 
 
 def decoder_probe(model: nn.Module, *, decoder: str = DECODER, example_inputs: Any = None) -> PointPeftModel:
     """Train the head and the module `decoder`."""
-    heads = _with_decoder(model, decoder, example_inputs)
+    heads = _with_decoder(model, decoder, understand(model, example_inputs))
     return get_peft_model(model, LinearProbeConfig(modules_to_save=heads), example_inputs=example_inputs)
 
 
@@ -165,7 +164,7 @@ def adapter(
     model: nn.Module, config: TunerConfig | PeftConfig, *, adapter_name: str = "default", example_inputs: Any = None
 ) -> PointPeftModel:
     """Train the parts of a method, or of several, and the head; a decoder, if there is one, stays as it is."""
-    heads = [head for head in _heads(model, example_inputs) if head != DECODER]
+    heads = [head for head in _heads(model, understand(model, example_inputs)) if head != DECODER]
     return get_peft_model(model, _saving(config, heads), adapter_name, example_inputs=example_inputs)
 
 
@@ -178,10 +177,10 @@ def adapter_with_decoder(
     example_inputs: Any = None,
 ) -> PointPeftModel:
     """Train the parts of a method, or of several, in the encoder's blocks, the head and the module `decoder`."""
-    heads = _with_decoder(model, decoder, example_inputs)
-    blocks = _anatomy(model, example_inputs).blocks
-    outside = [number for number, block in enumerate(blocks) if not block.path.startswith(f"{decoder}.")]
-    layers = None if len(outside) == len(blocks) else outside
+    anatomy = understand(model, example_inputs)
+    heads = _with_decoder(model, decoder, anatomy)
+    outside = [number for number, block in enumerate(anatomy.blocks) if not block.path.startswith(f"{decoder}.")]
+    layers = None if len(outside) == len(anatomy.blocks) else outside
     return get_peft_model(model, _saving(config, heads, layers), adapter_name, example_inputs=example_inputs)
 
 
@@ -190,20 +189,15 @@ def full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy:
-    return understand(model, example_inputs)
-
-
-def _heads(model: nn.Module, example_inputs: Any) -> list[str]:
-    heads = list(_anatomy(model, example_inputs).heads)
-    if not heads:
+def _heads(model: nn.Module, anatomy: Anatomy) -> Sequence[str]:
+    if not anatomy.heads:
         raise AdapterError(
             f"no head was found in the {type(model).__name__}: make one by point_peft.profiles.per_point"
         )
-    return heads
+    return anatomy.heads
 
 
-def _with_decoder(model: nn.Module, decoder: str, example_inputs: Any) -> list[str]:
+def _with_decoder(model: nn.Module, decoder: str, anatomy: Anatomy) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     if decoder not in modules:
         near = nearest_names(decoder, list(modules), what="module")
@@ -212,7 +206,7 @@ def _with_decoder(model: nn.Module, decoder: str, example_inputs: Any) -> list[s
         raise AdapterError(
             f"{quoted(decoder)} has nothing to train: make one by point_peft.profiles.per_point(decoder_width=...)"
         )
-    return list(dict.fromkeys([decoder, *_heads(model, example_inputs)]))
+    return list(dict.fromkeys([decoder, *_heads(model, anatomy)]))
 
 
 def _saving(config: TunerConfig | PeftConfig, heads: Sequence[str], layers: Sequence[int] | None = None) -> PeftConfig:

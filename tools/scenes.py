@@ -6,8 +6,6 @@ is what is seen, but leaves and wires let many rays through.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -118,8 +116,3 @@ def tree(random: np.random.Generator, ground: Terrain, places: Floats, height: F
     ends = centre + depth * (1 - 2 * random.random(len(places)) ** random.uniform(1, 3))
     met = (depth > 0) & (random.random(len(places)) < leaves)
     return np.where(met, np.maximum(ends, height), height)
-
-
-def many(count: int, seed: int, pool: Any) -> list[Floats]:
-    """Scenes of `count` seeds after one another, made by the processes of a pool."""
-    return list(pool.imap(scene, range(seed * count, (seed + 1) * count), chunksize=4))

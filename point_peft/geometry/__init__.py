@@ -6,17 +6,19 @@ that lies 100 units from the origin. Half precision inputs are widened to float3
 """
 
 from point_peft.geometry.dense import gather, interpolate, inverse_distance_weights, rows_of_all, squared_distance
-from point_peft.geometry.morton import morton_order, ragged_morton_order
+from point_peft.geometry.morton import interleaved, morton_order, ragged_morton_order
 from point_peft.geometry.neighbours import farthest_point_sample, feature_knn, knn, nearest_interpolate
-from point_peft.geometry.offsets import as_offset, gathered, offset_of, rows_of, samples_of
+from point_peft.geometry.offsets import as_offset, counts_of, gathered, offset_of, rows_of, samples_of
 from point_peft.geometry.packed import nearest_weights, ragged_farthest_point_sample, ragged_interpolate, ragged_knn
 
 __all__ = [
     "as_offset",
+    "counts_of",
     "farthest_point_sample",
     "feature_knn",
     "gather",
     "gathered",
+    "interleaved",
     "interpolate",
     "inverse_distance_weights",
     "knn",

@@ -29,11 +29,16 @@ def ragged_morton_order(points: Tensor, offset: Tensor) -> Tensor:
     `offset` (b,) holds where each sample ends. Raises if it does not divide n.
     """
     points, own = _at_least_single(points), samples_of(offset, len(points))
-    corner, where = points.new_zeros(len(offset), 3), own[:, None].expand_as(points)
+    low, side = cubes(points, own, len(offset))
+    return (own << 3 * BITS | interleaved(_cells(points - low[own], side[own]))).argsort(stable=True)
+
+
+def cubes(points: Tensor, own: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """The smallest corner (b, 3) and the side (b, 1) of a cube around the points (n, 3) of each sample `own` (n,)."""
+    corner, where = points.new_zeros(samples, 3), own[:, None].expand_as(points)
     low = corner.scatter_reduce(0, where, points, "amin", include_self=False)
     high = corner.scatter_reduce(0, where, points, "amax", include_self=False)
-    code = interleaved(_cells(points - low[own], (high - low).amax(dim=1, keepdim=True)[own]))
-    return (own << 3 * BITS | code).argsort(stable=True)
+    return low, (high - low).amax(dim=1, keepdim=True)
 
 
 def interleaved(cells: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def runs_of(offset: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def counts_of(offset: Tensor) -> Tensor:
+    """The number of points (b,) in each sample, of where each ends (b,)."""
     return nn.functional.pad(offset, (1, 0)).diff()
 
 

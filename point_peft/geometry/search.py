@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from point_peft.errors import PointPeftError
-from point_peft.geometry.morton import interleaved
+from point_peft.geometry.morton import cubes, interleaved
 from point_peft.geometry.neighbours import CHUNK_ELEMENTS
 from point_peft.geometry.offsets import counts_of, runs_of, samples_of
 
@@ -193,12 +193,8 @@ def _gap(low: Tensor, high: Tensor, query: Tensor) -> Tensor:
 
 def along_curve(points: Tensor, offset: Tensor) -> Tensor:
     """The points (n,) of each sample in the order of a Z-order curve through the cube around the sample."""
-    n = len(points)
-    own = samples_of(offset, n)
-    corner = points.new_zeros(len(offset), 3)
-    low = corner.scatter_reduce(0, own[:, None].expand(n, 3), points, "amin", include_self=False)
-    high = corner.scatter_reduce(0, own[:, None].expand(n, 3), points, "amax", include_self=False)
-    side = (high - low).amax(1, keepdim=True)
+    own = samples_of(offset, len(points))
+    low, side = cubes(points, own, len(offset))
     cell = ((points - low[own]) / side.where(side > 0, 1)[own] * (2**21 - 1)).long()
     order = interleaved(cell.flip(1)).argsort(stable=True)
     return order[own[order].argsort(stable=True)]

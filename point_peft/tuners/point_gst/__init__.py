@@ -152,10 +152,8 @@ def z_order(points: Tensor) -> Tensor:
     As published, a coordinate counts by its low 16 bits, so that negative cells come after positive ones.
     """
     cell = (CELLS_PER_UNIT * points.detach().to(torch.promote_types(points.dtype, torch.float32))).trunc().long()
-    bit = torch.arange(CELL_BITS, device=points.device)
-    spread = ((cell[..., None] >> bit & 1) << 3 * bit).sum(dim=-1)
-    x, y, z = spread.unbind(dim=-1)
-    return (y << 2 | x << 1 | z).argsort(dim=-1, stable=True)
+    x, y, z = (cell & (1 << CELL_BITS) - 1).unbind(dim=-1)
+    return geometry.interleaved(torch.stack([y, x, z], dim=-1)).argsort(dim=-1, stable=True)
 
 
 def _packed_order(points: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def _packed_order(points: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     order, ends = geometry.gathered(samples, len(points))
     along = z_order(points[order][None])[0]
     along = along[geometry.samples_of(ends, len(points))[along].argsort(stable=True)]
-    return order[along], nn.functional.pad(ends, (1, 0)).diff()
+    return order[along], geometry.counts_of(ends)
 
 
 # ---- eigenvectors ----------------------------------------------------------------------------------------------------

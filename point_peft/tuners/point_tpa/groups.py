@@ -80,24 +80,24 @@ def places_of(forward: Forward, stage: int) -> Tensor:
 
 
 def cloud_sizes(forward: Forward, stage: int) -> Tensor:
-    """The number (b,) of packed tokens of a stage in each cloud; once per forward."""
-
-    def count() -> Tensor:
-        _, ends = geometry.gathered(forward.seen.samples[stage], len(forward.seen.coordinates[stage]))
-        return nn.functional.pad(ends, (1, 0)).diff()
-
-    return forward.once(("point_tpa sizes", stage), count)
+    """The number (b,) of packed tokens of a stage in each cloud."""
+    return geometry.counts_of(_by_cloud(forward, stage)[1])
 
 
 def own_order(forward: Forward, stage: int) -> Tensor:
     """The packed tokens (n,) of a stage cloud by cloud along a Z-order curve through each; once per forward."""
 
     def sort() -> Tensor:
-        points = forward.seen.coordinates[stage]
-        order, ends = geometry.gathered(forward.seen.samples[stage], len(points))
-        return order[geometry.ragged_morton_order(points[order], ends)]
+        order, ends = _by_cloud(forward, stage)
+        return order[geometry.ragged_morton_order(forward.seen.coordinates[stage][order], ends)]
 
     return forward.once(("point_tpa order", stage), sort)
+
+
+def _by_cloud(forward: Forward, stage: int) -> tuple[Tensor, Tensor]:
+    """The packed tokens (n,) of a stage cloud by cloud, and where each cloud ends (b,); once per forward."""
+    samples, n = forward.seen.samples[stage], len(forward.seen.coordinates[stage])
+    return forward.once(("point_tpa clouds", stage), lambda: geometry.gathered(samples, n))
 
 
 def serial_order(stage: Stage, attention: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Tensor | None:
