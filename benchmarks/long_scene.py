@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.scenes import of_points
 from point_peft import METHODS, profiles
 from tools.scene_encoder import cells_of, load
 from tools.scenes import SIDE, scene
@@ -56,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def predict(window: dict[str, Any]) -> Tensor:
         cells = cells_of(window["pos"].numpy())
-        logits: Tensor = model(**cells.inputs())[torch.from_numpy(cells.cell_of)]
-        return logits
+        return of_points(model, cells.features, cells.grid, cells)
 
     start = time.process_time()
     with torch.no_grad():

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -30,8 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.accuracy.entries import entry
-from benchmarks.accuracy.pool import ENVIRONMENT, say
-from benchmarks.memory import peak_bytes
+from benchmarks.accuracy.pool import with_environment, work
+from benchmarks.accuracy.results import spread
+from benchmarks.marked import write_between
+from benchmarks.memory import cost_of
 from point_peft import METHODS, PointPeftError, TunerConfig, profiles
 from point_peft.data.cloud import Split
 from point_peft.data.options import DataOptions
@@ -61,7 +60,6 @@ OPTIONS = DataOptions(
 DECODER_WIDTH = 64
 RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-TIMED_STEPS = 5
 PROBE = "LINEAR_PROBE"
 """The method that is a profile here."""
 
@@ -95,11 +93,11 @@ def rows(example: Cells) -> tuple[list[Row], dict[str, str]]:
     """All rows, the methods from the registry; and the methods that this encoder refuses, with the reason."""
     adapters, refused = [], {}
     for method in METHODS:
-        if method != PROBE:
+        if method != PROBE and not METHODS[method].adapts_columns:
             try:
                 Row("adapter", method).model(example, 0)
                 adapters.append(method)
-            except (PointPeftError, TypeError) as error:
+            except PointPeftError as error:
                 refused[method] = str(error)
     plain = [Row(name) for name in ("linear_probe", "decoder_probe")]
     ends = [Row("full"), Row("full with decoder")]
@@ -187,88 +185,63 @@ def cost(model: nn.Module, piece: Piece) -> dict[str, float]:
         F.cross_entropy(of_points(model, cells.features, cells.grid, cells), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    peak, taken = peak_bytes(step, torch.device("cpu")), []
-    for _ in range(TIMED_STEPS):
-        start = time.process_time()
-        step()
-        taken.append(time.process_time() - start)
-    return {"peak_bytes": peak, "seconds": median(taken)}
+    peak, seconds = cost_of(step)
+    return {"peak_bytes": peak, "seconds": seconds}
 
 
-def run(row: Row, seed: int, lr: float, epochs: int, split: Split, data: dict[Split, list[Piece]]) -> dict[str, Any]:
-    """What came of one training, as JSON."""
-    example = data["train"][0][0]
-    model = row.model(example, seed)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model = trained(model, data["train"], lr, epochs, seed)
-    found = {"row": str(row), "seed": seed, "lr": lr, "epochs": epochs, "trainable": trainable, "split": split}
-    found |= {"val": mean_iou(model, data["val"])}
-    if split == "test":
-        found |= {"test": mean_iou(model, data["test"]), **cost(model, max(data["train"], key=lambda own: len(own[1])))}
-    return found
+@dataclass(frozen=True)
+class Run:
+    """A training that is to be done, and the split that is measured after it, beside validation."""
+
+    row: Row
+    seed: int
+    lr: float
+    epochs: int
+    split: Split
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.split}, seed {self.seed}, lr {self.lr:g}"
+
+    def path(self, out: Path) -> Path:
+        """The file of what came of it."""
+        return out / f"{str(self.row).replace(' ', '-')}-{self.split}-seed{self.seed}-lr{self.lr:g}.json"
+
+    def do(self, data: dict[Split, list[Piece]]) -> dict[str, Any]:
+        """What comes of it, as JSON."""
+        model = self.row.model(data["train"][0][0], self.seed)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model = trained(model, data["train"], self.lr, self.epochs, self.seed)
+        found = {**vars(self), "row": str(self.row), "trainable": trainable, "val": mean_iou(model, data["val"])}
+        if self.split == "test":
+            largest = max(data["train"], key=lambda piece: len(piece[1]))
+            found |= {"test": mean_iou(model, data["test"]), **cost(model, largest)}
+        return found
 
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
 
 
-def path_of(out: Path, row: Row, seed: int, lr: float, split: Split) -> Path:
-    """The file of a run."""
-    return out / f"{str(row).replace(' ', '-')}-{split}-seed{seed}-lr{lr:g}.json"
-
-
-def best_rate(out: Path, row: Row) -> float | None:
+def best_rate(out: Path, row: Row, epochs: int) -> float | None:
     """The rate that is best on validation; None while some are not tried."""
-    paths = [path_of(out, row, 0, lr, "val") for lr in RATES]
+    paths = [Run(row, 0, lr, epochs, "val").path(out) for lr in RATES]
     if not all(path.exists() for path in paths):
         return None
     tried = [json.loads(path.read_text("utf-8")) for path in paths]
     return float(max(tried, key=lambda one: one["val"])["lr"])
 
 
-Due = tuple[Row, int, float, int, Split]
-"""Row, seed, rate, epochs, and the split that is measured: a run that is to be done."""
-
-
-def due(out: Path, chosen: Sequence[Row], epochs: int) -> Iterator[Due]:
+def due(out: Path, chosen: Sequence[Row], epochs: int) -> list[Run]:
     """The runs that are not done and can be: rates first, and then all rows with one seed after the other."""
-    for lr in RATES:
-        for row in chosen:
-            if not path_of(out, row, 0, lr, "val").exists():
-                yield row, 0, lr, max(1, epochs // 2), "val"
-    for seed in SEEDS:
-        for row in chosen:
-            rate = best_rate(out, row)
-            if rate is not None and not path_of(out, row, seed, rate, "test").exists():
-                yield row, seed, rate, epochs, "test"
+    half = max(1, epochs // 2)
+    runs = [Run(row, 0, lr, half, "val") for lr in RATES for row in chosen]
+    best = {row: best_rate(out, row, half) for row in chosen}
+    runs += [Run(row, seed, lr, epochs, "test") for seed in SEEDS for row, lr in best.items() if lr is not None]
+    return [own for own in runs if not own.path(out).exists()]
 
 
-def work(out: Path, chosen: Sequence[Row], epochs: int, workers: int, data: dict[Split, list[Piece]]) -> None:
-    """Do what is due, each run in a forked process."""
-    fork = multiprocessing.get_context("fork")
-    busy: dict[Any, Due] = {}
-    while True:
-        active = [own for process, own in busy.items() if process.is_alive()]
-        for process in [process for process in busy if not process.is_alive()]:
-            if process.exitcode:
-                raise PointPeftError(f"{busy[process]} ended with {process.exitcode}")
-            del busy[process]
-        waiting = [own for own in due(out, chosen, epochs) if own not in active]
-        for own in waiting[: workers - len(active)]:
-            process = fork.Process(target=_into_file, args=(out, own, data))
-            process.start()
-            busy[process] = own
-        if not busy:
-            return
-        wait([process.sentinel for process in busy])
-
-
-def _into_file(out: Path, own: Due, data: dict[Split, list[Piece]]) -> None:
-    row, seed, lr, epochs, split = own
-    start = time.monotonic()
-    found = run(row, seed, lr, epochs, split, data)
-    path = path_of(out, row, seed, lr, split)
-    path.write_text(json.dumps(found) + "\n", "utf-8")
-    say(f"{path.stem}: val {found['val']:.1f}, {time.monotonic() - start:.0f} s")
+def do(own: Run, out: Path, data: dict[Split, list[Piece]]) -> None:
+    """Do a run and write its file."""
+    own.path(out).write_text(json.dumps(own.do(data)) + "\n", "utf-8")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -284,12 +257,11 @@ def lines(found: Sequence[dict[str, Any]], about: dict[str, Any]) -> Iterator[st
     cells = []
     for name in order:
         runs = own[name]
-        spread = f" ± {stdev(one['test'] for one in runs):.1f}" if len(runs) > 1 else ""
         seconds = median(one["seconds"] for one in runs)
         cells.append(
             [
                 name,
-                f"{mean(one['test'] for one in runs):.1f}{spread}",
+                spread([one["test"] for one in runs]),
                 f"{mean(one['val'] for one in runs):.1f}",
                 f"{runs[0]['trainable']:,}",
                 f"{runs[0]['lr']:g}",
@@ -325,14 +297,12 @@ def write_page(out: Path) -> None:
     """Write the page and its record from the runs of a folder."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*-seed*.json"))]
     about = json.loads((out / "about.json").read_text("utf-8"))
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    text = "\n".join([BEGIN, "", *lines(found, about), "", END])
-    PAGE.write_text(before + text + rest.partition(END)[2], "utf-8")
+    write_between(PAGE, BEGIN, END, lines(found, about))
     PAGE.with_suffix(".json").write_text(json.dumps({"about": about, "runs": found}, indent=0) + "\n", "utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Do the runs, or write the page."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the runs, or write the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "page"))
     parser.add_argument("--rows", help='divided by commas, as "full,adapter LORA" (default: all)')
@@ -342,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     if args.what == "page":
-        return write_page(args.out)
+        write_page(args.out)
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # spconv's kernels are right on one thread
     data = pieces(args.scan)
@@ -351,12 +322,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = ", ".join(f"{sum(len(labels) for _, labels in data[split]):,}" for split in ("train", "val", "test"))
     about = {"points": points, "epochs": args.epochs, "refused": refused}
     (args.out / "about.json").write_text(json.dumps(about) + "\n", "utf-8")
-    return work(args.out, chosen, args.epochs, args.workers, data)
+    _, failed = work(
+        lambda: due(args.out, chosen, args.epochs),
+        partial(do, out=args.out, data=data),
+        lambda own: own.path(args.out).with_suffix(".log"),
+        workers=args.workers,
+        hours=None,
+    )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.scenes", *sys.argv[1:]], {**os.environ, **ENVIRONMENT}
-        )
-    main()
+    with_environment("benchmarks.scenes", sys.argv[1:])
+    sys.exit(main())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import scenes as comparison
-from benchmarks.scenes import Row
+from benchmarks.scenes import Row, Run
 from point_peft import PointPeftError
 from tests.zoo import BACKBONES
 from tools import pretrain_scenes
@@ -132,13 +132,12 @@ def test_the_mean_over_classes_counts_points_not_cells() -> None:
 
 def test_rates_come_first_and_then_the_best_one_s_seeds(tmp_path: Path) -> None:
     row = Row("linear_probe")
-    tried = [own[2] for own in comparison.due(tmp_path, [row], 8)]
-    assert tried == list(comparison.RATES)
-    for number, lr in enumerate(comparison.RATES):
-        path = comparison.path_of(tmp_path, row, 0, lr, "val")
-        path.write_text(f'{{"lr": {lr}, "val": {number % 2}}}')
-    assert [own[1:] for own in comparison.due(tmp_path, [row], 8)] == [
-        (seed, comparison.RATES[1], 8, "test") for seed in comparison.SEEDS
+    tried = comparison.due(tmp_path, [row], 8)
+    assert [own.lr for own in tried] == list(comparison.RATES)
+    for number, own in enumerate(tried):
+        own.path(tmp_path).write_text(f'{{"lr": {own.lr}, "val": {number % 2}}}')
+    assert comparison.due(tmp_path, [row], 8) == [
+        Run(row, seed, comparison.RATES[1], 8, "test") for seed in comparison.SEEDS
     ]
 
 

@@ -259,8 +259,7 @@ def pretrain(
     model.train()
     bar = tqdm(total=steps, desc="pre-training", mininterval=10)
     for step, (points, category) in enumerate(batches(clouds, len(model.directions), batch_size, seed, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / min(100, steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        set_rate(optimizer, lr, step, steps)
         counts = MANY_GROUPS if step >= MANY_FROM * steps else FEW_GROUPS
         model.backbone.group_divider.num_group = int(rng.choice(counts))
         # The plain attention: in the backward pass of such short sequences the CPU's fused one is several times slower.
@@ -285,6 +284,12 @@ def pretrain(
     bar.close()
     model.backbone.group_divider.num_group = CONFIG["num_group"]
     return course
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """The learning rate of a step: a cosine from `lr` to zero, after a warm-up of at most 100 steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / min(100, steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def export(backbone: PointTransformer, path: Path, notes: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ https://arxiv.org/abs/2112.09133. No label and no measured scene goes into it.
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from point_peft.profiles import Concatenated, levels_of
+from tools.pretrain import set_rate
 from tools.scene_encoder import CHANNELS, IN_CHANNELS, WEIGHTS, Cells, Floats, cells_of, encoder, inputs
 from tools.scenes import scene
 
@@ -135,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     random, course = np.random.default_rng(args.seed), []
     bar = tqdm(range(args.steps), desc="pre-training", mininterval=10)
     for step in bar:
-        rate = min(1, (step + 1) / min(100, args.steps)) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
+        set_rate(optimizer, args.lr, step, args.steps)
         cells, told = made[random.integers(len(made))]
         features, grid = turned(cells, random)
         hidden = hidden_cells(grid, random)

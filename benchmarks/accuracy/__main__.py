@@ -206,5 +206,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_environment(sys.argv[1:])
+    with_environment("benchmarks.accuracy", sys.argv[1:])
     sys.exit(main())

@@ -11,7 +11,7 @@ from benchmarks.accuracy.measuring import BINS, SEVERITIES
 from benchmarks.accuracy.picture import draw
 from benchmarks.accuracy.results import Results
 from benchmarks.accuracy.sets import SHOTS
-from point_peft.errors import PointPeftError
+from benchmarks.marked import write_between
 
 NAME = "accuracy"
 BEGIN = "<!-- from here on written by `python -m benchmarks.accuracy page` -->"
@@ -48,14 +48,9 @@ Variants of an entry are in the tables alone."""
 def write(results: Results, folder: Path, stale: int = 0) -> Path:
     """Write page, record and picture into a folder; text outside the marks of a page that is there is kept."""
     path = folder / f"{NAME}.md"
-    old = path.read_text("utf-8") if path.exists() else FRESH
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise PointPeftError(
-            f"{path} must have the lines {BEGIN!r} and {END!r}, each once: put them where tables belong"
-        )
-    before, _, rest = old.partition(BEGIN)
-    text = "\n".join([BEGIN, "", *lines(results, stale), "", END])
-    path.write_text(before + text + rest.partition(END)[2], "utf-8")
+    if not path.exists():
+        path.write_text(FRESH, "utf-8")
+    write_between(path, BEGIN, END, lines(results, stale))
     (folder / f"{NAME}.json").write_text(results.to_json(), "utf-8")
     if results.tasks(SETS):
         draw(results, folder / f"{NAME}.png")

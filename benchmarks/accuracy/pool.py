@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks.accuracy.jobs import Job
+J = TypeVar("J")
+"""Jobs, which are told apart by being equal, and say in words what they are."""
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -22,21 +23,21 @@ ENVIRONMENT = {
 }
 
 
-def with_environment(arguments: Sequence[str]) -> None:
-    """Start this program again if its process was not started in the environment that the runs need."""
+def with_environment(program: str, arguments: Sequence[str]) -> None:
+    """Start a module of this checkout again if its process was not started in the environment that the runs need."""
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        again = [sys.executable, "-m", "benchmarks.accuracy", *arguments]
+        again = [sys.executable, "-m", program, *arguments]
         os.execve(sys.executable, again, {**os.environ, **ENVIRONMENT})
 
 
 def work(
-    due: Callable[[], Sequence[Job]],
-    run: Callable[[Job], None],
-    log: Callable[[Job], Path],
+    due: Callable[[], Sequence[J]],
+    run: Callable[[J], None],
+    log: Callable[[J], Path],
     *,
     workers: int,
     hours: float | None,
-) -> tuple[int, list[Job]]:
+) -> tuple[int, list[J]]:
     """Do what is due, each run in a forked process; returns how many were done, and those that failed.
 
     No run begins once the hours are over. What is due is asked anew after each run, as it may depend on what came out.
@@ -44,8 +45,8 @@ def work(
     """
     fork = multiprocessing.get_context("fork")
     begin, done, spent = time.monotonic(), 0, 0.0
-    failed: list[Job] = []
-    active: dict[Any, tuple[ForkProcess, Job, float]] = {}
+    failed: list[J] = []
+    active: dict[Any, tuple[ForkProcess, J, float]] = {}
     while True:
         busy = [job for _, job, _ in active.values()]
         waiting = [job for job in due() if job not in busy and job not in failed]
@@ -73,7 +74,7 @@ def work(
             say(f"{job}: {took:.0f} s; {len(waiting)} runs to begin, about {left:.0f} min")
 
 
-def _run(run: Callable[[Job], None], job: Job, log: Path) -> None:
+def _run(run: Callable[[J], None], job: J, log: Path) -> None:
     """The whole of a forked process: what it says, to its last traceback, goes to the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.open("w", encoding="utf-8")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from benchmarks.accuracy.measuring import classifier_of, inference_of, measured
 from benchmarks.accuracy.protocol import Protocol, heads_of
 from benchmarks.accuracy.sets import Parts
 from benchmarks.accuracy.stem import Store
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import cost_of
 from point_peft.data.augmenting import augment
 from point_peft.data.cloud import Sample
 from point_peft.data.cloud_set import CloudSet
@@ -30,8 +29,6 @@ from point_peft.training import Recipe, fit
 from point_peft.training.feeding import set_mode
 from point_peft.training.report import load_values
 from point_peft.training.state import trained
-
-TIMED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,8 @@ def cost(model: nn.Module, train: CloudSet, recipe: Recipe) -> dict[str, float]:
         (mean + auxiliary).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    peak, taken = peak_bytes(step, torch.device("cpu")), []
-    for _ in range(TIMED_STEPS):
-        start = time.process_time()
-        step()
-        taken.append(time.process_time() - start)
-    return {"peak_bytes_of_a_step": peak, "seconds_an_epoch": median(taken) * len(train) / len(labels)}
+    peak, seconds = cost_of(step)
+    return {"peak_bytes_of_a_step": peak, "seconds_an_epoch": seconds * len(train) / len(labels)}
 
 
 def run_trained(
