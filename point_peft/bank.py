@@ -57,14 +57,14 @@ def build_bank(
     """Fill a bank with the frozen backbone's features of batches, as `AdapterSet.build_memory_bank` says."""
     if size is not None and (type(size) is not int or size < 1):
         raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
-    ranks = _ranks()
+    ranks = processes()
     harvest = Harvest(bank.size if size is None else size)
     # One process of several draws a bar, and none does where stderr is no terminal: that is what None means.
     hidden = ranks is not None and torch.distributed.get_rank() > 0
     progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
     with eval_mode(root.base_model.modules()):
         for batch in progress:
-            inputs = _model_inputs(batch, to_inputs)
+            inputs = model_inputs(batch, to_inputs)
             tokens = _frozen_tokens(root, *inputs, bank.source, name)
             features = bank.query(tokens).float().cpu()
             if to_labels is None:
@@ -133,10 +133,10 @@ class Harvest:
 
         The same in all processes.
         """
-        if sum(_gathered(self.count, ranks)) > self.most:
+        if sum(of_all_processes(self.count, ranks)) > self.most:
             self.condense()
-            return joint_rows(_gathered(self, ranks))
-        shards = _gathered((self.features, self.labels), ranks)
+            return joint_rows(of_all_processes(self, ranks))
+        shards = of_all_processes((self.features, self.labels), ranks)
         features = [entry for part, _ in shards for entry in part]
         labels = [entry for _, part in shards for entry in part]
         if not features:
@@ -165,7 +165,7 @@ def joint_rows(harvests: Sequence[Harvest]) -> tuple[Tensor, Tensor | None, int,
     return rows, classes if labelled else None, count, places
 
 
-def _gathered(value: T, ranks: int | None) -> list[T]:
+def of_all_processes(value: T, ranks: int | None) -> list[T]:
     """The values of all processes."""
     if ranks is None:
         return [value]
@@ -191,7 +191,8 @@ def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_
             close_forward(forward)
 
 
-def _model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[Args, Kwargs]:
+def model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[Args, Kwargs]:
+    """The model's arguments in a batch of a loader, see `AdapterSet.build_memory_bank`."""
     if to_inputs is not None:
         return call_arguments(to_inputs(batch))
     if isinstance(batch, Tensor):
@@ -204,7 +205,7 @@ def _model_inputs(batch: Any, to_inputs: Callable[[Any], Any] | None) -> tuple[A
     )
 
 
-def _ranks() -> int | None:
+def processes() -> int | None:
     """The number of processes that work together, None if this one is alone."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.checking import anatomy_from_json
 from point_peft.anatomy.description import Anatomy, Block, Stage
-from point_peft.errors import PointPeftError, quoted
+from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
@@ -114,6 +114,17 @@ class TunerConfig(ABC):
     def identity_at_init(self) -> bool:
         """True if a fresh adapter leaves the backbone's output as it is."""
         return True
+
+    def with_ranks(self, ranks: Mapping[str, int], names: Sequence[str]) -> TunerConfig:
+        """The same with other ranks, by site, 0 for those that are left out, among modules called `names`.
+
+        The scale of every change stays what it is. A method whose widths are fixed is the same as it was.
+        """
+        return self
+
+    def principal(self) -> TunerConfig:
+        """The same, begun from the principal factors of the weights that it changes, as PiSSA says."""
+        raise AdapterError(f"{self.method} does not begin from the factors of weights: PiSSA is a start of LORA")
 
     def combined(
         self, adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None

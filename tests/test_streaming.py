@@ -98,7 +98,7 @@ def test_processes_stream_where_together_they_have_too_many(monkeypatch: pytest.
         shards[1].condense()
         return [value, shards[1]] if isinstance(value, Harvest) else [value, 150]
 
-    monkeypatch.setattr(bank, "_gathered", gathered)
+    monkeypatch.setattr(bank, "of_all_processes", gathered)
     kept, classes, count, _ = shards[0].rows(2)
     assert len(kept) == 40 and count == 300 and classes is not None
 

@@ -20,6 +20,8 @@ UNTRAINED = (PROBE, RETRIEVAL)
 """Classifiers on the frozen features."""
 PUBLISHED = "published"
 """The name of a class method of a configuration, and of a variant: the constants that were published."""
+EVA = "eva"
+"""The name of a start from the training clouds, and of a variant: METHOD:eva."""
 NAMED: Mapping[str, str] = {"ADAPTFORMER": "BOTTLENECK:placement=adaptformer"}
 """Name -> the entry that it means."""
 ON_SMALL: Mapping[str, str] = {
@@ -42,6 +44,8 @@ class Entry:
     """The name of a registered method, or FULL, PROBE or RETRIEVAL."""
     configs: tuple[Mapping[str, Any], ...] = ()
     """The configuration of the method, as JSON; none: there is no adapter."""
+    eva: bool = False
+    """True if the adapter starts from the training clouds."""
 
     @property
     def trains(self) -> bool:
@@ -56,7 +60,7 @@ class Entry:
 
 
 def entry(text: str) -> Entry:
-    """The entry `METHOD`, `METHOD:field=value;field=value`, `METHOD:published`, or one of `NAMED`.
+    """The entry `METHOD`, `METHOD:field=value;field=value`, `METHOD:published`, `METHOD:eva`, or one of `NAMED`.
 
     Raises `PointPeftError` for unknown methods and fields.
     """
@@ -67,13 +71,15 @@ def entry(text: str) -> Entry:
             raise PointPeftError(f"{quoted(text)}: {method} has no settings")
         return Entry(text, method)
     given = [setting.strip() for setting in settings.split(";") if setting.strip()]
+    eva = EVA in given
+    given = [setting for setting in given if setting != EVA]
     (config,) = method_configs([method], [setting for setting in given if setting != PUBLISHED])
     if PUBLISHED in given:
         kind: Any = METHODS[config["method"]]
         if len(given) > 1 or not _states_published(kind):
             raise PointPeftError(f"{quoted(text)}: {PUBLISHED} stands alone, and the method must have such constants")
         config = kind.published().to_json()
-    return Entry(text, config["method"], (config,))
+    return Entry(text, config["method"], (config,), eva)
 
 
 def entries(text: str) -> list[Entry]:

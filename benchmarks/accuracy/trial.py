@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from benchmarks.accuracy.protocol import Protocol, heads_of
 from benchmarks.accuracy.sets import Parts
 from benchmarks.accuracy.stem import Store
 from benchmarks.memory import cost_of
+from point_peft import initialise
 from point_peft.data.augmenting import augment
-from point_peft.data.cloud import Sample
+from point_peft.data.cloud import CloudBatch, Sample
 from point_peft.data.cloud_set import CloudSet
 from point_peft.errors import PointPeftError
 from point_peft.training import Recipe, fit
@@ -52,6 +54,13 @@ class Views(Dataset[Sample]):
         count = self.asked[index] = self.asked.get(index, -1) + 1
         rng = np.random.default_rng((self.seed, index, count % self.views))
         return augment(self.clouds[index], self.augmentations, rng, self.clouds.preparation.normals)
+
+
+def batches_of(model: nn.Module, clouds: CloudSet, size: int) -> Iterator[CloudBatch]:
+    """The clouds in batches, as a model takes them."""
+    feed = inference_of(model, len(clouds.classes)).feed
+    for begin in range(0, len(clouds), size):
+        yield feed.batch([clouds[place] for place in range(begin, min(begin + size, len(clouds)))])
 
 
 def cost(model: nn.Module, train: CloudSet, recipe: Recipe) -> dict[str, float]:
@@ -96,6 +105,8 @@ def run_trained(
     plain = protocol.plain(len(classes), recipe.seed)
     head = sum(p.numel() for path in heads_of(plain) for p in plain.get_submodule(path).parameters())
     model = protocol.model(entry, len(classes), recipe.seed).eval()
+    if entry.eva:
+        initialise(model, batches_of(model, parts.train, recipe.batch_size), "eva", to_inputs=attrgetter("points"))
     train = Views(parts.train, model, recipe.augment, protocol.views, recipe.seed)
     val = parts.val.subset(range(min(protocol.curve_clouds, len(parts.val)))) if len(parts.val) else None
     start = time.process_time()

@@ -202,6 +202,21 @@ def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
         activate(root, (name,))
 
 
+def replace_adapter(root: Root, name: str, adapter: Adapter) -> None:
+    """Put an adapter in the place of another, with its mode; it is active and trained where that was."""
+    old = all_adapters(root.adapters)[name]
+    trained = dict(old.named_parameters())
+    for own, parameter in adapter.named_parameters():
+        parameter.requires_grad_(trained[own].requires_grad if own in trained else True)
+    adapter.train(old.training)
+    root.adapters._modules[name] = adapter
+    root.default = root.default
+    adapter.unproven = to_prove(adapter)
+    forget(root)
+    detach_sites(root, old, [other for other in all_adapters(root.adapters).values() if other is not adapter])
+    attach_sites(root, adapter)
+
+
 def activate(root: Root, names: tuple[str, ...]) -> None:
     """Make adapters the active ones, here and wherever nothing else was chosen."""
     root.default = names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -41,6 +41,15 @@ class Call:
         return module
 
 
+class Narrow(NamedTuple):
+    """Two layers of a part that lead through few channels; it adds what the second gives."""
+
+    down: nn.Linear | nn.Conv1d
+    up: nn.Linear | nn.Conv1d
+    slices: int = 1
+    """The number of slices of the output that have rows of `down` of their own."""
+
+
 class Part(nn.Module):
     """A method at one site of the backbone: it may change the module's inputs, its output, or both.
 
@@ -71,6 +80,11 @@ class Part(nn.Module):
     @property
     def own_module(self) -> nn.Module | None:
         """The module of the adapter's own that runs in the place of the site's; None for what acts beside that."""
+        return None
+
+    @property
+    def narrow(self) -> Narrow | None:
+        """Its layers that lead through few channels, which may start from data; None for a part without such."""
         return None
 
     def before(self, call: Call, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

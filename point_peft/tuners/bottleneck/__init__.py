@@ -41,7 +41,7 @@ from point_peft.anatomy.description import Anatomy, Block
 from point_peft.config import TunerConfig
 from point_peft.errors import AnatomyError
 from point_peft.parts.backbone import Backbone
-from point_peft.parts.base import Blueprint, Call, Part
+from point_peft.parts.base import Blueprint, Call, Narrow, Part
 from point_peft.parts.bottleneck import Bottleneck
 from point_peft.parts.sequence import EntrancePart, at_mlp, mlp_of
 from point_peft.running.nested import Args, Kwargs, fetch, put
@@ -120,6 +120,10 @@ class SerialPart(Part):
         self.adapter = adapter
         self.scale = scale
 
+    @property
+    def narrow(self) -> Narrow:
+        return Narrow(self.adapter.down, self.adapter.up)
+
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         steps = (0,) if isinstance(output, tuple) else ()
         h = fetch(output, steps)
@@ -135,6 +139,10 @@ class ParallelPart(EntrancePart):
         super().__init__(block)
         self.adapter = adapter
         self.scale = scale
+
+    @property
+    def narrow(self) -> Narrow:
+        return Narrow(self.adapter.down, self.adapter.up)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         return output + self.scale * self.adapter(self.entrance(call, args, kwargs)).to(output.dtype)

@@ -1,4 +1,7 @@
-"""LoRA at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k and v."""
+"""LoRA at a layer: two factors, with DoRA a magnitude, for all rows of its weight or for some of q, k and v.
+
+With PiSSA the factors begin as the principal ones of the weight, and what they begin with is taken away again.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.structure import sparse_convolution
 from point_peft.errors import AnatomyError
-from point_peft.parts.base import Call, Part
+from point_peft.parts.base import Call, Narrow, Part
 from point_peft.running.nested import Args, Kwargs
 
 Layer = nn.Linear | nn.Conv1d
@@ -20,18 +23,32 @@ class LoraPart(Part):
     With a magnitude m, the rows of W + s B A have the lengths m. Of a fused projection (3 c, in), some of query, key
     and value may be `chosen`, each with its own A and B: `lora_A` then holds the factors one below the other,
     (chosen * r, in), and so does `lora_B`, (chosen * c, r).
+
+    With `pissa`, y <- y + s B A dropout(x) - s B0 A0 x, where s B0 A0 is the best approximation of the weight of rank
+    r, and A and B begin as A0 and B0, which stay what they are.
     """
 
     mergeable = True
     lora_magnitude_vector: Tensor | None
     """(out,), of a convolution (1, out, 1)"""
+    pissa_A: Tensor | None
+    pissa_B: Tensor | None
 
     def __init__(
-        self, module: nn.Module, weight: str, r: int, scale: float, dropout: float, dora: bool, chosen: tuple[int, ...]
+        self,
+        module: nn.Module,
+        weight: str,
+        r: int,
+        scale: float,
+        dropout: float,
+        dora: bool,
+        chosen: tuple[int, ...],
+        pissa: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.r = r
+        self.r = 2 * r if pissa else r
+        """The rank of the change."""
         self.scale = scale
         self.chosen = chosen
         """The numbers of those of query, key and value that are adapted, if not all rows of the weight."""
@@ -41,6 +58,10 @@ class LoraPart(Part):
         rows = self.rows(whole, 0)
         self.lora_A, self.lora_B = _factors(module, rows.shape[0], whole.shape[1], r, self.slices)
         nn.init.zeros_(self.lora_B.weight)
+        if pissa and not self.lora_A.weight.is_meta:  # what is only planned needs no values
+            self._take_principal(rows.detach(), r)
+        for name, factor in (("pissa_A", self.lora_A), ("pissa_B", self.lora_B)):
+            self.register_buffer(name, factor.weight.detach().clone() if pissa else None)
         magnitude = _lengths(rows.detach()) if dora else None
         if magnitude is not None and rows.ndim == 3:
             magnitude = rearrange(magnitude, "out -> 1 out 1")
@@ -62,16 +83,44 @@ class LoraPart(Part):
             thirds[index] = third
         return torch.cat(thirds, dim)
 
+    @property
+    def narrow(self) -> Narrow | None:
+        return Narrow(self.lora_A, self.lora_B, self.slices)
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (slices, out, r) and A (slices, r, in), in which a convolution's kernel is part of `in`."""
+        """B (slices, out, r) and A (slices, r, in) of the change, a convolution's kernel being part of `in`."""
+        up, down = self._by_slice(self.lora_B.weight, self.lora_A.weight)
+        if self.pissa_A is None or self.pissa_B is None:
+            return up, down
+        up0, down0 = self._by_slice(self.pissa_B, self.pissa_A)
+        return torch.cat([up, -up0], dim=2), torch.cat([down, down0], dim=1)
+
+    def _by_slice(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            rearrange(self.lora_B.weight, "(n out) r ... -> n out (r ...)", n=self.slices),
-            rearrange(self.lora_A.weight, "(n r) ... -> n r (...)", n=self.slices),
+            rearrange(up, "(n out) r ... -> n out (r ...)", n=self.slices),
+            rearrange(down, "(n r) ... -> n r (...)", n=self.slices),
         )
 
+    def _take_principal(self, rows: Tensor, r: int) -> None:
+        """Let s B A be the best approximation of rank r of each slice of the weight (slices * out, in, ...)."""
+        wide = rearrange(
+            rows.to(torch.promote_types(rows.dtype, torch.float32)), "(n out) ... -> n out (...)", n=self.slices
+        )
+        left, lengths, right = torch.linalg.svd(wide, full_matrices=False)
+        roots = (lengths[:, :r] / self.scale).sqrt()
+        up = einsum(left[..., :r], roots, "n out r, n r -> n out r")
+        down = einsum(roots, right[:, :r], "n r, n r i -> n r i")
+        with torch.no_grad():
+            self.lora_B.weight.copy_(up.reshape(self.lora_B.weight.shape))
+            self.lora_A.weight.copy_(down.reshape(self.lora_A.weight.shape))
+
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        x = self.dropout(args[0] if args else kwargs["input"])
-        update = self.scale * self._low_rank(x)
+        given = args[0] if args else kwargs["input"]
+        x = self.dropout(given)
+        update = self._up(self.lora_A(x), self.lora_B.weight)
+        if self.pissa_A is not None and self.pissa_B is not None:
+            update = update - self._up(_without_bias(self.lora_A, given, self.pissa_A), self.pissa_B)
+        update = self.scale * update
         if self.lora_magnitude_vector is not None:
             weight = self.rows(getattr(call.module, self.weight), 0)
             ratio = self._ratio(self.lora_magnitude_vector, weight)
@@ -98,13 +147,11 @@ class LoraPart(Part):
             )
         super().act_by_weight(path)
 
-    def _low_rank(self, x: Tensor) -> Tensor:
-        """B A x"""
-        down: Tensor = self.lora_A(x)
+    def _up(self, down: Tensor, weight: Tensor) -> Tensor:
+        """B A x, of A x and the weight of B"""
         if self.slices == 1:
-            update: Tensor = self.lora_B(down)
-            return update
-        up, _ = self.factors()
+            return _without_bias(self.lora_B, down, weight)
+        up = rearrange(weight, "(n out) r -> n out r", n=self.slices)
         down = rearrange(down, "... (n r) -> ... n r", n=self.slices)
         return rearrange(torch.einsum("...nr,ncr->...nc", down, up), "... n c -> ... (n c)")
 
@@ -124,6 +171,10 @@ class LoraPart(Part):
 
 class SparseLoraPart(LoraPart):
     """y <- y + s B A dropout(x) at a convolution of spconv: A is one on the same cells, of r channels, and B linear."""
+
+    @property
+    def narrow(self) -> None:
+        return None
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         x = args[0] if args else kwargs["input"]

@@ -50,6 +50,8 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 def why_no_layer(path: str, part: Part, module: nn.Module) -> str | None:
     """A reason why PEFT cannot say what is at a layer; None if it can."""
     assert isinstance(part, LoraPart)
+    if part.pissa_A is not None:
+        return "LoraConfig.init_lora_weights: PEFT's PiSSA takes another base; convert_to_lora makes plain LoRA of it"
     if part.chosen:
         return f"LoraConfig.qkv: PEFT adapts all rows of '{path}' or none"
     if part.by_weight:

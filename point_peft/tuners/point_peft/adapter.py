@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from point_peft.parts.base import Call, Part
+from point_peft.parts.base import Call, Narrow, Part
 from point_peft.parts.bottleneck import Bottleneck, add_adapted
 from point_peft.running.nested import Args, Kwargs
 
@@ -16,6 +16,10 @@ class MlpPart(Part):
         super().__init__()
         self.adapter = adapter
         self.scale = scale
+
+    @property
+    def narrow(self) -> Narrow:
+        return Narrow(self.adapter.down, self.adapter.up)
 
     def after(self, call: Call, args: Args, kwargs: Kwargs, output: Any) -> Any:
         return add_adapted(output, self.adapter, self.scale)
