@@ -23,8 +23,10 @@ from point_peft.errors import (
     MatchError,
     PointPeftError,
 )
+from point_peft.extracting import convert_to_lora, extract
 from point_peft.hub.pulling import list_adapters
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
+from point_peft.starting import initialise
 from point_peft.tuners.bitfit import BitFitConfig
 from point_peft.tuners.bottleneck import BottleneckConfig
 from point_peft.tuners.dapt import DAPTConfig
@@ -84,8 +86,11 @@ __all__ = [
     "TunerConfig",
     "VPTConfig",
     "__version__",
+    "convert_to_lora",
     "describe",
+    "extract",
     "get_peft_model",
+    "initialise",
     "inject_adapter",
     "list_adapters",
 ]

@@ -107,7 +107,7 @@ class PointPeftModel(AdapterSet):
         On any error the backbone is as it was. See `load_adapter`.
         """
         _check_plain(model)
-        peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
+        peft_model = PointPeftModel(model, understood(model, example_inputs))
         place = Place(subfolder, revision, token, cache_dir, local_files_only, force_download)
         peft_model._load(source, adapter_name, is_trainable, heads, autocast_adapter_dtype, place)
         return peft_model
@@ -190,7 +190,7 @@ def get_peft_model(
     torch.Size([4, 15])
     """
     _check_plain(model)
-    peft_model = PointPeftModel(model, _anatomy(model, example_inputs))
+    peft_model = PointPeftModel(model, understood(model, example_inputs))
     peft_model.add_adapter(
         adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
     )
@@ -228,7 +228,7 @@ def inject_adapter(
     _check_plain(model)
     if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise AdapterError(f"a {type(model).__name__} would run its adapters as one of its layers: use get_peft_model")
-    adapters = AdapterSet(model, _anatomy(model, example_inputs))
+    adapters = AdapterSet(model, understood(model, example_inputs))
     adapters.add_adapter(
         adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
     )
@@ -254,7 +254,7 @@ def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:
     return understand(model, example_inputs or None)
 
 
-def _anatomy(model: nn.Module, example_inputs: Any) -> Anatomy | AnatomyError:
+def understood(model: nn.Module, example_inputs: Any) -> Anatomy | AnatomyError:
     """The anatomy of a model, or why it is not known."""
     try:
         return understand(model, example_inputs)

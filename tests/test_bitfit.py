@@ -31,6 +31,23 @@ def test_parameters_on_point_mae():
     assert model.get_nb_trainable_parameters()[0] == 37_248
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv1d(3, 6, 1), (2, 3, 6)), (nn.Conv1d(3, 6, 2), (3, 9)), (nn.Conv2d(3, 6, 1), (2, 3, 6, 6))],
+    ids=["conv1d", "one cloud", "conv2d"],
+)
+def test_a_bias_of_a_convolution_is_one_of_its_channels(layer, shape):
+    model = nn.Sequential(layer, nn.ReLU())
+    adapted = get_peft_model(model, BitFitConfig(target_modules=["0"], modules_to_save=[]))
+    randomise(adapted)
+    x = torch.randn(shape)
+    output = adapted(x)
+    ((_, part),) = get_adapter(adapted, "default").all_parts()
+    plain: nn.Module = adapted.unload()
+    plain.load_state_dict({"0.weight": layer.weight, "0.bias": part.get_parameter("bias")})
+    assert torch.allclose(output, plain(x), atol=1e-6)
+
+
 def test_a_tuned_bias_is_the_bias():
     backbone, (points,) = BACKBONES["point_mae"].build(), clouds(2, 0)
     model = get_peft_model(backbone, BitFitConfig(modules_to_save=[]))

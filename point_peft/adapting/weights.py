@@ -64,9 +64,13 @@ def adapted_tensors(module: nn.Module, calls: Sequence[tuple[Part, Call]]) -> di
     return adapted
 
 
-def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
-    """The values of the backbone's tensors, by name, with an adapter in them; an error says why there are none."""
-    for path, part in adapter.all_parts():
+def folded(base: nn.Module, name: str, adapter: Adapter, *, beside_own: bool = False) -> dict[str, Tensor]:
+    """The values of the backbone's tensors, by name, with an adapter in them; an error says why there are none.
+
+    `beside_own` leaves modules of the adapter's own, such as its heads, out of account.
+    """
+    parts = [(path, p) for path, p in adapter.all_parts() if not (beside_own and p.own_module is not None)]
+    for path, part in parts:
         if not part.mergeable:
             raise AdapterError(
                 f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' "
@@ -76,7 +80,7 @@ def folded(base: nn.Module, name: str, adapter: Adapter) -> dict[str, Tensor]:
         raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
     values: dict[str, Tensor] = {}
     memory = Memory(base)
-    for path, part in adapter.all_parts():
+    for path, part in parts:
         module = base.get_submodule(path)
         for own, value in part.weights(module).items():
             key = f"{path}.{own}"

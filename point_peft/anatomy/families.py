@@ -63,7 +63,7 @@ class Preset:
     patches_read: bool = True
     """True if the heads of models of this family read the patch tokens, and not the prefix tokens alone."""
     reads: str | None = None
-    """A regular expression for modules that are not called: their parent reads their weights."""
+    """A regular expression for modules that may not be called, but their weights read by what holds them."""
 
 
 def variant(preset: Preset, *, stage: Mapping[str, Any], **differs: Any) -> Preset:
@@ -85,6 +85,8 @@ def _on_graphs(blocks: str, *samples: Tap) -> StagePreset:
 
 
 _GRAPH_ENCODER = _on_graphs(r"encoder\.blocks\.\d+\.blocks\.\d+", _given("{above}", 2), _made("{above}.downsample", 2))
+_READ = r"(encoder|h_encoder\.token_embed\.\d+)\.second_conv\.0"
+"""A layer that the reference backbones read in two halves; where it is called, as originally, its weight acts too."""
 # Point-MAE, Point-BERT, ACT, PCP-MAE, ReCon with the official names; classification and part segmentation.
 _POINT_MAE = Preset(
     name="Point-MAE family",
@@ -105,6 +107,7 @@ _POINT_MAE = Preset(
     positions=("cls_pos", "img_pos", "text_pos"),
     final_norms=("norm",),
     encoder=r"lm_head",
+    reads=_READ,
 )
 # The encoder gets sequence-first tokens [sos, cls, patches] with a causal mask; the generator is not the backbone.
 _POINT_GPT = Preset(
@@ -128,6 +131,7 @@ _POINT_GPT = Preset(
     final_norms=("blocks.ln_f",),
     # Neither the generator nor `norm` has a part in the prediction.
     encoder=r"pos_embed|generator_blocks|blocks\.increase_dim|norm",
+    reads=_READ,
 )
 # Its part segmentation taps blocks, which make their masks themselves; nothing reads what `blocks.ln_f` makes.
 _POINT_GPT_SEGMENTATION = variant(
@@ -181,6 +185,7 @@ _POINT_M2AE = Preset(
     stem=("group_dividers.0", "group_dividers.1", "group_dividers.2", "h_encoder.token_embed.0"),
     final_norms=("norm", "h_encoder.encoder_norms.2"),
     encoder=r"h_encoder|h_decoder|decoder_pos_embeds|token_prop|decoder_norm|rec_head",
+    reads=_READ,
 )
 _POINT_VIT = Preset(
     name="openpoints PointViT",

@@ -70,11 +70,19 @@ def from_preset(model: nn.Module, modules: Modules, preset: Preset, prefix: str)
         heads=tuple(unclaimed(model, _encoder_side(modules, preset, prefix, stages))),
         patches_read=preset.patches_read,
         reads=tuple(
-            Read(module=path, reader=path.rpartition(".")[0])
+            Read(module=path, reader=_reader(modules, path))
             for path in modules
             if preset.reads is not None and re.fullmatch(re.escape(prefix) + preset.reads, path)
         ),
     )
+
+
+def _reader(modules: Modules, path: str) -> str:
+    """The module that reads the weights of another: the nearest that holds it and is no nn.Sequential, which calls."""
+    above = path.rpartition(".")[0]
+    while isinstance(modules[above], nn.Sequential):
+        above = above.rpartition(".")[0]
+    return above
 
 
 def _encoder_side(modules: Modules, preset: Preset, prefix: str, stages: Sequence[Stage]) -> set[nn.Module]:

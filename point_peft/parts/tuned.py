@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def _copy(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone())
 
@@ -84,10 +87,12 @@ class TunedBias(TunedCopy):
 
 
 def per_channel(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
-    """One value a channel (c,), shaped so that it meets the channels of what a norm or a linear layer returns."""
-    # Of three and more dimensions, a BatchNorm's channels are the second; else they come last.
-    second = isinstance(module, BatchNorm) and output.ndim > 2
-    return values.reshape(-1, *[1] * (output.ndim - 2)) if second else values
+    """One value a channel (c,), shaped so that it meets the channels of what a norm or a layer returns."""
+    # A convolution's channels are followed by its places, a BatchNorm's are the second; else they come last.
+    behind = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 0
+    if isinstance(module, BatchNorm):
+        behind = output.ndim - 2
+    return values.reshape(-1, *[1] * behind)
 
 
 class TunedNorm(TunedCopy):

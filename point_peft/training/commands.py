@@ -1,4 +1,4 @@
-"""The commands train, evaluate and predict of the command line: their flags."""
+"""The commands train, evaluate, predict and extract of the command line: their flags."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from point_peft.data.corrupting import CORRUPTIONS
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
 from point_peft.training.evaluate_command import evaluate
+from point_peft.training.extract_command import extract_adapter
 from point_peft.training.flags import add_flags
 from point_peft.training.models import FAMILIES, FULL, SMALL, SPEC
 from point_peft.training.predict_command import predict
@@ -78,6 +79,30 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="another folder than the files'")
     command.add_argument("--category", help="the kind of object, for parts of several kinds")
     command.set_defaults(run=predict)
+    _add_extract(commands)
+
+
+def _add_extract(commands: Commands) -> None:
+    command = commands.add_parser(
+        "extract",
+        help="turn a fully fine-tuned model into an adapter",
+        description="FULL is a run of train --method full, or a checkpoint; BASE the checkpoint that it began as.",
+    )
+    command.add_argument("full", metavar="FULL", type=Path)
+    command.add_argument("base", metavar="BASE", type=Path, nargs="?")
+    command.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder of the adapter")
+    command.add_argument(
+        "--energy", metavar="SHARE", type=float, default=0.9, help="of each layer's squared change (default: 0.9)"
+    )
+    command.add_argument("--backbone", metavar="NAME", help=f"of a checkpoint, as for train (default: {SMALL})")
+    command.add_argument("--num-classes", metavar="N", type=_count, help="of a checkpoint: that it tells apart")
+    command.add_argument(
+        "--data", metavar="DATA", nargs="*", type=Path, help="tell the accuracy of both on these, or the run's"
+    )
+    command.add_argument("--split", default="test", choices=("train", "val", "test", "all"))
+    add_flags(command, Preparation, "preparation, of a checkpoint's data")
+    add_flags(command, DataOptions, "data, of a checkpoint", without=("preparation", "seed"))
+    command.set_defaults(run=extract_adapter)
 
 
 def _number(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -102,6 +103,18 @@ def backbone_for_task(
             f"--checkpoint FILE of the published weights, or take {SMALL}"
         )
     return model
+
+
+def filled(model: nn.Module, path: Path) -> nn.Module:
+    """A copy of a model with all of its values from a checkpoint; raises `PointPeftError` where that lacks some."""
+    copied = copy.deepcopy(model)
+    report = load_checkpoint(copied, path)
+    if report.missing:
+        raise PointPeftError(
+            f"{path} does not fill {len(report.missing)} tensors of the {type(model).__name__}, '{report.missing[0]}' "
+            "among them: say which backbone it is by --backbone, and the number of its classes by --num-classes"
+        )
+    return copied
 
 
 def _family(name: str, task: Task, classes: Sequence[str], categories: Sequence[str]) -> nn.Module:

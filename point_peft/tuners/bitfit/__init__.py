@@ -35,6 +35,6 @@ class BitFitConfig(TunerConfig):
     method: ClassVar[str] = "BITFIT"
 
     def build(self, backbone: Backbone) -> Blueprint:
-        norms = backbone.known_anatomy(self.method).final_norms
+        norms = () if self.target_modules is not None else backbone.known_anatomy(self.method).final_norms
         paths = self.chosen_modules(backbone, lambda block: block_biases(backbone, [block]), behind=norms)
         return Blueprint(parts=tuned_biases(backbone, paths))

@@ -34,6 +34,6 @@ class NormTuningConfig(TunerConfig):
     method: ClassVar[str] = "NORM_TUNING"
 
     def build(self, backbone: Backbone) -> Blueprint:
-        norms = backbone.known_anatomy(self.method).final_norms
+        norms = () if self.target_modules is not None else backbone.known_anatomy(self.method).final_norms
         paths = self.chosen_modules(backbone, lambda block: block.norms, behind=norms)
         return Blueprint(parts=tuned_norms(backbone, paths))
