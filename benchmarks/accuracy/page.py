@@ -91,6 +91,8 @@ def _clouds(results: Results, task: str) -> str:
 
 def _chapters(results: Results) -> Iterator[str]:
     severities, protocol = ", ".join(map(str, SEVERITIES)), results.about["protocol"]
+    for method, found in tables.variants(results).items():
+        yield from ("", f"## {method} and its variants", "", *found)
     if results.tasks(FEW_SHOT):
         text = f"{SHOTS} training clouds of each class, no validation, the last epoch; a seed is an episode."
         yield from ("", "## Few-shot", "", text, "", *tables.few_shot(results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 
@@ -145,8 +146,20 @@ def transfer(results: Results) -> Lines:
     return compared(results, TRANSFER, PROBE)
 
 
-def compared(results: Results, part: str, reference: str, *, same_clouds: bool = True) -> Lines:
-    """Accuracy and the difference from a reference, for each task of a part."""
+def variants(results: Results) -> dict[str, Lines]:
+    """Method -> its variants beside its defaults, of those that no other table compares so."""
+    known = names_of({task: results.of(SETS, task) for task in results.tasks(SETS)})
+    methods = {name.partition(":")[0] for name in known if ":" in name} & set(known)
+    return {
+        method: compared(results, SETS, method, only=re.compile(rf"{method}(:.*)?").fullmatch)
+        for method in sorted(methods - {FLAGSHIP})
+    }
+
+
+def compared(
+    results: Results, part: str, reference: str, *, same_clouds: bool = True, only: Callable[[str], object] = bool
+) -> Lines:
+    """Accuracy and the difference from a reference, for each task of a part, of all entries or some."""
     tasks = results.tasks(part)
     columns = {task: results.of(part, task) for task in tasks}
 
@@ -158,4 +171,4 @@ def compared(results: Results, part: str, reference: str, *, same_clouds: bool =
             yield "" if name == reference else told(difference(own, other, same_clouds=same_clouds))
 
     header = [text for task in tasks for text in (task, f"less {reference}")]
-    return table([list(row(name)) for name in names_of(columns)], ["", *header])
+    return table([list(row(name)) for name in names_of(columns) if only(name)], ["", *header])
