@@ -24,7 +24,7 @@ from point_peft.adapting.site import backbone_modules
 from point_peft.adapting.weights import folded, overwrite_weights
 from point_peft.anatomy.description import Anatomy
 from point_peft.bank import bank_of, build_bank, fill_bank
-from point_peft.config import Combination, PeftConfig, TunerConfig
+from point_peft.config import Combination, CombinationType, MajoritySign, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.files.loading import Stated, read_stated, restore_adapter, swap_values
 from point_peft.files.saving import Format, save_adapters
@@ -142,21 +142,21 @@ class AdapterSet(nn.Module):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: Combination = "linear",
+        combination_type: CombinationType = "svd",
         svd_rank: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add a LoRA adapter that combines others at the same layers, each with a weight, which may be negative.
+        """Add a LoRA adapter that combines others at the same layers, as `config.Combination` says for each type.
 
-        "cat" is the weighted sum of their changes exactly, of the rank of all together; "svd" is the best approximation
-        of it of rank `svd_rank` (default: the largest of theirs); "linear" adds up the factors, which is cheap, keeps
-        the rank, and is rough. Modules of their own (heads) must be equal, since these do not add up.
-
-        The new adapter is frozen and not active. On any error the model is as it was.
+        Weights may be negative. Modules of their own (heads) must be equal, since these do not add up. The new adapter
+        is frozen and not active. On any error the model is as it was.
         """
         self._check_new(adapter_name)
         chosen = meant_adapters(self.adapters, adapters)
-        combined = combine(chosen, weights, combination_type, svd_rank, partial(backbone_for, self))
-        adding.attach_adapter(self, adapter_name, combined)
+        how = Combination(combination_type, svd_rank, density, majority_sign_method)
+        adding.attach_adapter(self, adapter_name, combine(chosen, weights, how, partial(backbone_for, self)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; the others stay as they are. If it was active, it no longer is.

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,10 +20,24 @@ from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
-from point_peft.schema import MisfitError, fits, from_json, frozen, hints_of, limits_of, spell, to_json
+from point_peft.schema import Limit, MisfitError, at_least, fits, from_json, frozen, hints_of, limits_of, spell, to_json
 
-Combination = Literal["linear", "cat", "svd"]
-"""A way to combine adapters, see `PointPeftModel.add_weighted_adapter`."""
+CombinationType = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""The names of ways to combine adapters, which are PEFT's; `Combination` says what they mean."""
+MajoritySign = Literal["total", "frequency"]
+"""The count by which a sign is elected: of sizes or of adapters."""
 Changes = Mapping[str, Mapping[str, Part]]
 """Adapter -> site -> the part that is a change of the backbone's weights there."""
 METHODS: dict[str, type[TunerConfig]] = {}
@@ -127,7 +141,7 @@ class TunerConfig(ABC):
         raise AdapterError(f"{self.method} does not begin from the factors of weights: PiSSA is a start of LORA")
 
     def combined(
-        self, adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
+        self, adapters: Changes, weights: Sequence[float], combination: Combination
     ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
         """The configuration and, by site, the tensors of the weighted combination of adapters of this method alone.
 
@@ -236,6 +250,63 @@ class PeftConfig:
     def with_base(self, name_or_path: str, revision: str | None = None) -> PeftConfig:
         """The same configuration for a named base model."""
         return replace(self, base_model_name_or_path=name_or_path, revision=revision)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A way to make one adapter of several, each with a weight; the names and the results are those of PEFT.
+
+    Of changes D_i = s_i B_i A_i with weights w_i:
+
+    - "svd": the best approximation of sum_i w_i D_i of rank `svd_rank`, by default the largest of their ranks.
+    - "cat": that sum exactly, of the rank of all together.
+    - "linear": the sum of the factors, each times the root of |w_i s_i|. It is cheap and rough, since it has products
+      of B_i and A_j too, and needs adapters of one rank, which it keeps.
+    - "magnitude_prune_svd": "svd" of what is left of each D_i when only the share `density` of its values is kept, the
+      largest ones.
+    - "dare_linear_svd": values are kept at random with the probability `density`, and divided by it.
+      `torch.manual_seed` decides.
+    - "ties_svd", "dare_ties_svd": of what is left of the D_i by size, or at random, only values of the sign that wins
+      are kept, by their sum (`majority_sign_method="total"`) or by their number ("frequency"), and their mean is taken,
+      not their sum.
+    - "magnitude_prune", "dare_linear", "ties", "dare_ties": the same with each of the factors, as "linear" is to "svd".
+
+    A negative weight counts as the adapter with its change negated, in a vote too. The module `task_vectors` has the
+    equations, and where they differ from PEFT's. PEFT's arguments `svd_clamp`, `svd_full_matrices` and `svd_driver` are
+    left out: the last two do not change the result, and the first is of no paper.
+
+    Changes add up only if they are of one backbone. Files are compared with it when they are loaded, by its
+    fingerprint; those that PEFT wrote, and tensors put in by `load_state_dict`, do not say whose they are.
+    """
+
+    combination_type: CombinationType
+    svd_rank: Annotated[int | None, at_least(1)] = None
+    density: Annotated[float | None, Limit("more than 0, at most 1", lambda value: 0 < value <= 1)] = None
+    majority_sign_method: MajoritySign = "total"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        kind = f"combination_type='{self.combination_type}'"
+        require(self.svd_rank is None or self.of_changes, self, "svd_rank", f"None with {kind}, only svd has a rank")
+        require(self.density is None or self.prunes, self, "density", f"None with {kind}, which keeps all values")
+        require(self.density is not None or not self.prunes, self, "density", f"more than 0, at most 1 with {kind}")
+        counts = self.majority_sign_method == "total" or self.elects
+        require(counts, self, "majority_sign_method", f"'total' with {kind}, which elects no sign")
+
+    @property
+    def of_changes(self) -> bool:
+        """True where changes are combined and approximated, false where their factors are."""
+        return self.combination_type.endswith("svd")
+
+    @property
+    def prunes(self) -> bool:
+        """True where only the share `density` of the values is kept."""
+        return self.combination_type not in ("linear", "cat", "svd")
+
+    @property
+    def elects(self) -> bool:
+        """True where a sign is elected for each value."""
+        return "ties" in self.combination_type
 
 
 def difference(config: PeftConfig, other: PeftConfig) -> str | None:

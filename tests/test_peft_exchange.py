@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -201,29 +200,6 @@ def test_a_head_keeps_its_statistics(tmp_path: Path) -> None:
     assert int(tensors["base_model.model.head.1.num_batches_tracked"]) == 10
     close(out(read_by_peft(net, tmp_path)), out(model))
     assert torch.equal(out(PointPeftModel.from_pretrained(net(), tmp_path)), out(model))
-
-
-# ---- weighted combinations -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
-@pytest.mark.parametrize("weights", [[0.7, 0.6], [1.0, -0.5], [-1.5, -0.2]])
-def test_peft_combines_to_the_same(kind: Any, weights: list[float], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"]))
-    model.add_adapter("other", LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=["0", "2"]))
-    for seed, name in enumerate(("default", "other")):
-        randomise(model.adapters[name].parameters(), seed)
-    model.save_pretrained(tmp_path, format="peft")
-    combined = peft.PeftModel.from_pretrained(base, str(tmp_path))
-    combined.load_adapter(str(tmp_path / "other"), "other")
-    combined.add_weighted_adapter(["default", "other"], weights, "sum", kind)
-    combined.set_adapter("sum")
-    model.add_weighted_adapter(["default", "other"], weights, "sum", kind)
-    model.set_adapter("sum")
-    torch.testing.assert_close(model(x), combined(x), atol=1e-6, rtol=1e-6)
 
 
 # ---- what PEFT cannot say --------------------------------------------------------------------------------------------

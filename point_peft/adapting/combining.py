@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,35 +12,40 @@ from point_peft.adapting.planning import build_adapter
 from point_peft.config import METHODS, Combination, PeftConfig
 from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.parts.backbone import Backbone
+from point_peft.parts.base import Part
 
 
 def combine(
     adapters: Mapping[str, Adapter],
     weights: Sequence[float],
-    combination_type: Combination,
-    svd_rank: int | None,
+    combination: Combination,
     backbone_for: Callable[[PeftConfig], Backbone],
 ) -> Adapter:
     """The weighted combination of adapters, complete but not attached; their one method says how it is made."""
-    _check(adapters, weights, combination_type, svd_rank)
+    _check(adapters, weights)
     first = next(iter(adapters.values()))
     changes = {name: adapter.weight_changes() for name, adapter in adapters.items()}
-    tuner, tensors = first.config.tuners[0].combined(changes, weights, combination_type, svd_rank)
+    for name, parts in changes.items():
+        for path, part in parts.items():
+            if not _finite(part):
+                raise AdapterError(f"adapter '{name}' has values at '{path}' that are not finite")
+    tuner, tensors = first.config.tuners[0].combined(changes, weights, combination)
     _check_own_modules(adapters)
     config = replace(first.config, tuners=(tuner,))
     combined = build_adapter(backbone_for(config), config, dict(first.own_modules()), first.saved)
     for path, part in combined.weight_changes().items():
         part.load_state_dict(tensors[path])
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in part.parameters()):
+        if not _finite(part):
             raise AdapterError(f"weights {list(weights)} give values at '{path}' that are not finite")
     combined.requires_grad_(False)
     return combined
 
 
-def _check(adapters: Mapping[str, Adapter], weights: Sequence[float], kind: str, svd_rank: int | None) -> None:
-    kinds = get_args(Combination)
-    if kind not in kinds:
-        raise PointPeftError(f"combination_type is {quoted(kind)}; allowed: {', '.join(map(repr, kinds))}")
+def _finite(part: Part) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in part.parameters())
+
+
+def _check(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> None:
     if not adapters:
         raise AdapterError("an empty list of adapters cannot be combined: name at least one")
     numbers = [weight for weight in weights if type(weight) in (int, float) and math.isfinite(weight)]
@@ -49,8 +53,6 @@ def _check(adapters: Mapping[str, Adapter], weights: Sequence[float], kind: str,
         raise PointPeftError(
             f"weights is {quoted(list(weights))}; allowed: a finite number for each of the {len(adapters)} adapters"
         )
-    if svd_rank is not None and (kind != "svd" or type(svd_rank) is not int or svd_rank < 1):
-        raise PointPeftError(f"svd_rank is {svd_rank!r}; allowed: 1 or more with combination_type='svd', else None")
     able = sorted(name for name, method in METHODS.items() if method.combines)
     for name, adapter in adapters.items():
         methods = [tuner.method for tuner in adapter.config.tuners]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from point_peft import model as point_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.site import SITE
-from point_peft.config import Combination, PeftConfig, TunerConfig
+from point_peft.config import CombinationType, MajoritySign, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError
 from point_peft.files.format import KEY_PREFIX, PEFT_TYPE
 from point_peft.hub.pulling import Place, download
@@ -143,11 +143,22 @@ class PointPeftTuner(nn.Module):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: Combination = "linear",
+        combination_type: CombinationType = "svd",
         svd_rank: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
         """Add a LoRA adapter that combines others, see `point_peft.PointPeftModel.add_weighted_adapter`."""
-        self.model.add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank)
+        self.model.add_weighted_adapter(
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
         self.peft_config[adapter_name] = wrap(get_adapter(self.model, adapter_name).config)
 
     def load(self, folder: Path, adapter_name: str, is_trainable: bool) -> None:

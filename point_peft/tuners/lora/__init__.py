@@ -159,11 +159,11 @@ class LoraConfig(TunerConfig):
         return replace(self, init_lora_weights="pissa")
 
     def combined(
-        self, adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
+        self, adapters: Changes, weights: Sequence[float], combination: Combination
     ) -> tuple[TunerConfig, Mapping[str, Mapping[str, Tensor]]]:
         if self.tuned_tokens:
             raise AdapterError(f"prefix tokens are trained too, tuned_tokens={self.tuned_tokens}, and do not add up")
-        ranks, tensors = combined_tensors(adapters, weights, combination_type, svd_rank)
+        ranks, tensors = combined_tensors(adapters, weights, combination)
         rank = Counter(ranks.values()).most_common(1)[0][0]
         others = {anchored(path): r for path, r in ranks.items() if r != rank}
         # A scale of one: those of the adapters are in the factors.

@@ -1,6 +1,5 @@
 """The factors of several LoRA adapters, each with a weight, as those of one."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,24 +9,19 @@ from torch import Tensor
 from point_peft.config import Changes, Combination
 from point_peft.errors import AdapterError
 from point_peft.tuners.lora.parts import LoraPart
+from point_peft.tuners.lora.task_vectors import task_arithmetic
 
 
 def combined_tensors(
-    adapters: Changes, weights: Sequence[float], combination_type: Combination, svd_rank: int | None
+    adapters: Changes, weights: Sequence[float], combination: Combination
 ) -> tuple[dict[str, int], dict[str, dict[str, Tensor]]]:
-    """The ranks and the tensors of the combination by layer, for a scale of one.
-
-    Of the changes D_i = s_i B_i A_i with weights w_i, "cat" gives the sum of w_i D_i exactly, its rank being the sum of
-    theirs; "svd" gives the best approximation of that sum of rank `svd_rank`, by default the largest of theirs.
-    "linear" adds up the factors, each times the root of |w_i s_i|; it keeps their rank, which must be the same, and is
-    only a rough approximation, since it also has products of B_i and A_j.
-    """
+    """The ranks and the tensors of the combination by layer, for a scale of one."""
     layers = _layers(adapters)
-    ranks = {path: _rank(path, parts, combination_type, svd_rank) for path, parts in layers.items()}
+    ranks = {path: _rank(path, parts, combination) for path, parts in layers.items()}
     tensors: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad():
         for path, parts in layers.items():
-            down, up = _factors(parts, weights, combination_type, ranks[path])
+            down, up = _factors(path, parts, weights, combination, ranks[path])
             a, b = rearrange(down, "n r i -> (n r) i"), rearrange(up, "n out r -> (n out) r")
             kernel = parts[0].lora_A.weight.shape[2:]  # of a convolution
             tensors[path] = {
@@ -56,40 +50,49 @@ def _layers(adapters: Changes) -> dict[str, list[LoraPart]]:
     return layers
 
 
-def _rank(path: str, parts: Sequence[LoraPart], combination_type: Combination, svd_rank: int | None) -> int:
+def _rank(path: str, parts: Sequence[LoraPart], combination: Combination) -> int:
     """The rank of the combination at one layer."""
-    ranks = [part.r for part in parts]
-    if combination_type == "cat":
+    ranks, kind = [part.r for part in parts], combination.combination_type
+    if kind == "cat":
         return sum(ranks)
-    if combination_type == "svd":
-        return svd_rank or max(ranks)
+    if combination.of_changes:
+        return combination.svd_rank or max(ranks)
     if len(set(ranks)) > 1:
-        raise AdapterError(
-            f"combination_type='linear' needs equal ranks, at '{path}' they are {ranks}: use 'cat' or 'svd'"
-        )
+        others = f"'{kind}_svd'" if combination.prunes else "'cat' or 'svd'"
+        raise AdapterError(f"combination_type='{kind}' needs equal ranks, at '{path}' they are {ranks}: use {others}")
     return ranks[0]
 
 
 def _factors(
-    parts: Sequence[LoraPart], weights: Sequence[float], combination_type: Combination, rank: int
+    path: str, parts: Sequence[LoraPart], weights: Sequence[float], combination: Combination, rank: int
 ) -> tuple[Tensor, Tensor]:
     """A (n, rank, in) and B (n, out, rank) of the combination at one layer, for a scale of one."""
-    amounts = [weight * part.scale for weight, part in zip(weights, parts, strict=True)]
-    wide = torch.promote_types(parts[0].lora_A.weight.dtype, torch.float32)
-    pairs = [tuple(factor.to(wide) for factor in part.factors()) for part in parts]
-    if combination_type == "linear":
-        roots = [math.sqrt(abs(amount)) for amount in amounts]
-        ups = [root * up for root, (up, _) in zip(roots, pairs, strict=True)]
-        # The sign goes to one of the two, or it would be lost.
-        signed = [math.copysign(root, amount) for root, amount in zip(roots, amounts, strict=True)]
-        downs = [root * down for root, (_, down) in zip(signed, pairs, strict=True)]
-        return torch.stack(downs).sum(0), torch.stack(ups).sum(0)
-    down = torch.cat([amount * down for amount, (_, down) in zip(amounts, pairs, strict=True)], dim=1)
-    up = torch.cat([up for up, _ in pairs], dim=2)
-    if combination_type == "cat":
-        return down, up
-    left, lengths, right = torch.linalg.svd(einsum(up, down, "n out r, n r i -> n out i"), full_matrices=False)
+    like = parts[0].lora_A.weight
+    wide = torch.promote_types(like.dtype, torch.float32)
+    pairs = [[factor.to(wide) for factor in part.factors()] for part in parts]
+    ups, downs = [up for up, _ in pairs], [down for _, down in pairs]
+    scales = [part.scale for part in parts]
+    if combination.of_changes:
+        scaled = zip(scales, ups, downs, strict=True)
+        changes = [scale * einsum(up, down, "n out r, n r i -> n out i") for scale, up, down in scaled]
+        change = task_arithmetic(torch.stack(changes), like.new_tensor(weights, dtype=wide), combination)
+        if not bool(torch.isfinite(change).all()):
+            raise AdapterError(f"weights {list(weights)} give values at '{path}' that are not finite")
+        return _low_rank(change, rank)
+    amounts = like.new_tensor([w * scale for w, scale in zip(weights, scales, strict=True)], dtype=wide)
+    if combination.combination_type == "cat":
+        down = torch.cat([amount * down for amount, down in zip(amounts, downs, strict=True)], dim=1)
+        return down, torch.cat(ups, dim=2)
+    # The sign goes to one of the two, or it would be lost.
+    roots = amounts.abs().sqrt()
+    down = task_arithmetic(torch.stack(downs), amounts.sign() * roots, combination)
+    return down, task_arithmetic(torch.stack(ups), roots, combination)
+
+
+def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of the best approximation of a change (n, out, in) of a rank."""
+    left, lengths, right = torch.linalg.svd(change, full_matrices=False)
     kept = min(rank, lengths.shape[-1])
     left = einsum(left[..., :kept], lengths[..., :kept], "n out r, n r -> n out r")
     missing = rank - kept  # a layer can be narrower than the rank
-    return (torch.nn.functional.pad(right[:, :kept], (0, 0, 0, missing)), torch.nn.functional.pad(left, (0, missing)))
+    return torch.nn.functional.pad(right[:, :kept], (0, 0, 0, missing)), torch.nn.functional.pad(left, (0, missing))
