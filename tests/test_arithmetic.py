@@ -210,6 +210,8 @@ def test_the_elected_sign_has_the_mean_of_its_values() -> None:
         ({"combination_type": "ties", "density": 0.5}, r"'ties' needs equal ranks, at '0' they are \[3, 2, 4\]: use"),
         ({"weights": [1.0, 1.0]}, "weights is .*; allowed: a finite number for each of the 3 adapters"),
         ({"weights": [1.0, float("inf"), 1.0]}, "weights is .*; allowed: a finite number for each of the 3 adapters"),
+        ({"weights": [1, 10**400, 1]}, "weights is .*; allowed: a finite number for each of the 3 adapters"),
+        ({"weights": [10**300, 1, 1]}, r"weights \[1e\+300, 1.0, 1.0\] give values at '0' that are not finite"),
         ({"weights": [1e300, 1.0, 1.0]}, r"weights \[1e\+300, 1.0, 1.0\] give values at '0' that are not finite"),
     ],
 )

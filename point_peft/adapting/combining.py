@@ -1,6 +1,5 @@
 """An adapter made of several others, each with a weight."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from point_peft.config import METHODS, Combination, PeftConfig
 from point_peft.errors import AdapterError, PointPeftError, quoted
 from point_peft.parts.backbone import Backbone
 from point_peft.parts.base import Part
+from point_peft.schema import fits
 
 
 def combine(
@@ -23,6 +23,7 @@ def combine(
 ) -> Adapter:
     """The weighted combination of adapters, complete but not attached; their one method says how it is made."""
     _check(adapters, weights)
+    weights = [float(weight) for weight in weights]  # an int may be too large for a tensor
     first = next(iter(adapters.values()))
     changes = {name: adapter.weight_changes() for name, adapter in adapters.items()}
     for name, parts in changes.items():
@@ -48,7 +49,7 @@ def _finite(part: Part) -> bool:
 def _check(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> None:
     if not adapters:
         raise AdapterError("an empty list of adapters cannot be combined: name at least one")
-    numbers = [weight for weight in weights if type(weight) in (int, float) and math.isfinite(weight)]
+    numbers = [weight for weight in weights if fits(weight, float)]
     if len(numbers) != len(weights) or len(weights) != len(adapters):
         raise PointPeftError(
             f"weights is {quoted(list(weights))}; allowed: a finite number for each of the {len(adapters)} adapters"
