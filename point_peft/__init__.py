@@ -25,6 +25,8 @@ from point_peft.errors import (
 )
 from point_peft.extracting import convert_to_lora, extract
 from point_peft.hub.pulling import list_adapters
+from point_peft.library.adapter_library import AdapterLibrary, LibraryStatus
+from point_peft.library.entry import LibraryEntry
 from point_peft.model import PointPeftModel, describe, get_peft_model, inject_adapter
 from point_peft.starting import initialise
 from point_peft.tuners.bitfit import BitFitConfig
@@ -56,6 +58,7 @@ __all__ = [
     "METHODS",
     "AdapterError",
     "AdapterFileError",
+    "AdapterLibrary",
     "Anatomy",
     "AnatomyError",
     "BitFitConfig",
@@ -69,6 +72,8 @@ __all__ = [
     "IA3Config",
     "IDPTConfig",
     "InputAdapterConfig",
+    "LibraryEntry",
+    "LibraryStatus",
     "LinearProbeConfig",
     "LoraConfig",
     "MatchError",

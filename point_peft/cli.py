@@ -1,7 +1,7 @@
 """The command line `point-peft`: adapters as files and on the Hub.
 
-Exit codes: 0 all right; 1 a difference (diff) or an adapter that is not in order (inspect); 2 wrong usage or an error,
-which is one line on stderr; 130 interrupted.
+Exit codes: 0 all right; 1 a difference (diff) or an adapter that is not in order (inspect, list); 2 wrong usage or an
+error, which is one line on stderr; 130 interrupted.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,9 +26,11 @@ from point_peft.files.tensors import check_finite, dtype_name, unshared
 from point_peft.hub.card import for_repository
 from point_peft.hub.pulling import Place, download, is_repo_id
 from point_peft.hub.pushing import Upload, push
+from point_peft.library.adapter_library import AdapterLibrary
+from point_peft.library.table import library_table
 from point_peft.model import PointPeftModel, describe
 from point_peft.training.commands import add_commands
-from point_peft.training.folder import METRICS_FILE, MODEL_FILE, PICTURES, RECIPE_FILE, RUN_FILE, read_record
+from point_peft.training.folder import METRICS_FILE, MODEL_FILE, PICTURES, RECIPE_FILE, read_record
 from point_peft.training.models import SPEC, made_by
 from point_peft.version import __version__
 
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(command)
     command.set_defaults(run=_inspect)
 
+    _add_list(commands)
     command = commands.add_parser("diff", help="compare two adapters; exit code 1 if they differ")
     command.add_argument("first", metavar="A", help=_SOURCE)
     command.add_argument("second", metavar="B", help=_SOURCE)
@@ -110,6 +113,21 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_pull)
     add_commands(commands)
     return parser
+
+
+def _add_list(commands: Any) -> None:
+    command = commands.add_parser(
+        "list",
+        help="list the adapters of a folder, a collection or a repository by their headers",
+        description="List adapters by the headers of their files; exit code 1 if one of them is not in order.",
+    )
+    command.add_argument("source", metavar="SOURCE", help="a folder, or a collection or a repository of the Hub")
+    command.add_argument("--method", metavar="NAME", help="only adapters with this method, such as lora")
+    command.add_argument("--base", metavar="NAME", help="only adapters of this base, as they name it")
+    command.add_argument("--task", metavar="TASK", help="only adapters of this task, such as classification")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--token", help="token of the Hub (default: the one that is logged in)")
+    command.set_defaults(run=_list)
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
@@ -156,6 +174,18 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         _say("\n".join(_readable(report)))
     return DIFFERENT if report["problems"] else 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    library = AdapterLibrary(options.source, token=options.token)
+    found = library.find(method=options.method, base=options.base, task=options.task)
+    broken = [library[name] for name in library.broken]
+    if options.json:
+        rows = [{**asdict(entry), "origin": entry.where} for entry in (*found, *broken)]
+        print(json.dumps({"adapters": rows, "skipped": dict(library.skipped)}, indent=2))
+    else:
+        _say("\n".join(library_table([*found, *broken], library.skipped)))
+    return DIFFERENT if broken else 0
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -339,11 +369,11 @@ def _files(folder: Path, subfolder: str | None) -> dict[str, bytes]:
         for path in paths:
             if path.is_file():
                 files["/".join(filter(None, [subfolder, *path.relative_to(folder).parts]))] = path.read_bytes()
-    if not files and (folder / RUN_FILE).is_file():
+    if not files and (folder / format.RUN_FILE).is_file():
         raise AdapterFileError(f"the run in '{folder}' {_why_no_adapter(folder)}")
     if not files:
         raise AdapterFileError(f"there is no adapter in '{folder}': '{format.CONFIG_FILE}' is missing")
-    if (folder / RUN_FILE).is_file():  # the card shows the pictures, and the recipe says how it was trained
+    if (folder / format.RUN_FILE).is_file():  # the card shows the pictures, and the recipe says how it was trained
         for name in (RECIPE_FILE, METRICS_FILE, *PICTURES):
             if (folder / name).is_file():
                 files["/".join(filter(None, [subfolder, name]))] = (folder / name).read_bytes()

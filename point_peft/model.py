@@ -219,21 +219,23 @@ def inject_adapter(
     >>> backbone.point_peft.active_adapters
     ('default',)
     """
-    held = model._modules.get(CHILD)
-    if isinstance(held, AdapterSet):
-        held.add_adapter(
-            adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
-        )
-        return model
-    _check_plain(model)
-    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise AdapterError(f"a {type(model).__name__} would run its adapters as one of its layers: use get_peft_model")
-    adapters = AdapterSet(model, understood(model, example_inputs))
+    adapters = adapters_for(model, example_inputs)
     adapters.add_adapter(
         adapter_name, config, heads=heads, memory_bank=memory_bank, autocast_adapter_dtype=autocast_adapter_dtype
     )
     model._modules[CHILD] = adapters
     return model
+
+
+def adapters_for(model: nn.Module, example_inputs: Any = None) -> AdapterSet:
+    """The adapters that a model holds as its child, or for one that has none an empty set, which is not put there."""
+    held = model._modules.get(CHILD)
+    if isinstance(held, AdapterSet):
+        return held
+    _check_plain(model)
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise AdapterError(f"a {type(model).__name__} would run its adapters as one of its layers: use get_peft_model")
+    return AdapterSet(model, understood(model, example_inputs))
 
 
 def describe(model: nn.Module, *example_inputs: Any) -> Anatomy:

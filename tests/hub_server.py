@@ -273,6 +273,8 @@ class HubServer:
         self.page_size = page_size
         self.xet = XetStore(root / "cas") if xet else None
         self.log: list[Request] = []
+        self.collections: dict[str, list[tuple[str, str]]] = {}
+        """Slug -> (kind, name) of its items."""
         self._repos: dict[str, Repo] = {}
         self._contents: dict[str, bytes] = {}
         self._faults: list[Fault] = []
@@ -470,6 +472,8 @@ class HubServer:
                 return Answer()
             case "GET", "api", "models":
                 return self._list(call)
+            case "GET", "api", "collections", owner, name:
+                return self._collection(f"{owner}/{name}")
             case _, "api", "models", owner, name, *rest:
                 return self._of_repo(call, self._visible(call, f"{owner}/{name}"), rest)
             case "GET", owner, name, "resolve", revision, *parts:
@@ -575,6 +579,17 @@ class HubServer:
             {"id": r.id, "private": r.private, "tags": self._tags(r), "downloads": 0} for r in reversed(repos)
         ]
         return self._page(call, [entry for entry in listed if set(call.filters) <= set(entry["tags"])])
+
+    def _collection(self, slug: str) -> Answer:
+        if slug not in self.collections:
+            raise Refusal(404, "Collection not found")
+        items = [
+            {"_id": f"{position:024x}", "type": kind, "id": name, "position": position}
+            for position, (kind, name) in enumerate(self.collections[slug])
+        ]
+        about = {"slug": slug, "title": slug, "owner": {"name": slug.split("/")[0]}, "items": items, "position": 0}
+        more = {"lastUpdated": "2025-06-15T12:00:00.000Z", "private": False, "theme": "blue", "upvotes": 0}
+        return as_json({**about, **more})
 
     def _tags(self, repo: Repo) -> list[str]:
         """Tags that the Hub makes of the YAML in a repository's card."""

@@ -89,7 +89,7 @@ def failed(capsys: pytest.CaptureFixture[str], said: str, *arguments: object) ->
 # ---- the program ----
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["diff"], ["describe"], ["merge"], ["push"], ["pull"]])
+@pytest.mark.parametrize("command", [[], ["inspect"], ["list"], ["diff"], ["describe"], ["merge"], ["push"], ["pull"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         run(*command, "--help")

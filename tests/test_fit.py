@@ -22,9 +22,9 @@ from point_peft import (
     PointPeftModel,
     get_peft_model,
 )
-from point_peft.files.format import TENSOR_FILE
+from point_peft.files.format import RUN_FILE, TENSOR_FILE
 from point_peft.training import Recipe, Run, fit, pictures
-from point_peft.training.folder import CHECKPOINT_FILE, METRICS_FILE, PICTURES, RECIPE_FILE, RUN_FILE
+from point_peft.training.folder import CHECKPOINT_FILE, METRICS_FILE, PICTURES, RECIPE_FILE
 from tests.adapting import assert_same_values
 from tests.methods import config
 from tests.training import QUICK, Interrupted, adapted, backbone, logits, losses, segmenter, shapes, values_of

@@ -48,6 +48,7 @@ ORDER = [
     "extracting",
     "profiles",
     "data",
+    "library",
     "training",
     "integrations",
     "cli",

@@ -179,7 +179,14 @@ def compare_with_base(root: Host, incompatible: object) -> None:
 
 
 def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
-    """Attach a complete adapter. The first one freezes the backbone and is active."""
+    """Attach a complete adapter. The first one is active."""
+    attach_beside(root, name, adapter)
+    if not root.default and len(root.adapters) == 1:
+        activate(root, (name,))
+
+
+def attach_beside(root: Host, name: str, adapter: Adapter) -> None:
+    """Attach a complete adapter, which is not made active. The first one freezes the backbone."""
     anatomy = _anatomy_for(root, adapter.config)
     held = {id(parameter) for parameter in root.adapters.parameters()}
     if not held.isdisjoint(map(id, adapter.parameters())):
@@ -198,8 +205,6 @@ def attach_adapter(root: Host, name: str, adapter: Adapter) -> None:
     root.adapters._modules[name] = adapter
     adapter.unproven = to_prove(adapter)
     attach_sites(root, adapter)
-    if not root.default and len(root.adapters) == 1:
-        activate(root, (name,))
 
 
 def replace_adapter(root: Root, name: str, adapter: Adapter) -> None:

@@ -34,6 +34,8 @@ except ImportError:  # Windows, where saves of several processes into one folder
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+RUN_FILE = "run.json"
+"""The record of a training, which `point_peft.training` writes beside the adapter that came of it."""
 PENDING_CONFIG_FILE = ".adapter_config.json.pending"
 FORMAT_VERSION = 1
 PEFT_TYPE = "POINT_PEFT"
@@ -49,6 +51,9 @@ DIGEST = "config_sha256"
 SEAL = "file_sha256"
 RECORD = "point_peft"
 LEFTOVER = re.compile(r"\.(adapter_config\.json|adapter_model\.safetensors|README\.md)\.[0-9a-f]{12}\.tmp")
+Stamps = tuple[tuple[int, int] | None, ...]
+Reading = tuple[bytes, int] | None
+"""The bytes that were read from the beginning of a file, and its size; None where there is none."""
 Card = Callable[[str | None, int], str]
 """The text of the card, from that of the present one, if there is one, and the bytes of the tensors' file."""
 
@@ -134,33 +139,65 @@ def read_pair(folder: Path) -> tuple[bytes, bytes, Any]:
 
     A configuration that does not fit the tensors has been edited by hand, and counts; what does not fit shows later.
     """
+    text, data, _, header, _ = _read_together(folder, _read)
+    return text, data, header
+
+
+@dataclass(frozen=True)
+class Headers:
+    """An adapter in a folder as far as the headers of its files tell; no tensor was read."""
+
+    text: bytes
+    """The configuration, as `parse_config` takes it."""
+    header: Any
+    """The header of the tensors' file, of which is only known that it is JSON."""
+    length: int
+    """The bytes of that file before its values."""
+    size: int
+    """The bytes of that file."""
+    stamps: Stamps
+    """Marks by which one sees that the files were replaced since."""
+
+
+def read_headers(folder: Path) -> Headers:
+    """Read what describes an adapter; whatever is wrong with the files as far as that goes is `AdapterFileError`."""
+    text, head, size, header, seen = _read_together(folder, _read_head)
+    return Headers(text, header, 8 + int.from_bytes(head[:8], "little"), size, seen)
+
+
+def _read_together(folder: Path, read: Callable[[Path, int], Reading]) -> tuple[bytes, bytes, int, Any, Stamps]:
+    """The configuration, what `read` gives of the tensors' file, the header of that, and the marks of the files."""
     try:
         if not folder.is_dir():
             raise AdapterFileError(f"there is no folder '{folder}'")
+        path = folder / TENSOR_FILE
         for _ in range(_ROUNDS):
-            before = _stamps(folder)
-            data = _read(folder / TENSOR_FILE, MAX_TENSOR_BYTES)
-            if data is None:
-                raise AdapterFileError(f"there is no file '{folder / TENSOR_FILE}'")
-            header = parse_header(data, folder / TENSOR_FILE)
+            before = stamps(folder)
+            got = read(path, MAX_TENSOR_BYTES)
+            if got is None:
+                raise AdapterFileError(f"there is no file '{path}'")
+            data, size = got
+            header = parse_header(data, path)
             digest = metadata_of(header).get(DIGEST)
             text, fits = _config_text(folder, digest)
             # What does not fit while nothing was replaced has been edited by hand.
-            if fits or digest is None or _stamps(folder) == before:
-                return text, data, header
+            if fits or digest is None or stamps(folder) == before:
+                return text, data, size, header, before
     except OSError as error:
         raise AdapterFileError(f"cannot read '{folder}': {error.strerror or error}") from error
     raise AdapterFileError(f"cannot read '{folder}': it is being written to all the time")
 
 
-def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+def stamps(folder: Path) -> Stamps:
     """Marks by which one sees that a file of a folder is replaced: a save gives each a new inode."""
-    stamps: list[tuple[int, int] | None] = [None, None, None]
-    for number, name in enumerate((CONFIG_FILE, PENDING_CONFIG_FILE, TENSOR_FILE)):
-        with suppress(FileNotFoundError):
-            stat = (folder / name).stat()
-            stamps[number] = stat.st_ino, stat.st_mtime_ns
-    return stamps
+    marks: list[tuple[int, int] | None] = []
+    for name in (CONFIG_FILE, PENDING_CONFIG_FILE, TENSOR_FILE):
+        try:
+            stat = os.stat(os.path.join(folder, name))
+            marks.append((stat.st_ino, stat.st_mtime_ns))
+        except FileNotFoundError:
+            marks.append(None)
+    return tuple(marks)
 
 
 def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
@@ -168,17 +205,19 @@ def _config_text(folder: Path, digest: str | None) -> tuple[bytes, bool]:
 
     And whether it is the one that the tensors were saved with.
     """
-    text = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    if digest is not None and (text is None or sha256(text) != digest):
+    path = folder / CONFIG_FILE
+    got = _read(path, MAX_CONFIG_BYTES)
+    if digest is not None and (got is None or sha256(got[0]) != digest):
         pending = _read(folder / PENDING_CONFIG_FILE, MAX_CONFIG_BYTES)
-        if pending is not None and sha256(pending) == digest:
-            return pending, True
-    if text is None:
-        raise AdapterFileError(f"there is no file '{folder / CONFIG_FILE}'")
-    return text, digest == sha256(text)
+        if pending is not None and sha256(pending[0]) == digest:
+            return pending[0], True
+    if got is None:
+        raise AdapterFileError(f"there is no file '{path}'")
+    return got[0], digest == sha256(got[0])
 
 
-def _read(path: Path, limit: int) -> bytes | None:
+def _read(path: Path, limit: int, *, head: bool = False) -> Reading:
+    """A file of at most so many bytes, or of one of tensors the head."""
     if not path.is_file():
         return None
     try:
@@ -186,21 +225,29 @@ def _read(path: Path, limit: int) -> bytes | None:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise AdapterFileError(f"'{path}' has {size} bytes, more than the {limit} that are read")
-            return file.read()
+            if not head:
+                return file.read(), size
+            start = file.read(8)
+            return start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER_BYTES)), size
     except FileNotFoundError:  # a save has just moved it
         return None
+
+
+def _read_head(path: Path, limit: int) -> Reading:
+    return _read(path, limit, head=True)
 
 
 def parse_config(text: bytes, path: Path) -> dict[str, Any]:
     """The JSON object of a configuration, of a format that this version reads."""
     try:
         config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        json.dumps(config, ensure_ascii=False).encode()  # an escape may stand for half a character
+        if b"\\u" in text:
+            json.dumps(config, ensure_ascii=False).encode()  # an escape may stand for half a character
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"'{path}' must hold a JSON object, not a {type(config).__name__}")
-    if not _shallow(config, MAX_NESTING):
+    if text.count(b"{") + text.count(b"[") > MAX_NESTING and not _shallow(config, MAX_NESTING):
         raise AdapterFileError(f"'{path}' is nested deeper than the {MAX_NESTING} levels that are read")
     peft_type, known = config.get("peft_type"), [PEFT_TYPE, *methods_of_peft()]
     if peft_type not in known:
@@ -220,8 +267,13 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
 
 def _shallow(value: Any, levels: int) -> bool:
     """True if objects and lists lie in each other no deeper than so many levels."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels >= 0 and all(_shallow(entry, levels - 1) for entry in inside)
+    layer = [value]
+    for _ in range(levels + 1):
+        held = [entry for entry in layer if isinstance(entry, (dict, list))]
+        layer = [inner for entry in held for inner in (entry.values() if isinstance(entry, dict) else entry)]
+        if not layer:
+            return True
+    return False
 
 
 def parse_header(data: bytes, path: Path) -> Any:
@@ -342,13 +394,9 @@ def _settle(folder: Path) -> None:
 
 def _stated_digest(path: Path) -> str | None:
     """The digest of its configuration that a file of tensors states; None if there is no such file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        start = file.read(8)
-        start += file.read(min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
     try:
-        return metadata_of(parse_header(start, path)).get(DIGEST)
+        got = _read_head(path, MAX_TENSOR_BYTES)
+        return None if got is None else metadata_of(parse_header(got[0], path)).get(DIGEST)
     except AdapterFileError:
         return None
 

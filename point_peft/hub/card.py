@@ -36,6 +36,10 @@ _LICENCE = re.compile(rf"^## Licence\r?\n\r?\n.* licensed `({LICENCE})`.*\r?\n\r
 _LINE_END = r"(?:\r\n|\r|\n)"
 _FRONT = re.compile(rf"\s*---{_LINE_END}(.*?){_LINE_END}---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 """The block of YAML that a card begins with, by the Hub's rule."""
+_QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same in C, where PyYAML was built with it."""
+# Beside YAMLError: a tag such as !!int on what is none, a date that is none, lists in lists in lists.
+_NOT_READ = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 _LISTS = ("tags", "datasets", "metrics")
 
 
@@ -366,6 +370,16 @@ def carried(text: str, licences: Iterable[str | None]) -> str:
     return text
 
 
+def tags_of(text: str) -> list[Any]:
+    """The tags that the YAML of a card states; none where it cannot be read."""
+    block = _FRONT.match(text)
+    try:
+        fields = yaml.load(block[1], _QUICK) if block else None
+    except _NOT_READ:
+        return []
+    return _listed(fields.get("tags")) if isinstance(fields, dict) else []
+
+
 def _taken_apart(text: str) -> tuple[str, dict[str, Any], str]:
     """The block of YAML as it stands, what it says, and the text after it."""
     block = _FRONT.match(text)
@@ -375,8 +389,7 @@ def _taken_apart(text: str) -> tuple[str, dict[str, Any], str]:
         return "", {}, text
     try:
         fields = yaml.safe_load(block[1])
-    # Beside YAMLError: a tag such as !!int on what is none, a date that is none, lists in lists in lists.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except _NOT_READ as error:
         reason = " ".join(str(error).split())[:200]
         raise PointPeftError(f"the YAML at the beginning of the card cannot be read: {reason}") from error
     if fields is not None and not isinstance(fields, dict):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from point_peft.errors import PointPeftError, quoted
+from point_peft.files.format import RUN_FILE
 from point_peft.training.recipe import Recipe
 from point_peft.training.state import Position, read_checkpoint, write_checkpoint
 from point_peft.version import __version__
 
 RECIPE_FILE = "recipe.yaml"
-RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FILE = "checkpoint.pt"
 MODEL_FILE = "model.safetensors"
