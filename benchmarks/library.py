@@ -117,7 +117,9 @@ class Uses:
 def measure_uses(root: Path, clouds: Tensor) -> Uses:
     """Use each adapter twice, with room for all, and answer a cloud with it."""
     library, model = AdapterLibrary(root, most=None), plain()
-    first, later, forward = [], [], []
+    first: list[float] = []
+    later: list[float] = []
+    forward: list[float] = []
     for name in library:
         for taken in (first, later):
             start = time.perf_counter()

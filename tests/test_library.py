@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +160,7 @@ def test_find_and_the_table(folder: Path) -> None:
 def test_links_lead_to_adapters_once_and_hidden_folders_are_left_out(folder: Path) -> None:
     (folder / "kitchen" / "up").symlink_to(folder)
     (folder / "other").symlink_to(folder / "grasp")
+    (folder / "itself").symlink_to(folder / "itself")
     shutil.copytree(folder / "shape", folder / ".cache" / "shape")
     assert set(AdapterLibrary(folder)) - {"other", "grasp"} == set(METHODS) - {"grasp"}
 
@@ -421,6 +424,15 @@ def test_nothing_is_loaded_while_an_adapter_is_merged(saved: Path) -> None:
     assert list(model.adapters) == ["default"]
 
 
+def test_a_model_that_is_gone_is_forgotten(saved: Path) -> None:
+    model, library = adapted(), AdapterLibrary(saved)
+    output(library, model, "grasp")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and not library._shelves
+
+
 def test_files_that_change_are_noticed(folder: Path, saved: Path, expected: dict[str, Tensor]) -> None:
     model, library = adapted(), AdapterLibrary(folder)
     listed = library["shape"]
@@ -585,8 +597,11 @@ def shown(hub: HubServer, saved: Path, monkeypatch: pytest.MonkeyPatch) -> HubSe
 
 
 @in_one_mode
-def test_a_collection_is_listed_by_headers_and_used(shown: HubServer, expected: dict[str, Tensor]) -> None:
+def test_a_collection_is_listed_by_headers_and_used(
+    shown: HubServer, expected: dict[str, Tensor], tmp_path: Path
+) -> None:
     library = AdapterLibrary(SLUG)
+    assert not list((tmp_path / "home").rglob(TENSOR_FILE)) and list((tmp_path / "home").rglob(CONFIG_FILE))
     assert list(library) == ["alice/grasp", "bob/kitchen/cups"]
     assert library.skipped == {"bob/full": library.skipped["bob/full"], "bob/scans": "a dataset"}
     assert library.skipped["bob/full"].startswith("a model without adapter_config.json") and "bob/scans" in str(library)
@@ -625,6 +640,8 @@ def test_what_is_wrong_on_the_hub_is_said(shown: HubServer) -> None:
     assert "it has no file 'adapter_model" in AdapterLibrary(SLUG).broken["bob/kitchen/cups"]
     shown.put("bob/kitchen", {f"cups/{TENSOR_FILE}": b"1", f"cups/{CONFIG_FILE}": b" " * (MAX_CONFIG_BYTES + 1)})
     assert "at most 1,048,576 are read" in AdapterLibrary(SLUG).broken["bob/kitchen/cups"]
+    shown.fault("GET", "/api/models/alice/grasp", status=503, times=3)
+    assert AdapterLibrary(SLUG).broken["alice/grasp"] == "the Hub answers 503"
     shown.fault("GET", "/api/collections/", status=503, times=3)
     with pytest.raises(HubError, match="is not in the cache, and was not asked for on the Hub: the Hub answers 503"):
         AdapterLibrary(f"bob/fresh-{SLUG[-24:]}")

@@ -51,6 +51,16 @@ class LibraryStatus:
     evictions: int
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The adapters that a library knows, made anew as a whole, for other threads may be reading it."""
+
+    entries: dict[str, LibraryEntry]
+    full: Mapping[str, list[str]]
+    """Last word of a name -> the names that end with it."""
+    skipped: Mapping[str, str]
+
+
 class AdapterLibrary(Mapping[str, LibraryEntry]):
     """The adapters in a folder and below it, in a collection of the Hub ("owner/title-…") or in one repository.
 
@@ -71,9 +81,6 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
     ...     logits = model(clouds)
     """
 
-    skipped: Mapping[str, str]
-    """Of a collection: the items that hold no adapter, and what they are."""
-
     def __init__(
         self,
         source: str | os.PathLike[str],
@@ -91,8 +98,7 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         self._place = Place(token=token, cache_dir=cache_dir)
         self._limits = Limits(most, bytes)
         self._changed = threading.Condition(LOCK)
-        self._entries: dict[str, LibraryEntry] = {}
-        self._full: dict[str, list[str]] = {}
+        self._listing = Listing({}, {}, {})
         self._shelves: weakref.WeakKeyDictionary[AdapterSet, Shelf] = weakref.WeakKeyDictionary()
         self.refresh()
 
@@ -121,35 +127,40 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         full: dict[str, list[str]] = {}
         for name in entries:
             full.setdefault(name.rpartition("/")[2], []).append(name)
-        with self._changed:
-            self._entries.clear()
-            self._entries.update(entries)
-            self._full, self.skipped = full, skipped
-            self._changed.notify_all()
+        self._listing = Listing(entries, full, skipped)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._listing.entries)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._entries))
+        return iter(list(self._listing.entries))
 
     def __getitem__(self, name: str) -> LibraryEntry:
         """The adapter of a name; raises `AdapterError` if there is none, or if several have it as their last word."""
-        entry = self._entries.get(name) if isinstance(name, str) else None
+        listing = self._listing
+        entry = listing.entries.get(name) if isinstance(name, str) else None
         if entry is not None:
             return entry
-        short = self._full.get(name, []) if isinstance(name, str) else []
+        short = listing.full.get(name, []) if isinstance(name, str) else []
         if len(short) == 1:
-            return self._entries[short[0]]
+            return listing.entries[short[0]]
         if short:
             raise UnknownAdapter(f"several adapters are named {quoted(name)}: {', '.join(map(quoted, short[:5]))}")
-        near = nearest_names(str(name), list(self._entries), what="adapter")
+        near = nearest_names(str(name), list(listing.entries), what="adapter")
         raise UnknownAdapter(f"the library has no adapter {quoted(name)}; nearest: {near}")
+
+    def _every(self) -> list[LibraryEntry]:
+        return list(self._listing.entries.values())
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Of a collection: the items that hold no adapter, and what they are."""
+        return self._listing.skipped
 
     @property
     def broken(self) -> dict[str, str]:
         """The adapters that cannot be loaded, each with the reason."""
-        return {entry.name: entry.broken for entry in list(self._entries.values()) if entry.broken is not None}
+        return {entry.name: entry.broken for entry in self._every() if entry.broken is not None}
 
     def find(
         self, *, method: str | None = None, base: str | None = None, task: str | None = None
@@ -157,7 +168,7 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         """The adapters in order with this method among theirs, this base, this task; None: any."""
         return tuple(
             entry
-            for entry in list(self._entries.values())
+            for entry in self._every()
             if entry.broken is None
             and (method is None or method.casefold() in map(str.casefold, entry.methods))
             and (base is None or entry.base == base)
@@ -168,7 +179,7 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         return f"AdapterLibrary({quoted(os.fspath(self._source), 200)}, {len(self)} adapters)"
 
     def __str__(self) -> str:
-        return "\n".join(library_table(list(self._entries.values()), self.skipped))
+        return "\n".join(library_table(self._every(), self.skipped))
 
     # ---- use ----
 
@@ -226,7 +237,7 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         """The adapters of a model and what the library has there; a plain backbone holds them while there are some."""
         with self._changed:
             adapters = _adapters_of(model)
-            shelf = self._shelves.setdefault(adapters, Shelf(self._limits, self._entries, self._changed))
+            shelf = self._shelves.setdefault(adapters, Shelf(self._limits, self._is_listed, self._changed))
             if not isinstance(model, AdapterSet) and CHILD not in model._modules:
                 model._modules[CHILD] = adapters
                 shelf.adopted = True
@@ -259,9 +270,12 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         fresh = adapter_in(entry.origin.source, entry.name, str(record), card=True)
         self._check([fresh])
         with self._changed:
-            if self._entries.get(entry.name) == entry:
-                self._entries[entry.name] = fresh
+            if self._is_listed(entry):
+                self._listing.entries[entry.name] = fresh
         return fresh
+
+    def _is_listed(self, entry: LibraryEntry) -> bool:
+        return self._listing.entries.get(entry.name) == entry
 
 
 def _listed(source: str | os.PathLike[str], place: Place) -> tuple[Iterable[LibraryEntry], Mapping[str, str]]:

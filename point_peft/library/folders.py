@@ -47,11 +47,18 @@ def _listed(path: str) -> tuple[set[str], list[str]]:
     folders: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 files.add(entry.name)
             elif not entry.name.startswith("."):
                 folders.append(entry.name)
     return files, folders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def adapter_in(path: str, name: str, record: str | None, card: bool) -> LibraryEntry:

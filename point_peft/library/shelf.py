@@ -7,7 +7,7 @@ counts one and loses half of its weight after some further uses.
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from point_peft.adapter_set import AdapterSet
@@ -48,11 +48,11 @@ class Held:
 
 
 class Shelf:
-    """The adapters of a library in one model. `listed` is the library's own list; `changed` tells of every change."""
+    """The adapters of a library in one model; `changed` tells of every change."""
 
-    def __init__(self, limits: Limits, listed: Mapping[str, LibraryEntry], changed: threading.Condition) -> None:
+    def __init__(self, limits: Limits, is_listed: Callable[[LibraryEntry], bool], changed: threading.Condition) -> None:
         self.limits = limits
-        self.listed = listed
+        self.is_listed = is_listed
         self.changed = changed
         self.held: dict[LibraryEntry, Held] = {}
         self.arriving: set[LibraryEntry] = set()
@@ -136,7 +136,7 @@ class Shelf:
         """
         now = self.hits + self.loads
         free = [own for own, held in self.held.items() if not held.users and held.name not in adapters.default]
-        free.sort(key=lambda own: (self.listed.get(own.name) == own, self._score(own, now)))
+        free.sort(key=lambda own: (self.is_listed(own), self._score(own, now)))
         count, size, leaving = len(self.held) + 1, self.bytes + entry.bytes, []
         for own in free:
             if self.limits.allow(count, size):
