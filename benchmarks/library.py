@@ -192,10 +192,9 @@ def lines(options: argparse.Namespace) -> list[str]:
         make_tasks(root / "tasks", options.tasks)
         with torch.no_grad():
             uses = measure_uses(root / "tasks", clouds)
-            backbones = {path.name: default_backbone(cls_dim=CLASSES) for path in (root / "tasks").iterdir()}
             expected = {
-                name: PointPeftModel.from_pretrained(backbone, root / "tasks" / name).eval()(clouds)[0]
-                for name, backbone in backbones.items()
+                path.name: PointPeftModel.from_pretrained(default_backbone(cls_dim=CLASSES), path).eval()(clouds)[0]
+                for path in sorted((root / "tasks").iterdir())
             }
         served = [
             serve(root / "tasks", expected, clouds, seed, options.requests, options.most)

@@ -318,6 +318,10 @@ def test_a_model_of_its_own_class(saved: Path, expected: dict[str, Tensor], inje
     for name in METHODS:
         assert torch.equal(output(library, model, name), expected[name])
         assert torch.equal(run(model, SIMPLE), before) and type(model) is kind
+    for name in library.status(model).adapters.values():
+        model.get_submodule("point_peft").delete_adapter(name)
+    assert held(library, model) == set()
+    assert torch.equal(output(library, model, "grasp"), expected["grasp"])
 
 
 def test_several_at_once_and_for_each_sample(saved: Path, expected: dict[str, Tensor]) -> None:

@@ -215,7 +215,8 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
 
     def status(self, model: nn.Module) -> LibraryStatus:
         """The adapters of the library that are in a model, and the counts of their uses."""
-        with self._shelf(model) as (_, shelf):
+        with self._shelf(model) as (adapters, shelf), self._changed:
+            shelf.sweep(adapters)
             there = {entry.name: held.name for entry, held in shelf.held.items()}
             return LibraryStatus(there, shelf.bytes, shelf.hits, shelf.loads, shelf.evictions)
 
@@ -247,7 +248,7 @@ class AdapterLibrary(Mapping[str, LibraryEntry]):
         finally:
             with self._changed:
                 shelf.callers -= 1
-                if shelf.adopted and not adapters.adapters and not shelf.callers:
+                if shelf.adopted and adapters.frozen is None and not shelf.callers:  # nothing has been attached
                     model._modules.pop(CHILD, None)
 
     def _load(self, adapters: AdapterSet, entry: LibraryEntry) -> tuple[LibraryEntry, Adapter]:
@@ -305,4 +306,4 @@ def _restored(adapters: AdapterSet, folder: Path) -> Adapter:
 
 def _in_words(limits: Limits) -> str:
     parts = [f"{limits.most} adapters" if limits.most else "", f"{limits.bytes:,.0f} bytes" if limits.bytes else ""]
-    return " of ".join(filter(None, parts))
+    return " and ".join(filter(None, parts))

@@ -73,7 +73,7 @@ class Shelf:
         """
         while True:
             with self.changed:
-                self._sweep(adapters)
+                self.sweep(adapters)
                 if entry in self.held:
                     self.hits += 1
                     return self._used(entry, me)
@@ -109,7 +109,7 @@ class Shelf:
         """Bytes of the adapters that are there."""
         return sum(entry.bytes for entry in self.held)
 
-    def _sweep(self, adapters: AdapterSet) -> None:
+    def sweep(self, adapters: AdapterSet) -> None:
         """Forget what somebody else has taken out of the model."""
         there = adapters.adapters._modules
         for entry, held in list(self.held.items()):
