@@ -214,7 +214,12 @@ def opening_lines(openings: Sequence[Opening]) -> list[str]:
         ]
     ]
     header = ["opening", "seconds", "of the processor", "MB more at the peak", "MB at the peak of the imports"]
-    return table(rows, header)
+    return [
+        *table(rows, header),
+        "",
+        f"Medians and quartiles, by one thread; the load of the machine was {os.getloadavg()[2]:.0f} on "
+        f"{os.cpu_count()} cores meanwhile, which the seconds of the processor feel least.",
+    ]
 
 
 def use_lines(uses: Uses) -> list[str]:

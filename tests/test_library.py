@@ -39,6 +39,7 @@ from point_peft.files.format import CARD_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, RU
 from point_peft.hub import asking
 from point_peft.library import adapter_library
 from tests.adapting import ONE_BLOCK, adapt, fingerprint, in_threads, run, without_search
+from tests.adapting import held as adapters_of
 from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.hub_fixture"]
@@ -319,7 +320,7 @@ def test_a_model_of_its_own_class(saved: Path, expected: dict[str, Tensor], inje
         assert torch.equal(output(library, model, name), expected[name])
         assert torch.equal(run(model, SIMPLE), before) and type(model) is kind
     for name in library.status(model).adapters.values():
-        model.get_submodule("point_peft").delete_adapter(name)
+        adapters_of(model).delete_adapter(name)
     assert held(library, model) == set()
     assert torch.equal(output(library, model, "grasp"), expected["grasp"])
 
@@ -389,6 +390,20 @@ def test_what_somebody_else_has_taken_out_is_loaded_again(saved: Path, expected:
     assert torch.equal(output(library, model, "grasp"), expected["grasp"])
     model.unload()
     assert torch.equal(output(library, model, "grasp"), expected["grasp"]) and library.status(model).loads == 3
+
+
+def test_one_that_is_taken_out_while_another_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, library = adapted(), AdapterLibrary(saved, most=1)
+    output(library, model, "grasp")
+    restored = adapter_library._restored
+
+    def meanwhile(*given: Any) -> Any:
+        model.delete_adapter(library.status(model).adapters["grasp"])
+        return restored(*given)
+
+    monkeypatch.setattr(adapter_library, "_restored", meanwhile)
+    output(library, model, "shape")
+    assert held(library, model) == {"shape"} and library.status(model).evictions == 0
 
 
 def test_an_error_leaves_everything_as_it_was(folder: Path, expected: dict[str, Tensor]) -> None:

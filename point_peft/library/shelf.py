@@ -157,6 +157,7 @@ class Shelf:
 
     def _put(self, adapters: AdapterSet, entry: LibraryEntry, adapter: Adapter) -> bool:
         """Attach an adapter, and detach what must go for it; False, and nothing done, if there is no room any more."""
+        self.sweep(adapters)
         if entry in self.held:  # as it is now, another thread has brought it
             return True
         leaving = self._leaving(adapters, entry)
