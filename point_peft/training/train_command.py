@@ -117,6 +117,7 @@ def _asked(options: argparse.Namespace) -> _Asked:
     methods = with_columns(method_configs(method, options.set), preparation.channels, options.backbone_channels)
     spec = ModelSpec(backbone=backbone, checkpoint=checkpoint, methods=methods)
     given = given_flags(options, DataOptions)
+    given.pop("seed", None)  # --seed is the recipe's
     if "task" in stated:
         given = {"task": stated["task"], **given}
     few_shot = options.few_shot
