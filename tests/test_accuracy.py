@@ -19,7 +19,7 @@ from benchmarks.accuracy.__main__ import ROOT, main, numbers, of_runs
 from benchmarks.accuracy.entries import all_entries, entries, entry
 from benchmarks.accuracy.frozen import features_of
 from benchmarks.accuracy.jobs import Job, Request, run_job
-from benchmarks.accuracy.measuring import calibration_error, packed, unpacked
+from benchmarks.accuracy.measuring import packed, unpacked
 from benchmarks.accuracy.page import BEGIN, END, write
 from benchmarks.accuracy.picture import front, legend
 from benchmarks.accuracy.pool import work
@@ -84,13 +84,6 @@ def test_the_width_is_that_of_the_normal_approximation() -> None:
     right = answered(0.5, seeds=1, clouds=2500)
     found = paired_difference(right, np.zeros_like(right))
     assert found.high - found.low == pytest.approx(2 * 1.96 * 50 / 50, rel=0.06)
-
-
-def test_calibration_is_the_gap_of_accuracy_and_confidence() -> None:
-    right = np.array([True, True, False, False])
-    assert calibration_error(right, np.full(4, 0.5)) == pytest.approx(0.0)
-    assert calibration_error(right, np.full(4, 0.9)) == pytest.approx(40.0)
-    assert calibration_error(right, np.array([1.0, 1.0, 0.0, 0.0])) == pytest.approx(0.0)
 
 
 def test_answers_are_packed_without_loss() -> None:

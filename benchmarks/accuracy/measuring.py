@@ -13,6 +13,7 @@ from torch import nn
 
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.corrupting import CORRUPTIONS
+from point_peft.training.calibration import calibration_error, reliability
 from point_peft.training.feeding import Feed
 from point_peft.training.inference import Inference
 from point_peft.training.models import to_inputs_of
@@ -22,7 +23,6 @@ from point_peft.training.plan import in_order
 
 BATCH = 50
 SEVERITIES = (1, 3, 5)
-BINS = 15
 Array = npt.NDArray[Any]
 Classifier = Callable[[Any], tuple[Array, Array]]
 """From a data set to labels (m,) and probabilities (m, classes)."""
@@ -74,20 +74,12 @@ def answers(classify: Classifier, clouds: Any) -> Answers:
     return Answers(shares.argmax(axis=1) == labels, shares.max(axis=1))
 
 
-def calibration_error(right: Array, confidence: Array) -> float:
-    """The expected calibration error in percent: how far accuracy and confidence differ, in 15 bins of confidence."""
-    place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    gaps = np.zeros(BINS)
-    np.add.at(gaps, place, right.astype(np.float64) - confidence)
-    return 100 * float(np.abs(gaps).sum() / len(right))
-
-
 def measured(classify: Classifier, test: CloudSet, corrupted: int) -> dict[str, Any]:
     """The figures of a classifier, as JSON; of the first `corrupted` test clouds also under each corruption."""
     plain = answers(classify, test)
     found: dict[str, Any] = {
         "accuracy": plain.accuracy,
-        "ece": calibration_error(plain.right, plain.confidence),
+        "ece": calibration_error(reliability(torch.from_numpy(plain.confidence), torch.from_numpy(plain.right))),
         "right": packed(plain.right),
         "count": len(plain.right),
         "confidence": np.round(1000 * plain.confidence).astype(int).tolist(),

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from benchmarks.accuracy import tables
 from benchmarks.accuracy.jobs import FEW_SHOT, PEOPLE_OUT, SETS, TRANSFER
-from benchmarks.accuracy.measuring import BINS, SEVERITIES
+from benchmarks.accuracy.measuring import SEVERITIES
 from benchmarks.accuracy.picture import draw
 from benchmarks.accuracy.results import Results
 from benchmarks.accuracy.sets import SHOTS
 from benchmarks.marked import write_between
+from point_peft.training.calibration import BINS
 
 NAME = "accuracy"
 BEGIN = "<!-- from here on written by `python -m benchmarks.accuracy page` -->"

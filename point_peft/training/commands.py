@@ -1,4 +1,4 @@
-"""The commands train, evaluate, predict and extract of the command line: their flags."""
+"""The commands of the command line for trainings and trained models: their flags."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from point_peft.data.cloud import COORDINATES
 from point_peft.data.corrupting import CORRUPTIONS
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
+from point_peft.training.compare_command import compare_sources
 from point_peft.training.evaluate_command import evaluate
 from point_peft.training.extract_command import extract_adapter
 from point_peft.training.flags import add_flags
@@ -19,6 +20,7 @@ from point_peft.training.recipe import Recipe
 from point_peft.training.tasks import FewShot
 from point_peft.training.train_command import train
 
+BACKBONES = ", ".join([SMALL, *FAMILIES])
 DATA = "a folder of classes, a manifest, a file of arrays, scenes, or one of the field's sets"
 Commands = Any  # argparse does not say the type of what add_subparsers gives
 
@@ -29,8 +31,7 @@ def add_commands(commands: Commands) -> None:
     command = commands.add_parser("train", help="train an adapter on your own clouds", allow_abbrev=False)
     command.add_argument("data", metavar="DATA", nargs="+", type=Path, help=DATA)
     command.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder of the run")
-    names = ", ".join([SMALL, *FAMILIES])
-    command.add_argument("--backbone", default=SMALL, help=f"{names}; or {SPEC} (default: {SMALL})")
+    command.add_argument("--backbone", default=SMALL, help=f"{BACKBONES}; or {SPEC} (default: {SMALL})")
     command.add_argument("--checkpoint", metavar="FILE", help="published weights of the backbone")
     command.add_argument(
         "--method", metavar="NAME", action="append", help=f"several are one adapter; {FULL}: none (default: point_peft)"
@@ -63,7 +64,12 @@ def add_commands(commands: Commands) -> None:
         "--data-seed", metavar="VALUE", type=_number, default=0, help="of splits and draws (default: 0)"
     )
     command.set_defaults(run=train)
+    _add_questions(commands)
+    _add_compare(commands)
+    _add_extract(commands)
 
+
+def _add_questions(commands: Commands) -> None:
     command = commands.add_parser("evaluate", help="measure a run on a split, as it is and corrupted")
     command.add_argument("folder", metavar="RUN", type=Path)
     command.add_argument("data", metavar="DATA", nargs="*", type=Path, help=f"{DATA} (default: the run's)")
@@ -79,7 +85,6 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="another folder than the files'")
     command.add_argument("--category", help="the kind of object, for parts of several kinds")
     command.set_defaults(run=predict)
-    _add_extract(commands)
 
 
 def _add_extract(commands: Commands) -> None:
@@ -103,6 +108,24 @@ def _add_extract(commands: Commands) -> None:
     add_flags(command, Preparation, "preparation, of a checkpoint's data")
     add_flags(command, DataOptions, "data, of a checkpoint", without=("preparation", "seed"))
     command.set_defaults(run=extract_adapter)
+
+
+def _add_compare(commands: Commands) -> None:
+    command = commands.add_parser("compare", help="say where two runs or adapters differ, and who is right there")
+    source = "a run, an adapter, or a repository of the Hub"
+    command.add_argument("first", metavar="A", help=source)
+    command.add_argument("second", metavar="B", help=f"{source}, of the same classes")
+    command.add_argument("--data", metavar="DATA", nargs="+", type=Path, default=[], help=f"{DATA} (default: A's)")
+    command.add_argument("--split", default="test", choices=("train", "val", "test", "all"))
+    command.add_argument("--together", action="store_true", help="also measure both adapters at once, with A's head")
+    command.add_argument("--out", metavar="FOLDER", type=Path, help="for compare.json and the picture compare.png")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, naming them")
+    command.add_argument("--backbone", help=f"of two adapters, where neither is a run: {BACKBONES}; or {SPEC}")
+    command.add_argument("--checkpoint", metavar="FILE", help="published weights of that backbone")
+    add_flags(command, Preparation, "preparation, with --backbone")
+    add_flags(command, DataOptions, "data, with --backbone", without=("preparation", "seed"))
+    command.set_defaults(run=compare_sources)
 
 
 def _number(text: str) -> int:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
-from point_peft.data.cloud import Split
-from point_peft.data.cloud_set import CloudSet
 from point_peft.data.corrupting import CORRUPTIONS, SEVERITIES
 from point_peft.errors import PointPeftError, nearest_names, quoted
-from point_peft.schema import from_json
 from point_peft.training.objective import monitored
-from point_peft.training.opening import Corrupted, OpenedRun, open_run, with_classes_of
+from point_peft.training.opening import Corrupted, clouds_of, open_run
 from point_peft.training.progress import in_unit, in_words, say
-from point_peft.training.tasks import FewShot, listed, name_of_data, read_data
+from point_peft.training.tasks import name_of_data
 
 Figures = Mapping[str, float]
 PLAIN = "as they are"
@@ -27,7 +22,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure as the command line asks; returns the exit code."""
     kinds = _kinds(options.corruptions)
     run = open_run(options.folder)
-    part = _clouds(run, options)
+    part = clouds_of(run, options.data, options.split, options.skip_bad)
     measured = {PLAIN: run.inference.measure(part)[0]}
     for kind in kinds:
         for severity in SEVERITIES:
@@ -39,26 +34,6 @@ def evaluate(options: argparse.Namespace) -> int:
         say(f"{options.folder} on {name} ({options.split}), {len(part):,} clouds")
         say("\n".join(_table(measured, kinds, monitored(run.inference.segmentation))))
     return 0
-
-
-def _clouds(run: OpenedRun, options: argparse.Namespace) -> CloudSet:
-    """The clouds to measure on, with the run's numbers of classes."""
-    data, everything = run.record["data"], options.split == "all"
-    paths = options.data or [Path(path) for path in data["paths"]]
-    # Where all clouds are asked for, there need not be enough of them for splits.
-    chosen = replace(run.options, val_share=0.0, test_share=0.0) if everything and options.data else run.options
-    clouds = read_data(paths, chosen, options.skip_bad or (data["skip_bad"] and not options.data))
-    if not options.data and data["few_shot"] is not None:
-        clouds = from_json(data["few_shot"], FewShot).drawn(clouds)
-    clouds = with_classes_of(run, clouds)
-    split: Split = options.split
-    part = clouds if everything else clouds.part(split)
-    if not len(part):
-        there = sorted({entry.split for entry in clouds.entries if entry.split is not None})
-        raise PointPeftError(
-            f"{listed(paths)}: no clouds are of the split {options.split!r}; there are {', '.join([*there, 'all'])}"
-        )
-    return part
 
 
 def _kinds(text: str | None) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from point_peft.data.cloud import Sample
+from point_peft.data.cloud import Sample, Split
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.corrupting import corrupt
 from point_peft.data.options import DataOptions
@@ -26,6 +27,7 @@ from point_peft.training.plan import seed_of
 from point_peft.training.predicting import Predictor
 from point_peft.training.recipe import Recipe
 from point_peft.training.report import load_values
+from point_peft.training.tasks import FewShot, listed, read_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +127,31 @@ def with_classes_of(run: OpenedRun, clouds: CloudSet) -> CloudSet:
         entry if entry.label is None else replace(entry, label=number_of[entry.label]) for entry in clouds.entries
     )
     return replace(clouds, entries=entries, classes=run.classes, _kept={})
+
+
+def clouds_of(
+    run: OpenedRun, paths: Sequence[Path] = (), split: Split | Literal["all"] = "test", skip_bad: bool = False
+) -> CloudSet:
+    """The clouds of a split of these data, or of the run's if there are none, with the run's numbers of classes.
+
+    Raises `PointPeftError` where none are of that split.
+    """
+    data = run.record["data"]
+    given = [*paths] or [Path(path) for path in data["paths"]]
+    # Where all clouds are asked for, there need not be enough of them for splits.
+    chosen = replace(run.options, val_share=0.0, test_share=0.0) if split == "all" and paths else run.options
+    clouds = read_data(given, chosen, skip_bad or (data["skip_bad"] and not paths))
+    if not paths and data["few_shot"] is not None:
+        clouds = from_json(data["few_shot"], FewShot).drawn(clouds)
+    return of_split(with_classes_of(run, clouds), given, split)
+
+
+def of_split(clouds: CloudSet, paths: Sequence[Path], split: Split | Literal["all"]) -> CloudSet:
+    """The clouds of one split, or all; raises `PointPeftError` where there are none."""
+    part = clouds if split == "all" else clouds.part(split)
+    if not len(part):
+        there = sorted({entry.split for entry in clouds.entries if entry.split is not None})
+        raise PointPeftError(
+            f"{listed(paths)}: no clouds are of the split {split!r}; there are {', '.join([*there, 'all'])}"
+        )
+    return part

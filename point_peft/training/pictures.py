@@ -39,7 +39,7 @@ def check_matplotlib() -> None:
 
 def curves(epochs: Sequence[dict[str, float]], measure: str) -> bytes:
     """A picture (PNG) of the loss and of a measure in percent by epoch, of training and validation."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     loss, share = figure.subplots(1, 2)
     numbers = [line["epoch"] for line in epochs]
     loss.plot(numbers, [line["train_loss"] for line in epochs], marker=".", label="training")
@@ -57,14 +57,14 @@ def curves(epochs: Sequence[dict[str, float]], measure: str) -> bytes:
     for axes in (loss, share):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def confusions(counts: Tensor, classes: Sequence[str], title: str) -> bytes:
     """A picture (PNG) of how often each class was taken for each, in percent of its row; (classes, classes)."""
     shares = 100 * counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
     size = min(4 + 0.45 * len(classes), 24)
-    figure = _figure(size, size)
+    figure = new_figure(size, size)
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
@@ -78,7 +78,7 @@ def confusions(counts: Tensor, classes: Sequence[str], title: str) -> bytes:
                 if share >= 0.5:
                     colour = "white" if share > 55 else "black"
                     axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def samples(shown: Sequence[Shown], classes: Sequence[str], title: str) -> bytes:
@@ -89,25 +89,25 @@ def samples(shown: Sequence[Shown], classes: Sequence[str], title: str) -> bytes
 def _classified(shown: Sequence[Shown], classes: Sequence[str], title: str) -> bytes:
     columns = min(len(shown), 6)
     rows = -(-len(shown) // columns)
-    figure = _figure(2.4 * columns, 2.7 * rows + 0.5)
+    figure = new_figure(2.4 * columns, 2.7 * rows + 0.5)
     figure.suptitle(title)
     for number, cloud in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, number, projection="3d")
         right = int(cloud.labels) == int(cloud.predicted)
-        _scatter(axes, cloud.points, cloud.points[:, 2].numpy())
+        scatter(axes, cloud.points, cloud.points[:, 2].numpy())
         name = classes[int(cloud.predicted)]
         truth = "" if right or int(cloud.labels) < 0 else f"\n(true: {classes[int(cloud.labels)]})"
         colour = "black" if int(cloud.labels) < 0 else "tab:green" if right else "tab:red"
         axes.set_title(name + truth, color=colour, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _segmented(shown: Sequence[Shown], classes: Sequence[str], title: str) -> bytes:
     known = any(bool((cloud.labels >= 0).any()) for cloud in shown)
     kinds = ("true", "predicted", "right or wrong") if known else ("predicted",)
-    figure = _figure(4.6 * len(kinds), 3.8 * len(shown) + 1)
+    figure = new_figure(4.6 * len(kinds), 3.8 * len(shown) + 1)
     figure.suptitle(title)
-    colours = _colours(len(classes))
+    colours = class_colours(len(classes))
     for row, cloud in enumerate(shown):
         wrong = cloud.labels != cloud.predicted
         verdict = torch.where(cloud.labels < 0, 2, wrong.long())
@@ -120,17 +120,17 @@ def _segmented(shown: Sequence[Shown], classes: Sequence[str], title: str) -> by
             axes = figure.add_subplot(len(shown), len(kinds), row * len(kinds) + column + 1, projection="3d")
             values, own = drawn[kind]
             # Colour -1, the last, is that of what is unknown.
-            _scatter(axes, cloud.points, np.array(own)[values.numpy()])
+            scatter(axes, cloud.points, np.array(own)[values.numpy()])
             missed = 100 * float(wrong[cloud.labels >= 0].double().mean())
             axes.set_title(f"{missed:.1f} % wrong" if kind == "right or wrong" else kind, fontsize=9)
     patch = optional("matplotlib.patches", "the pictures of a run", "train").Patch
     keys = [patch(color=colours[number], label=name) for number, name in enumerate(classes)]
     keys += [patch(color=VERDICT[number], label=word) for number, word in enumerate(("right", "wrong")) if known]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 6), fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
-def _colours(count: int) -> list[Any]:
+def class_colours(count: int) -> list[Any]:
     """A colour for each of so many classes, as unlike as can be, and a last one for what is unknown."""
     maps = optional("matplotlib", "the pictures of a run", "train").colormaps
     if count <= len(FEW):
@@ -138,7 +138,8 @@ def _colours(count: int) -> list[Any]:
     return [*(maps["gist_rainbow"](number / count) for number in range(count)), UNKNOWN_COLOUR]
 
 
-def _scatter(axes: Any, points: Tensor, colours: npt.NDArray[Any]) -> None:
+def scatter(axes: Any, points: Tensor, colours: npt.NDArray[Any]) -> None:
+    """Draw a cloud (n, 3 or more) into 3D axes, by a colour, or a number, for each of its points."""
     chosen = np.linspace(0, len(points) - 1, min(len(points), SHOWN_POINTS)).astype(int)
     own = points.numpy()[chosen]
     colours = colours[chosen]
@@ -150,14 +151,16 @@ def _scatter(axes: Any, points: Tensor, colours: npt.NDArray[Any]) -> None:
     axes.set_axis_off()
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, of 100 pixels each."""
     made: Any = optional("matplotlib.figure", "the pictures of a run", "train").Figure(
         figsize=(width, height), layout="constrained", dpi=100
     )
     return made
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as the content of a file."""
     data = BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
