@@ -46,6 +46,7 @@ from point_peft.tuners.point_lora import PointLoRAConfig
 from point_peft.tuners.point_peft import PointPEFTConfig
 from point_peft.tuners.point_tpa import PointTPAConfig
 from point_peft.tuners.ppt import PPTConfig
+from point_peft.tuners.routing_bank import RoutingBankConfig
 from point_peft.tuners.ssf import SSFConfig
 from point_peft.tuners.stag import STAGConfig
 from point_peft.tuners.vpt import VPTConfig
@@ -86,6 +87,7 @@ __all__ = [
     "PointPeftError",
     "PointPeftModel",
     "PointTPAConfig",
+    "RoutingBankConfig",
     "SSFConfig",
     "STAGConfig",
     "TunerConfig",

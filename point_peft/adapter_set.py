@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from point_peft import status
+from point_peft import routing, status
 from point_peft.adapting import adding, mixed, second_pass
 from point_peft.adapting.adapter import Adapter, get_adapter
 from point_peft.adapting.adding import all_adapters, backbone_for, check_unmerged, meant_adapters, single_adapter
@@ -23,7 +23,7 @@ from point_peft.adapting.proving import warn_of_silent
 from point_peft.adapting.site import backbone_modules
 from point_peft.adapting.weights import folded, overwrite_weights
 from point_peft.anatomy.description import Anatomy
-from point_peft.bank import bank_of, build_bank, fill_bank
+from point_peft.bank import build_banks, fill_bank
 from point_peft.config import Combination, CombinationType, MajoritySign, PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, AnatomyError
 from point_peft.files.loading import Stated, read_stated, restore_adapter, swap_values
@@ -128,8 +128,7 @@ class AdapterSet(nn.Module):
         config = PeftConfig.of(config)
         backbone = backbone_for(self, config)
         adapter = build_adapter(backbone, config, heads, widen=autocast_adapter_dtype)
-        if memory_bank is not None:
-            fill_bank(bank_of(adapter, adapter_name), memory_bank)
+        fill_bank(adapter, adapter_name, memory_bank)
         warn_of_frozen_heads(backbone.anatomy, self.base_model, adapter)
         adding.attach_adapter(self, adapter_name, adapter)
 
@@ -159,10 +158,7 @@ class AdapterSet(nn.Module):
         adding.attach_adapter(self, adapter_name, combine(chosen, weights, how, partial(backbone_for, self)))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; the others stay as they are. If it was active, it no longer is.
-
-        This thread or task lets go of what it used the adapter for, so that its memory is free at once.
-        """
+        """Remove an adapter, also from those that are active, and let go of what this thread or task used it for."""
         adding.named_adapter(self.adapters, adapter_name)
         check_unmerged(self.merged, "adapters cannot be deleted")
         adding.detach_adapter(self, adapter_name)
@@ -229,18 +225,25 @@ class AdapterSet(nn.Module):
         check_unmerged(self.merged, "adapters cannot take turns")
         return mixed.forward_tasks(self, *call_arguments(inputs), adding.task_names(self.adapters, tasks))
 
-    def forward_mixed(self, args: Args, kwargs: Mapping[str, Any], adapter_names: Sequence[str | None]) -> Any:
-        """The output for a batch, each sample with its own adapter; None is the plain backbone.
+    def route(self, points: Any, adapters: Sequence[str] | None = None) -> tuple[tuple[str | None, ...], Tensor]:
+        """For each sample the adapter, of those that have a bank, that it fits best, or None; scores (b, adapters).
+
+        A typical row of an adapter's memory bank scores 1, and below 0 a sample fits none. See `point_peft.routing`.
+        """
+        check_unmerged(self.merged, "clouds cannot be routed")
+        return routing.route(self, *call_arguments(points), adapters)
+
+    def forward_mixed(self, args: Args, kwargs: Mapping[str, Any], adapter_names: Sequence[str | None] | str) -> Any:
+        """The output for a batch, each sample with its own adapter; None is the plain backbone, "auto" asks `route`.
 
         Each output equals that of its adapter alone. A model that draws random numbers, as for the serial orders of
-        points, draws the same for every adapter, those that come next: what it draws once for a batch is then alike,
-        what it draws for each sample is not. Adapters run one after another, each on its samples; the stem runs
-        once, for the whole batch, and the second pass for priors once, for the samples that have one. Where outputs do
-        not fit together, as those of heads of different widths, they are a list: for each sample what the model gives
-        for it alone.
+        points, draws the same for every adapter, those that come next: what it draws for each sample is not alike.
+        Adapters run one after another, each on its samples; the stem runs once, for the whole batch, and the second
+        pass for priors once, for the samples that have one. Outputs that do not fit together, as those of heads of
+        different widths, are a list: for each sample what the model gives for it alone.
         """
         check_unmerged(self.merged, "adapters cannot take turns")
-        return mixed.forward_mixed(self, args, dict(kwargs), adding.task_names(self.adapters, adapter_names))
+        return routing.forward_by_name(self, args, dict(kwargs), adapter_names)
 
     # ---- what is trained, and how things stand ----
 
@@ -276,10 +279,7 @@ class AdapterSet(nn.Module):
         print(self.trainable_parameters_report())
 
     def trainable_parameters_report(self) -> str:
-        """The table that `print_trainable_parameters` prints.
-
-        It ends with what methods chose here, and what stays frozen though some pre-trainings do not fill it, or none.
-        """
+        """The table of `print_trainable_parameters`; it ends with methods' choices and what is frozen and unfilled."""
         return status.trainable_parameters_report(self.base_model, all_adapters(self.adapters), self.anatomy)
 
     def get_layer_status(self) -> list[LayerStatus]:
@@ -296,8 +296,7 @@ class AdapterSet(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """The sum of what methods added to the training loss in this thread's or task's last forward, 0 if nothing.
 
-        It is the sum over all active adapters, each term weighted by its configuration. `torch.nn.DataParallel` runs
-        forwards on threads of its own, and theirs are not seen here.
+        All active adapters count, by the weights of their configurations; threads of `DataParallel` are not seen here.
         """
         return auxiliary_loss(self)
 
@@ -342,7 +341,7 @@ class AdapterSet(nn.Module):
         size: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
-        """Fill the memory bank of an adapter (default: the active one) with features of training clouds.
+        """Fill the memory banks of an adapter (default: the active one) with features of training clouds.
 
         A batch is a tensor, or a tuple whose first item goes to the model; otherwise `to_inputs(batch)` gives the
         model's arguments: one argument, a tuple of positional or a dict of named ones. `size` reduces the bank to as
@@ -352,18 +351,17 @@ class AdapterSet(nn.Module):
         the only tensor in the batch, at whatever depth, that holds one integer a cloud and is no input of the model;
         the progress bar names it. Where none or several are such, rows are reduced without classes, with a warning.
 
-        The features are those of the frozen backbone in eval mode, so the bank does not depend on what is trained. Of
-        more than 65,536 clouds only prototypes are held, so a loader may be longer than memory. Under accelerate, or
-        torch.distributed alone, each process goes through its own batches and all end with the same bank.
+        The features are those of the frozen backbone in eval mode, whatever is trained. Of more than 65,536 clouds only
+        prototypes are held. Under accelerate or torch.distributed, each process goes through its own batches and all
+        end with the same bank.
 
         >>> from point_peft import PointPEFTConfig
         >>> model.add_adapter("task", PointPEFTConfig(memory_bank=True))
         >>> model.build_memory_bank([clouds, torch.rand(4, 64, 3)], adapter_name="task")
         """
         name, adapter = single_adapter(self.adapters, self.active_adapters, adapter_name)
-        bank = bank_of(adapter, name)
         check_unmerged(self.merged, "the active adapters cannot be changed")
-        build_bank(self, bank, name, batches, to_inputs, to_labels, size)
+        build_banks(self, adapter, name, batches, to_inputs, to_labels, size)
 
     # ---- files ----
 

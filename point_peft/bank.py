@@ -26,11 +26,11 @@ EXACT_ROWS = 65_536
 """Clouds, of all processes, up to which a bank is reduced from all of their features; those of more are streamed."""
 
 
-def bank_of(adapter: Adapter, name: str) -> Bank:
-    """The memory bank of an adapter."""
-    for shared in adapter.shared_states():
-        if shared.bank is not None:
-            return shared.bank
+def banks_of(adapter: Adapter, name: str) -> list[Bank]:
+    """The memory banks of an adapter, at least one."""
+    banks = [state.bank for state in adapter.shared_states() if state.bank is not None]
+    if banks:
+        return banks
     methods = ", ".join(tuner.method for tuner in adapter.config.tuners)
     raise AdapterError(
         f"adapter '{name}' ({methods}) has no memory bank: its configuration asks for none, or no block that is as "
@@ -38,46 +38,53 @@ def bank_of(adapter: Adapter, name: str) -> Bank:
     )
 
 
-def fill_bank(bank: Bank, rows: Tensor) -> None:
-    """Fill a bank with rows (rows, c) that a user has given."""
-    kept = bank.fill(rows)
+def fill_bank(adapter: Adapter, name: str, rows: Tensor | None) -> None:
+    """Fill the bank of an adapter, of several the first, with rows (rows, c) that a user has given, if so."""
+    if rows is None:
+        return
+    kept = banks_of(adapter, name)[0].fill(rows)
     if kept < len(rows):
         _warn_unlabelled(len(rows), kept, "memory_bank= has none; build_memory_bank(batches) takes labels too")
 
 
-def build_bank(
+def build_banks(
     root: Root,
-    bank: Bank,
+    adapter: Adapter,
     name: str,
     batches: Iterable[Any],
     to_inputs: Callable[[Any], Any] | None,
     to_labels: Callable[[Any], Any] | None,
     size: int | None,
 ) -> None:
-    """Fill a bank with the frozen backbone's features of batches, as `AdapterSet.build_memory_bank` says."""
+    """Fill an adapter's banks with the backbone's features of batches, as `AdapterSet.build_memory_bank` says."""
     if size is not None and (type(size) is not int or size < 1):
         raise PointPeftError(f"size is {size!r}; allowed: 1 or more, or None")
-    ranks = processes()
-    harvest = Harvest(bank.size if size is None else size)
+    banks, ranks = banks_of(adapter, name), processes()
+    harvests = [Harvest(bank.size if size is None else size) for bank in banks]
     # One process of several draws a bar, and none does where stderr is no terminal: that is what None means.
     hidden = ranks is not None and torch.distributed.get_rank() > 0
     progress = tqdm(batches, desc="memory bank", unit="batch", disable=hidden or None)  # type: ignore[no-untyped-call]
     with eval_mode(root.base_model.modules()):
         for batch in progress:
             inputs = model_inputs(batch, to_inputs)
-            tokens = _frozen_tokens(root, *inputs, bank.source, name)
-            features = bank.query(tokens).float().cpu()
+            tokens = {source: frozen_tokens(root, *inputs, source, name) for source in {b.source for b in banks}}
+            features = [bank.query(tokens[bank.source]).float().cpu() for bank in banks]
+            count = len(features[0])
             if to_labels is None:
-                labels = _possible_labels(batch, inputs, len(features))
+                labels = _possible_labels(batch, inputs, count)
             else:
-                labels = {(): _checked_labels(to_labels(batch), len(features))}
-            harvest.take(features, labels)
-            progress.set_description(f"memory bank (labels: {_shown(harvest.places)})", refresh=False)
-    rows, classes, count, places = harvest.rows(ranks)
-    kept = bank.fill(rows, classes, size)
-    if classes is None and kept < count:
-        why = f"those of the batches may be {_shown(places)}" if places else "no tensor of every batch can be theirs"
-        _warn_unlabelled(count, kept, f"{why}; to_labels=function that turns a batch into its labels gives them")
+                labels = {(): _checked_labels(to_labels(batch), count)}
+            for harvest, own in zip(harvests, features, strict=True):
+                harvest.take(own, labels)
+            progress.set_description(f"memory bank (labels: {_shown(harvests[0].places)})", refresh=False)
+    for bank, harvest in zip(banks, harvests, strict=True):
+        rows, classes, count, places = harvest.rows(ranks)
+        kept = bank.fill(rows, classes, size)
+        if classes is None and kept < count:
+            why = (
+                f"those of the batches may be {_shown(places)}" if places else "no tensor of every batch can be theirs"
+            )
+            _warn_unlabelled(count, kept, f"{why}; to_labels=function that turns a batch into its labels gives them")
 
 
 class Harvest:
@@ -182,7 +189,8 @@ def _warn_unlabelled(count: int, kept: int, why: str) -> None:
     )
 
 
-def _frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
+def frozen_tokens(root: Root, args: Args, kwargs: Kwargs, source: str, adapter_name: str) -> Tensor:
+    """Patch tokens (b, g, c) of the frozen backbone, for what an adapter takes as the arguments of the model."""
     with torch.no_grad(), choosing(root, ()):
         forward = open_forward(root, *fitted(get_adapter(root, adapter_name), args, kwargs))
         try:

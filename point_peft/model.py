@@ -56,10 +56,11 @@ class PointPeftModel(AdapterSet):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._state_signature()
 
-    def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str | None] | str | None = None, **kwargs: Any) -> Any:
         """Run the backbone with the active adapters; arguments and result are the backbone's.
 
-        `adapter_names` names an adapter for each sample instead, None for the plain backbone; see `forward_mixed`.
+        `adapter_names` names an adapter for each sample instead, None for the plain backbone, or is "auto" for those
+        that `route` chooses; see `forward_mixed`.
         """
         before, reads = opened(self), depth()
         try:

@@ -27,7 +27,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = {"POINT_PEFT": {"memory_bank": True}}
 """Method -> fields that add what its defaults leave out, so that what holds of a method holds of all its parts."""
 
 
-HEADS_ALONE = ("INPUT_ADAPTER", "LINEAR_PROBE")
+HEADS_ALONE = ("INPUT_ADAPTER", "LINEAR_PROBE", "ROUTING_BANK")
 """Methods that by their defaults put nothing into the backbone and train heads alone."""
 
 

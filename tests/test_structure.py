@@ -40,6 +40,7 @@ ORDER = [
     "files",
     "hub",
     "bank",
+    "routing",
     "status",
     "parameter_groups",
     "adapter_set",

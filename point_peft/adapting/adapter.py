@@ -79,8 +79,9 @@ class Adapter(nn.Module):
 
     @property
     def asks_backbone(self) -> bool:
-        """True if it asks for the tokens of the last block, which take a second pass."""
-        return any(state.bank is not None and state.bank.source == "backbone" for state in self.shared_states())
+        """True if its forwards ask for the tokens of the last block, which take a second pass."""
+        banks = [state.bank for state in self.shared_states() if state.in_forward and state.bank is not None]
+        return any(bank.source == "backbone" for bank in banks)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, trained or not, by `<module path>.<name>`."""

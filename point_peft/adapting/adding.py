@@ -99,10 +99,13 @@ def single_adapter(adapters: nn.ModuleDict, active: Sequence[str], name: str | N
     return name, named_adapter(adapters, name)
 
 
-def task_names(adapters: nn.ModuleDict, names: Sequence[str | None]) -> tuple[str | None, ...]:
+def task_names(adapters: nn.ModuleDict, names: Sequence[str | None] | str) -> tuple[str | None, ...]:
     """The adapters, each of which exists, that take turns; None is the plain backbone."""
     if isinstance(names, str) or not names:
-        raise AdapterError(f"name adapters in a list, None for the plain backbone; got {names!r}")
+        raise AdapterError(
+            f"name adapters in a list, None for the plain backbone; got {names!r} (a model called with "
+            "adapter_names='auto' chooses for itself)"
+        )
     for name in names:
         if name is not None:
             named_adapter(adapters, name)

@@ -76,7 +76,7 @@ def folded(base: nn.Module, name: str, adapter: Adapter, *, beside_own: bool = F
                 f"adapter '{name}' cannot be merged: its {type(part).__name__} at '{path}' "
                 f"({adapter.config.tuners[part.tuner].method}) is not a change of the backbone's weights"
             )
-    if any(adapter.shared_states()):
+    if any(state.in_forward for state in adapter.shared_states()):
         raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
     values: dict[str, Tensor] = {}
     memory = Memory(base)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError, AnatomyError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
+FEWEST_ROWS = 8
+"""Rows of a bank from which on it tells something to leave one out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,8 @@ class SharedState(nn.Module):
     """Names of those whose values in the base it keeps."""
     trained_tokens: frozenset[str] = frozenset()
     """Names of those that any method of the adapter has trained copies of."""
+    in_forward: ClassVar[bool] = True
+    """False of state that no forward of the adapter reads, so that a merge needs none of it."""
     takes: Hashable = None
     """The form of the model's arguments that `fit` expects, which active adapters must agree on; None: any."""
 
@@ -221,13 +226,20 @@ class Bank(SharedState):
     """The tokens that the features come from: "backbone", "stem", or those that the block of this path gets."""
     size: int | None = None
     """Rows that `fill` reduces more of them to; None: it keeps all."""
+    rows: Tensor
+    """(rows, c), in a form of its own."""
 
     @property
     def bank(self) -> Bank:
         return self
 
     def query(self, tokens: Tensor) -> Tensor:
-        """The features (b, c) of clouds with patch tokens (b, g, c)."""
+        """The features (b, c) of clouds with patch tokens (b, g, c): the maximum over the tokens."""
+        feature: Tensor = reduce(tokens, "b g c -> b c", "max")
+        return feature
+
+    def features(self) -> Tensor:
+        """The features (rows, c) that it was filled with, of unit length."""
         raise NotImplementedError
 
     def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:

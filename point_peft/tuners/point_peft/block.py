@@ -16,7 +16,7 @@ from point_peft.running.nested import Args, Kwargs, put_argument
 from point_peft.running.tokens import as_layout, block_tokens, put_output_tokens, shift_rows
 from point_peft.tuners.point_peft.local_attention import StageGeometry
 from point_peft.tuners.point_peft.neighbourhood import NeighbourhoodEncoder
-from point_peft.tuners.point_peft.prior import MemoryBank, query_of
+from point_peft.tuners.point_peft.prior import MemoryBank
 from point_peft.tuners.point_peft.prompt import Prompt
 
 
@@ -118,8 +118,7 @@ class BlockPart(SequencePart):
                 # What the blocks ahead of the first adapted one have made of a cloud, no second pass makes otherwise.
                 plain = source == call.path and not call.forward.second.acted
                 root = call.forward.root
-                return bank.prior(
-                    query_of(patches if plain else root.backbone_tokens(call.forward, source, call.adapter))
-                )
+                tokens = patches if plain else root.backbone_tokens(call.forward, source, call.adapter)
+                return bank.prior(bank.query(tokens))
 
         return call.forward.once(("point_peft.prior", call.adapter), retrieve)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError
@@ -19,7 +18,6 @@ class MemoryBank(Bank):
     """Features (rows, c) of training clouds, one row of unit length a cloud or prototype; no rows until it is built."""
 
     free_rows: ClassVar[frozenset[str]] = frozenset({"rows"})
-    rows: Tensor
 
     def __init__(
         self,
@@ -58,8 +56,15 @@ class MemoryBank(Bank):
                 setattr(self, name, buffer.to(moved.device))
         return self
 
-    def query(self, tokens: Tensor) -> Tensor:
-        return query_of(tokens)
+    def features(self) -> Tensor:
+        rows = self.rows.float()
+        if not self.standardised:
+            return rows
+        # A row has the direction of (u - m) / s, so u = m + r s row; that u has unit length gives r > 0, as |m| < 1.
+        along = rows * self.deviation
+        a, b, c = along.square().sum(dim=1), along @ self.mean, self.mean.square().sum() - 1
+        length = ((b.square() - a * c).sqrt() - b) / a
+        return self.mean + length[:, None] * along
 
     def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:
         """Take features (rows, c) as the bank, scaled to unit length; more than `size` are reduced to prototypes.
@@ -149,9 +154,3 @@ class MemoryBank(Bank):
         kept = best_index[:, skip:]
         rows = self.rows.index_select(0, kept.flatten()).float().reshape(*kept.shape, self.rows.shape[1])
         return best_similarity[:, skip:], rows
-
-
-def query_of(tokens: Tensor) -> Tensor:
-    """The feature (b, c) of a cloud: the maximum over its patch tokens (b, g, c)."""
-    query: Tensor = reduce(tokens, "b g c -> b c", "max")
-    return query
