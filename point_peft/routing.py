@@ -128,7 +128,7 @@ def scores(query: Tensor, banks: Sequence[Bank]) -> Tensor:
     density = -(distances.square() + torch.stack([spread.volume for spread in spreads])) / 2
     limit, typical = torch.stack([torch.stack([spread.limit, spread.typical]) for spread in spreads], dim=1)
     densest, place = density.max(dim=1, keepdim=True)
-    fit = ((limit - distances) / (limit - typical)).gather(1, place)
+    fit: Tensor = ((limit - distances) / (limit - typical)).gather(1, place)
     return fit - (densest - density) / query.shape[1]
 
 
@@ -196,9 +196,7 @@ def _check_alike(root: Root, meant: Mapping[str, Adapter], banks: Mapping[str, B
         "features of width": {name: bank.rows.shape[1] for name, bank in banks.items()},
         "tokens of source": {name: f"'{bank.source}'" for name, bank in banks.items()},
         "clouds of columns": {name: [s.takes for s in fitting_states(meant[name])][:1] for name in banks},
-        "prefix tokens of another base:": {
-            name: any(state.other_base(root.base_model) for state in meant[name].shared_states()) for name in banks
-        },
+        "prefix tokens of": {name: _base_of(meant[name], root.base_model) for name in banks},
     }
     for kind, of in what.items():
         first, *others = of
@@ -208,3 +206,8 @@ def _check_alike(root: Root, meant: Mapping[str, Adapter], banks: Mapping[str, B
                     f"one query cannot serve the memory banks of '{first}' and '{other}': they are made of {kind} "
                     f"{of[first]} and {of[other]}; name adapters that agree in route(points, adapters)"
                 )
+
+
+def _base_of(adapter: Adapter, base: nn.Module) -> str:
+    """The backbone whose prefix tokens an adapter was made for."""
+    return "another base" if any(state.other_base(base) for state in adapter.shared_states()) else "this base"

@@ -128,16 +128,22 @@ def test_representatives_are_every_method_on_every_kind_and_every_backbone() -> 
 @a_few
 def test_every_buffer_has_an_effect(method: str, backbone: TinyBackbone) -> None:
     model = adapt(backbone, method)
-    output = run(model, backbone)
+    routes = not all(state.in_forward for state in get_adapter(model, "default").shared_states())
+
+    def told() -> Tensor:
+        """The output, or the scores of a bank that no forward reads."""
+        return model.route(backbone.inputs(2, 5))[1] if routes else run(model, backbone)
+
+    output = told()
     generator = torch.Generator().manual_seed(9)
     for name, tensor in get_adapter(model, "default").tensors().items():
         if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             continue
         before = tensor.clone()
         scramble(name, tensor, generator)
-        assert not torch.equal(run(model, backbone), output), f"{name} has no effect"
+        assert not torch.equal(told(), output), f"{name} has no effect"
         tensor.copy_(before)
-    assert torch.equal(run(model, backbone), output)
+    assert torch.equal(told(), output)
 
 
 @a_few
