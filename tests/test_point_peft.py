@@ -160,7 +160,7 @@ def published(name: str, base_differs: tuple[str, ...] = ()) -> Published:
     assert all(has_no_effect(official, late) for official in weights.keys() - used)
     kept = {f"point_peft.base.{name}" for name in ("cls_token", "cls_pos")}
     assert tensors.keys() - {our_name(official) for official in used} == {BANK, *kept}
-    bank.bank_of(adapter, "default").fill(inputs["bank"].T)
+    bank.banks_of(adapter, "default")[0].fill(inputs["bank"].T)
     # The recorded query in place of the model's own: the maximum over one token is the token.
     model.backbone_tokens = lambda forward, source, adapter: inputs["input.query"][:, None]  # type: ignore[method-assign]
     points = golden.points(description)
@@ -352,7 +352,7 @@ def small(late: bool, **options: Any) -> PointPEFTConfig:
 
 
 def bank_of(model: PointPeftModel) -> MemoryBank:
-    memory = bank.bank_of(get_adapter(model, "default"), "default")
+    memory = bank.banks_of(get_adapter(model, "default"), "default")[0]
     assert isinstance(memory, MemoryBank)
     return memory
 

@@ -15,11 +15,10 @@ from point_peft.data.cloud import Split, Task
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.options import DataOptions
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
-from point_peft.files.format import CONFIG_FILE
+from point_peft.files.format import CONFIG_FILE, RUN_FILE
 from point_peft.model import PointPeftModel
 from point_peft.training.comparing import Contender
 from point_peft.training.feeding import Feed
-from point_peft.training.folder import RUN_FILE
 from point_peft.training.models import ModelSpec, backbone_for_task, to_inputs_of
 from point_peft.training.opening import OpenedRun, clouds_of, of_split, open_run
 from point_peft.training.recipe import Recipe
