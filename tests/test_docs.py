@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from point_peft import LoraConfig, get_peft_model
+from point_peft.backbones import default_backbone
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUNNING = ["README.md", "docs/training.md", "docs/tasks.md", "docs/many_adapters.md"]
+RUNNING = ["README.md", "docs/training.md", "docs/tasks.md"]
 """Pages whose code is complete, block after block."""
 
 
@@ -30,10 +33,25 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", RUNNING)
 @pytest.mark.filterwarnings("ignore:the memory bank is empty:UserWarning")
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)
-    assert blocks
     monkeypatch.chdir(tmp_path)
+    run_blocks((ROOT / page).read_text("utf-8"), page)
+
+
+def run_blocks(text: str, page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_code_on_many_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section on comparing has runs to compare, which `tests/test_compare_command.py` makes."""
+    page = "docs/many_adapters.md"
+    text, _ = (ROOT / page).read_text("utf-8").split("## Comparing two adapters")
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(default_backbone(cls_dim=10), LoraConfig())
+    model.eval()(torch.rand(2, 256, 3))
+    model.save_pretrained("adapters/kitchen/grasp")
+    run_blocks(text, page)
