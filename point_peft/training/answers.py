@@ -187,7 +187,7 @@ class Comparison:
             a=figures_of[0],
             b=figures_of[1],
             together=figures_of[2] if len(figures_of) > 2 else None,
-            agreement=float(100 * counts.pairs.diagonal().sum() / answers),
+            agreement=100 * int(counts.pairs.diagonal().sum()) / answers,
             kappa=kappa(counts.pairs),
             right=Right(both, only_a, only_b, neither) if known else None,
             lead=_lead(counts) if known else None,
