@@ -298,7 +298,7 @@ def test_the_package_is_small() -> None:
     backbones = PACKAGE / "backbones"
     sizes = {
         "the engine": (22_500, [s for s in package() if not {backbones, *PIPELINE} & set(s.path.parents)]),
-        "from files to a run": (7_200, [s for s in package() if set(PIPELINE) & set(s.path.parents)]),
+        "from files to a run": (8_300, [s for s in package() if set(PIPELINE) & set(s.path.parents)]),
         "the flagship": (990, sources(PACKAGE / "tuners" / "point_peft")),
         "what is read in an hour": (950, [Source(PACKAGE / name) for name in READ_IN_AN_HOUR]),
     }
