@@ -6,7 +6,7 @@
 Four adapters of LoRA with a routing bank, on the embedded backbone: radhar, mars and digits as `benchmarks.accuracy`
 has them, and crops of autzen_trim.laz, of which it is asked whether more of it is ground than of the whole scan. A crop
 is the 1024 points nearest, in the plane, to a random one, turned about the vertical; training, validation and test
-crops lie apart along x.
+crops lie in strips of their own.
 Unknown to all adapters are procedural shapes, of categories that `tools.shapes` draws with a seed of its own (the
 backbone was pre-trained on others of that generator), and the test digits turned at random in space.
 """
@@ -58,8 +58,12 @@ KNOWN = ("radhar", "mars", "digits", "autzen")
 UNKNOWN = ("shapes", "turned digits")
 PROTOCOL = Protocol(train_clouds=300, val_clouds=150, test_clouds=150)
 RECIPE = Recipe(epochs=6, keep="last", augment=(), checkpoint_steps=10**6, lr=3e-3)
+STRIPS: Sequence[Split] = ("train", "test", "train", "val", "train", "test", "train", "val", "train", "test")
+"""The splits of the strips of the scan."""
 GAP = 10.0
-"""Feet between the crops of two splits, beside what a crop reaches."""
+"""Feet between two strips."""
+CROPS = 150
+"""Crops of each strip."""
 GROUND = 2
 CROP = 1024
 BATCH = 50
@@ -70,24 +74,22 @@ ADAPTERS, ROWS, CLOUDS = 1000, 1800, 100
 
 
 def crops(scan: Path) -> CloudSet:
-    """Crops of a scan: its first half along x to train, a fifth for validation, the rest for the test."""
+    """Crops of a scan, which is cut across x into strips of as many points; a crop lies within one, and so a split."""
     whole = read_cloud(scan)
     assert whole.labels is not None
     ground, xyz = whole.labels == GROUND, whole.coordinates
-    ends = np.quantile(xyz[:, 0], [0, 0.5, 0.7, 1])
+    ends = np.quantile(xyz[:, 0], np.linspace(0, 1, len(STRIPS) + 1))
     entries: list[Entry] = []
-    splits: Sequence[tuple[Split, int]] = (("train", 600), ("val", 300), ("test", 400))
-    for number, (split, count) in enumerate(splits):
+    for number, split in enumerate(STRIPS):
         inside = (xyz[:, 0] > ends[number] + (GAP if number else -1)) & (xyz[:, 0] <= ends[number + 1])
-        points, own = xyz[inside], ground[inside]
-        random = np.random.default_rng(number)
-        middles = random.choice(len(points), count, replace=False)
-        turns = Rotation.from_euler("z", random.uniform(0, 2 * np.pi, (count, 1))).as_matrix()
+        points, own, random = xyz[inside], ground[inside], np.random.default_rng(number)
+        middles = random.choice(len(points), CROPS, replace=False)
+        turns = Rotation.from_euler("z", random.uniform(0, 2 * np.pi, (CROPS, 1))).as_matrix()
         _, nearest = cKDTree(points[:, :2]).query(points[middles, :2], CROP)
         for place, rows in enumerate(nearest):
             label = int(own[rows].mean() > ground.mean())
             read = partial(Cloud, coordinates=(points[rows] - points[rows[0]]) @ turns[place])
-            entries.append(Entry(read=read, source=f"crop {split} {place}", label=label, split=split))
+            entries.append(Entry(read=read, source=f"strip {number}, crop {place}", label=label, split=split))
     return CloudSet(entries=tuple(entries), task="classification", classes=("less ground", "more ground"))
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.routing_variants
 
-The sets are those of `benchmarks.routing`, 400 rows a bank; test clouds are not touched. Each row says how often a
+The sets are those of `benchmarks.routing`, 300 rows a bank; test clouds are not touched. Each row says how often a
 known cloud's own bank is best, how often known clouds abstain, wrongly, and unknown ones, rightly (procedural shapes,
 digits turned in space); and how often the own bank is best where mars and digits are two tasks each, of five classes,
-and where the four banks have 400, 40, 100 and 16 rows.
+and where the four banks have 300, 30, 75 and 12 rows.
 """
 
 from __future__ import annotations

@@ -352,7 +352,7 @@ def small(late: bool, **options: Any) -> PointPEFTConfig:
 
 
 def bank_of(model: PointPeftModel) -> MemoryBank:
-    memory = bank.banks_of(get_adapter(model, "default"), "default")[0]
+    (memory,) = bank.banks_of(get_adapter(model, "default"), "default")
     assert isinstance(memory, MemoryBank)
     return memory
 
