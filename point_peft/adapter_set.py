@@ -372,6 +372,7 @@ class AdapterSet(nn.Module):
         *,
         format: Format = "auto",
         base_license: str | None = None,
+        half: bool = False,
     ) -> None:
         """Write an adapter into a folder: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
@@ -379,17 +380,17 @@ class AdapterSet(nn.Module):
         the others into a subfolder of their name. Each is replaced as a whole or not at all. No network is touched.
 
         An adapter of LoRA alone is written so that the PEFT package reads it too, unless it has something that PEFT's
-        `format` cannot say: "peft" makes that an error, which names it; "point_peft" never writes PEFT's format.
-
-        `base_license` is that of the backbone's weights, by its identifier on the Hub; the card passes it on.
+        `format` cannot say: "peft" makes that an error; "point_peft" never writes PEFT's format. `base_license` is that
+        of the backbone's weights, by its identifier on the Hub, for the card. `half` writes float32 as float16, in half
+        the size; it is read as float32 again.
         """
         chosen = adding.adapters_to_save(self.adapters, self.merged, adapter_name)
-        self._save(Path(save_directory), chosen, format, {"base_license": base_license})
+        self._save(Path(save_directory), chosen, format, {"base_license": base_license}, half)
 
-    def _save(self, folder: Path, adapters: Mapping[str, Adapter], format: Format, said: Mapping[str, Any]) -> None:
-        for name, adapter in adapters.items():
+    def _save(self, folder: Path, own: Mapping[str, Adapter], how: Format, said: Mapping[str, Any], half: bool) -> None:
+        for name, adapter in own.items():
             warn_of_silent(name, adapter)
-        save_adapters(folder, adapters, backbone_for(self), format, partial(card_of, self.base_model, said))
+        save_adapters(folder, own, backbone_for(self), how, partial(card_of, self.base_model, said), half=half)
 
     def push_to_hub(
         self,
@@ -426,7 +427,7 @@ class AdapterSet(nn.Module):
         check_names(repo_id, revision, subfolder)
         said = {"results": results or {}, "datasets": tuple(datasets), "license": license, "tags": tuple(tags)}
         with tempfile.TemporaryDirectory() as folder:
-            self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag})
+            self._save(Path(folder), chosen, format, {**said, "pipeline_tag": pipeline_tag}, False)
             files = for_repository(files_below(Path(folder), subfolder), repo_id)
         message = commit_message or f"Upload {', '.join(chosen)} with point_peft {__version__}"
         how = (private, token, revision, create_pr, base_license)

@@ -3,7 +3,12 @@
     D = W_full - W_base = U S V^T,    W_full ~ W_base + B A,    B = U_r sqrt(S_r),  A = sqrt(S_r) V_r^T
 
 at every linear layer and nn.Conv1d (`LoraConfig`), r being the smallest rank that keeps a share `energy` of |D|^2, the
-sum of the squared singular values. Biases (`BitFitConfig`), norms (`NormTuningConfig`) and prefix tokens are taken as
+sum of the squared singular values. With batches of clouds, a change counts by how it moves the layer's outputs among
+them, E|D (x - m)|^2 = |D R|^2 for a covariance E[(x - m) (x - m)^T] = R R^T of what the layer gets:
+
+    D R = U S V^T,    B = U_r sqrt(S_r),  A = sqrt(S_r) V_r^T R^-1
+
+Biases (`BitFitConfig`), norms (`NormTuningConfig`) and prefix tokens are taken as
 they are. Whole are taken heads, layers so small that two factors would be larger, modules with other tensors, such as a
 BatchNorm whose statistics have moved, and what holds a layer that is not called, but whose weight it reads.
 Which layers are called, one forward on example inputs tells; without them, all are that no preset knows to be read.
@@ -27,12 +32,14 @@ from point_peft.adapting.adding import check_unmerged, named_adapter
 from point_peft.adapting.site import backbone_modules
 from point_peft.adapting.weights import folded
 from point_peft.anatomy.description import Anatomy
-from point_peft.anatomy.structure import weight_to_adapt
+from point_peft.anatomy.structure import linear_shape, weight_to_adapt
+from point_peft.bank import model_inputs
 from point_peft.config import PeftConfig, TunerConfig
 from point_peft.errors import AdapterError, PointPeftError, nearest_names, quoted
 from point_peft.model import PointPeftModel, get_peft_model, understood
 from point_peft.running.nested import call_arguments
 from point_peft.running.second import eval_mode
+from point_peft.starting import Variance, watching
 from point_peft.torch_private import BatchNorm
 from point_peft.tuners.bitfit import BitFitConfig
 from point_peft.tuners.linear_probe import LinearProbeConfig
@@ -44,6 +51,8 @@ Tensors = Mapping[str, Tensor]
 NORMS = (nn.LayerNorm, nn.RMSNorm, BatchNorm)
 BIASED = (nn.Linear, nn.Conv1d, *NORMS)
 """Modules that add their bias to the channels of their output."""
+LEAST = 1e-4
+"""The least that a direction of inputs counts, beside the one that counts most."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,16 @@ def extract(
     energy: float = 0.9,
     adapter_name: str = "default",
     example_inputs: Any = None,
+    batches: Iterable[Any] | None = None,
+    to_inputs: Callable[[Any], Any] | None = None,
 ) -> tuple[PointPeftModel, Extraction]:
     """Turn a fully fine-tuned model, or its state dict, into an adapter of the base that it began as.
 
     The base is adapted in place, as by `get_peft_model`, and has the one adapter, which can be saved, swapped and
-    trained on. `energy` is the share of each layer's squared change that its rank keeps, more than 0, at most 1. On any
-    error the base is as it was.
+    trained on. `energy` is the share of each layer's squared change that its rank keeps, more than 0, at most 1: of the
+    change of the weight, or with `batches` of training clouds, as `build_memory_bank` takes them, of the change that it
+    makes to the layer's outputs on them, which keeps more of the accuracy at less of the size. On any error the base is
+    as it was.
 
     >>> import torch
     >>> from point_peft.backbones import PointTransformer
@@ -111,7 +124,8 @@ def extract(
         raise AdapterError("the two models are the same, bit for bit: there is nothing to extract")
     found = understood(base, example_inputs)
     anatomy = found if isinstance(found, Anatomy) else None
-    plan = Plan.of(base, anatomy, changed, energy, called=_called(base, example_inputs))
+    covariances = {} if batches is None else _covariances(base, after, batches, to_inputs)
+    plan = Plan.of(base, anatomy, changed, energy, called=_called(base, example_inputs), covariances=covariances)
     model = get_peft_model(base, plan.config(backbone_modules_of(base)), adapter_name, example_inputs=example_inputs)
     plan.fill(get_adapter(model, adapter_name), after)
     return model, plan.report()
@@ -170,11 +184,13 @@ class Plan:
         energy: float,
         *,
         called: Callable[[str], bool] = lambda path: True,
+        covariances: Tensors | None = None,
         smaller: bool = True,
     ) -> Plan:
         """Sort the new values of changed tensors; factors only where they are `smaller` than the weight, or anyway.
 
-        `called` tells whether a module runs; another's tensors go with what holds it.
+        `called` tells whether a module runs; another's tensors go with what holds it. `covariances` (in, in) are
+        of what layers get, by path.
         """
         plan, modules = cls(), backbone_modules_of(base)
         tokens = {parameter.name for parameter in (() if anatomy is None else anatomy.prefix_parameters)}
@@ -204,27 +220,31 @@ class Plan:
                 plan.norms += [] if path in plan.norms else [path]
             elif own == "bias":
                 plan.biases.append(path)
-            elif not plan.factor(
-                path, base.get_parameter(name).detach(), value, energy, smaller=smaller and path not in read
-            ):
-                whole.add(path)
+            else:
+                before, spread = base.get_parameter(name).detach(), (covariances or {}).get(path)
+                if not plan.factor(path, before, value, energy, spread, smaller=smaller and path not in read):
+                    whole.add(path)
         if whole:
             whole.update(heads)  # where modules are named, a head that is not stays the base's
         plan.whole = sorted(path for path in whole if not _inside(path, whole - {path}))
         plan.biases = [path for path in plan.biases if not _inside(path, whole)]
         return plan
 
-    def factor(self, path: str, before: Tensor, after: Tensor, energy: float, *, smaller: bool) -> bool:
+    def factor(
+        self, path: str, before: Tensor, after: Tensor, energy: float, covariance: Tensor | None, *, smaller: bool
+    ) -> bool:
         """Take the change of a layer's weight as two factors, unless they must be smaller than it and are not."""
         change = rearrange(after.double() - before.double(), "out ... -> out (...)")
-        left, lengths, right = torch.linalg.svd(change, full_matrices=False)
+        root, inverse = (None, None) if covariance is None else _roots(covariance)
+        left, lengths, right = torch.linalg.svd(change if root is None else change @ root, full_matrices=False)
         squares = lengths.square().cumsum(0)
         share = squares / squares[-1]
         rank = min(int((share < energy - 1e-12).sum()) + 1, len(lengths))
         if smaller and rank * sum(change.shape) >= change.numel():
             return False
         roots = lengths[:rank].sqrt()
-        self.factors[path] = left[:, :rank] * roots, roots[:, None] * right[:rank]
+        down = roots[:, None] * right[:rank]
+        self.factors[path] = left[:, :rank] * roots, down if inverse is None else down @ inverse
         residual = float((1 - share[rank - 1]).clamp_min(0).sqrt())
         self.layers[path] = Layer(path, tuple(change.shape), rank, residual)
         return True
@@ -301,6 +321,36 @@ def _called(base: nn.Module, example_inputs: Any) -> Callable[[str], bool]:
         for handle in handles:
             handle.remove()
     return lambda path: base.get_submodule(path) in seen
+
+
+def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R^-1 (in, in) of a covariance R R^T; directions that hardly occur count a little, as clouds to come may."""
+    values, vectors = torch.linalg.eigh(covariance)
+    lengths = values.clamp_min(LEAST * float(values[-1])).sqrt()
+    return vectors * lengths, (vectors / lengths).T
+
+
+def _covariances(
+    base: nn.Module, after: Tensors, batches: Iterable[Any], to_inputs: Callable[[Any], Any] | None
+) -> dict[str, Tensor]:
+    """The covariances (in, in) of what the layers of the fine-tuned model get on batches, by path."""
+    model, seen = copy.deepcopy(base), dict[str, Variance]()
+    model.load_state_dict(after)
+    layers = [(path, path, module) for path, module in model.named_modules() if _watched(module)]
+    with watching(layers, seen), eval_mode(model.modules()), torch.no_grad():
+        for batch in batches:
+            args, kwargs = model_inputs(batch, to_inputs)
+            model(*args, **kwargs)
+    if not seen:
+        raise AdapterError("extract got no batches, or none that reach a linear layer: leave batches out, or give some")
+    return {path: variance.scatter / variance.count for path, variance in seen.items()}
+
+
+def _watched(module: nn.Module) -> bool:
+    """Tell whether a module's inputs are rows: those of a linear layer, or of a convolution of kernel one."""
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size == (1,) and module.groups == 1
+    return linear_shape(module) is not None
 
 
 def backbone_modules_of(base: nn.Module) -> dict[str, nn.Module]:

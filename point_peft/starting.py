@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -37,6 +37,7 @@ from point_peft.parts.base import Narrow
 from point_peft.running.second import eval_mode
 
 Start = Literal["eva", "pissa"]
+K = TypeVar("K")
 
 
 def initialise(
@@ -56,7 +57,8 @@ def initialise(
     others; `rho=1` keeps them. The sum of the ranks and the scale of each change stay.
 
     "pissa": LoRA starts from the principal factors of the weights, as `LoraConfig(init_lora_weights="pissa")` does. It
-    needs no batches and takes none. The base is not changed by either.
+    needs no batches; those that are given, as by a program that tries either, are not gone through. The base is not
+    changed by either.
 
     Call it before an optimizer is made: where ranks change, the adapter gets new tensors. On any error the model is as
     it was. Under torch.distributed, each process goes through its own batches and all end with the same adapter.
@@ -80,10 +82,6 @@ def initialise(
     name, adapter = single_adapter(root.adapters, root.active_adapters, adapter_name)
     check_unmerged(root.merged, "adapters cannot be initialised")
     if how == "pissa":
-        if batches is not None:
-            raise PointPeftError(
-                '"pissa" looks at weights alone: leave the batches out, initialise(model, how="pissa")'
-            )
         _check_fresh(name, _narrow(name, adapter))
         config = replace(adapter.config, tuners=tuple(tuner.principal() for tuner in adapter.config.tuners))
         replace_adapter(root, name, _rebuilt(root, adapter, config))
@@ -179,7 +177,7 @@ class Variance:
         return Variance(count, mean, scatter)
 
 
-def _add(seen: dict[Key, Variance], key: Key, variance: Variance) -> None:
+def _add(seen: dict[K, Variance], key: K, variance: Variance) -> None:
     seen[key] = seen[key].joined(variance) if key in seen else variance
 
 
@@ -194,7 +192,8 @@ def _observed(
     """The variance of what each layer gets in one pass over all batches, of all processes."""
     own: dict[Key, Variance] = {}
     ranks, modules = processes(), [*backbone_modules(root).values(), *adapter.modules()]
-    with _watching(layers, own), eval_mode(modules), choosing(root, (name,)), torch.no_grad():
+    watched = [(key, _path(key), layer.down) for key, layer in layers.items()]
+    with watching(watched, own), eval_mode(modules), choosing(root, (name,)), torch.no_grad():
         count = 0
         for batch in batches:
             args, kwargs = model_inputs(batch, to_inputs)
@@ -216,16 +215,16 @@ def _observed(
 
 
 @contextmanager
-def _watching(layers: Mapping[Key, Narrow], seen: dict[Key, Variance]) -> Iterator[None]:
-    """In here, what layers get is added to what has been seen of them."""
+def watching(layers: Iterable[tuple[K, str, nn.Module]], seen: dict[K, Variance]) -> Iterator[None]:
+    """In here, what layers (key, path for errors, module) get is added to what has been seen of them."""
 
-    def watch(key: Key, down: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def watch(key: K, path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-            _add(seen, key, Variance.of(_rows(down, args[0], _path(key))))
+            _add(seen, key, Variance.of(_rows(layer, args[0], path)))
 
-        return down.register_forward_pre_hook(see)
+        return layer.register_forward_pre_hook(see)
 
-    handles = [watch(key, down) for key, (down, _, _) in layers.items()]
+    handles = [watch(key, path, layer) for key, path, layer in layers]
     try:
         yield
     finally:

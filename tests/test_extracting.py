@@ -208,3 +208,57 @@ def test_a_method_of_the_matrix_with_its_own_head_keeps_it():
             parameter.zero_()
     model.set_adapter("lora")
     assert not torch.equal(model(points), torch.zeros_like(model(points)))
+
+
+def test_on_clouds_a_change_counts_by_what_it_moves():
+    """Of two directions of a change, the larger lies where inputs hardly vary: clouds keep the other one."""
+    torch.manual_seed(0)
+    base: Any = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
+    points = torch.randn(300, 12) * torch.tensor([*[1.0] * 11, 0.01])
+    full: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        full[0].weight[:, 11] += 1.0
+        full[0].weight[:, 0] += 0.5 * torch.randn(20)
+    outputs = {}
+    for name, batches in (("weights", None), ("clouds", points.split(50))):
+        model, extraction = extract(copy.deepcopy(base), full, energy=0.6, batches=batches, example_inputs=points[:2])
+        assert [layer.rank for layer in extraction.layers] == [1]
+        outputs[name] = model(points)
+    wanted = full(points) - full(points).mean(0)
+    errors = {name: (given - given.mean(0) - wanted).square().mean().item() for name, given in outputs.items()}
+    assert errors["clouds"] < 0.2 * errors["weights"]
+
+
+def test_with_all_of_it_clouds_change_nothing_and_batches_are_needed():
+    backbone = BACKBONES["point_mae"]
+    base, args = backbone.build().eval(), backbone.inputs(2, 5)
+    full = moved(base, scale=0.01)
+    model, _ = extract(base, full, energy=1.0, example_inputs=args, batches=[args[0], clouds(2, 8)[0]])
+    assert close(backbone, model, full, args)
+    other = backbone.build()
+    refused(
+        other, lambda: extract(other, full, batches=[]), AdapterError, r"extract got no batches, or none that reach"
+    )
+
+
+def test_half_a_file_is_read_as_float32(tmp_path):
+    model, (points,) = get_peft_model(BACKBONES["point_mae"].build(), LoraConfig(r=2)).eval(), clouds(2, 3)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    expected = model(points)
+    model.save_pretrained(tmp_path / "half", half=True)
+    model.save_pretrained(tmp_path / "whole")
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.7 * sizes[1]
+    loaded = PointPeftModel.from_pretrained(BACKBONES["point_mae"].build(), tmp_path / "half").eval()
+    assert {parameter.dtype for parameter in loaded.adapters.parameters()} == {torch.float32}
+    assert torch.allclose(loaded(points), expected, atol=1e-2) and not torch.equal(loaded(points), expected)
+    with torch.no_grad():
+        next(model.adapters.parameters()).view(-1)[0] = 1e6
+    with pytest.raises(
+        AdapterError, match=r"'default' cannot be saved with half=True: '.*' has values that are too larg"
+    ):
+        model.save_pretrained(tmp_path / "more", half=True)
+    assert not (tmp_path / "more").exists()

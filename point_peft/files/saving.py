@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from point_peft.adapting.adapter import Adapter
@@ -23,7 +24,13 @@ Format = Literal["auto", "peft", "point_peft"]
 
 
 def save_adapters(
-    folder: Path, adapters: Mapping[str, Adapter], backbone: Backbone, format: Format, card: Callable[[Adapter], Card]
+    folder: Path,
+    adapters: Mapping[str, Adapter],
+    backbone: Backbone,
+    format: Format,
+    card: Callable[[Adapter], Card],
+    *,
+    half: bool = False,
 ) -> None:
     """Write adapters: a single one, or the one named "default", into the folder itself, others into subfolders."""
     if format not in get_args(Format):
@@ -40,7 +47,20 @@ def save_adapters(
         config, record = _file_config(adapter, backbone), None
         if reasons[name] is None:
             config, record = to_peft(adapter, backbone.modules), config
-        write_folder(own, config, adapter.tensors(), card(adapter), record)
+        tensors = {key: _halved(name, key, t) for key, t in adapter.tensors().items()} if half else adapter.tensors()
+        write_folder(own, config, tensors, card(adapter), record)
+
+
+def _halved(adapter_name: str, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in half precision, if it is float32; an error if it holds larger values than that has."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    halved = tensor.detach().half()
+    if bool(halved.isinf().any()):
+        raise AdapterError(
+            f"adapter '{adapter_name}' cannot be saved with half=True: '{name}' has values that are too large for it"
+        )
+    return halved
 
 
 def _file_config(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:

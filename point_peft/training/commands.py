@@ -102,9 +102,10 @@ def _add_extract(commands: Commands) -> None:
     command.add_argument("--backbone", metavar="NAME", help=f"of a checkpoint, as for train (default: {SMALL})")
     command.add_argument("--num-classes", metavar="N", type=_count, help="of a checkpoint: that it tells apart")
     command.add_argument(
-        "--data", metavar="DATA", nargs="*", type=Path, help="tell the accuracy of both on these, or the run's"
+        "--data", metavar="DATA", nargs="*", type=Path, help="weigh changes on its training clouds, tell accuracies"
     )
-    command.add_argument("--split", default="test", choices=("train", "val", "test", "all"))
+    command.add_argument("--split", default="test", choices=("train", "val", "test", "all"), help="for the accuracies")
+    command.add_argument("--half", action="store_true", help="write float16, in half the size")
     add_flags(command, Preparation, "preparation, of a checkpoint's data")
     add_flags(command, DataOptions, "data, of a checkpoint", without=("preparation", "seed"))
     command.set_defaults(run=extract_adapter)

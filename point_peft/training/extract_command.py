@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from point_peft.training.tasks import listed, read_data
 
 EXAMPLE_POINTS = 1024
 BATCH = 32
+TRAIN_CLOUDS = 512
+"""Training clouds that changes are weighed on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Models:
     segmentation: bool
     points: int
     clouds: CloudSet | None
+    train: CloudSet | None
+    """Training clouds of the same data, on which changes are weighed."""
 
 
 def extract_adapter(options: argparse.Namespace) -> int:
@@ -54,7 +58,14 @@ def extract_adapter(options: argparse.Namespace) -> int:
     points = torch.rand(2, models.points, 3, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(2, dtype=torch.int64)
     example = models.feed.inputs(CloudBatch(points, nothing, nothing))
-    model, extraction = extract(models.base, models.full, energy=options.energy, example_inputs=example[0])
+    model, extraction = extract(
+        models.base,
+        models.full,
+        energy=options.energy,
+        example_inputs=example[0],
+        batches=None if models.train is None else _batches(models),
+        to_inputs=lambda batch: models.feed.inputs(batch)[0],
+    )
     model.eval()
     with torch.no_grad():
         model(*example[0])  # which proves that every part has an effect
@@ -62,11 +73,18 @@ def extract_adapter(options: argparse.Namespace) -> int:
     if before is not None:
         say(f"{options.full}: {in_words(before)}")
         say(f"{out}: {in_words(_measured(models, model))}")
-    model.save_pretrained(out)
+    model.save_pretrained(out, half=options.half)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     whole = sum(_bytes(tensor) for tensor in models.full.state_dict().values())
     say(f"{out}: {size:,} bytes, {size / whole:.1%} of the fine-tuned model's {whole:,}")
     return 0
+
+
+def _batches(models: Models) -> Iterator[CloudBatch]:
+    assert models.train is not None
+    for begin in range(0, min(len(models.train), TRAIN_CLOUDS), BATCH):
+        places = range(begin, min(begin + BATCH, len(models.train)))
+        yield models.feed.batch([models.train[place] for place in places])
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -109,10 +127,11 @@ def _of_run(options: argparse.Namespace) -> Models:
             "train --method full"
         )
     base = backbone_for_task(spec, run.recipe.task, run.classes, run.categories, run.recipe.seed)
-    clouds = None
+    clouds = train = None
     if options.data is not None:
         paths = options.data or [Path(path) for path in run.record["data"]["paths"]]
-        clouds = _part(with_classes_of(run, read_data(paths, run.options, skip_bad=False)), options.split, paths)
+        everything = with_classes_of(run, read_data(paths, run.options, skip_bad=False))
+        clouds, train = _part(everything, options.split, paths), _part(everything, "train", paths)
     return Models(
         base=base.eval(),
         full=run.model.cpu(),
@@ -121,6 +140,7 @@ def _of_run(options: argparse.Namespace) -> Models:
         segmentation=run.inference.segmentation,
         points=run.options.preparation.num_points or EXAMPLE_POINTS,
         clouds=clouds,
+        train=train,
     )
 
 
@@ -128,11 +148,12 @@ def _of_files(options: argparse.Namespace) -> Models:
     """The model in a checkpoint file, and the backbone that it began as, in another or by name."""
     preparation = Preparation(**given_flags(options, Preparation))
     data = DataOptions(**given_flags(options, DataOptions), preparation=preparation)
-    clouds = None
+    clouds = train = None
     if options.data is not None:
         if not options.data:
             raise PointPeftError("--data names no files: say which clouds the two models are to be compared on")
-        clouds = _part(read_data(options.data, data, skip_bad=False), options.split, options.data)
+        everything = read_data(options.data, data, skip_bad=False)
+        clouds, train = _part(everything, options.split, options.data), _part(everything, "train", options.data)
     classes = options.num_classes if clouds is None else len(clouds.classes)
     if classes is None or (options.num_classes is not None and options.num_classes != classes):
         there = "" if clouds is None else f" {classes}"
@@ -149,6 +170,7 @@ def _of_files(options: argparse.Namespace) -> Models:
         segmentation=False,
         points=preparation.num_points or EXAMPLE_POINTS,
         clouds=clouds,
+        train=train,
     )
 
 
