@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from point_peft.anatomy.checking import anatomy_from_json
 from point_peft.anatomy.description import Anatomy, Block, Stage
-from point_peft.errors import AdapterError, PointPeftError, quoted
+from point_peft.errors import PointPeftError, quoted
 from point_peft.matching import match_names
 from point_peft.parts.backbone import Backbone, narrowed
 from point_peft.parts.base import Blueprint, Part
@@ -136,9 +136,9 @@ class TunerConfig(ABC):
         """
         return self
 
-    def principal(self) -> TunerConfig:
-        """The same, begun from the principal factors of the weights that it changes, as PiSSA says."""
-        raise AdapterError(f"{self.method} does not begin from the factors of weights: PiSSA is a start of LORA")
+    def principal(self) -> TunerConfig | None:
+        """The same, begun from the principal factors of the weights that it changes; None: there is no such start."""
+        return None
 
     def combined(
         self, adapters: Changes, weights: Sequence[float], combination: Combination

@@ -83,7 +83,13 @@ def initialise(
     check_unmerged(root.merged, "adapters cannot be initialised")
     if how == "pissa":
         _check_fresh(name, _narrow(name, adapter))
-        config = replace(adapter.config, tuners=tuple(tuner.principal() for tuner in adapter.config.tuners))
+        begun = [(tuner, tuner.principal()) for tuner in adapter.config.tuners]
+        if not any(principal for _, principal in begun):
+            methods = ", ".join(tuner.method for tuner, _ in begun)
+            raise AdapterError(
+                f"adapter '{name}' ({methods}) does not begin from the factors of weights: PiSSA is a start of LORA"
+            )
+        config = replace(adapter.config, tuners=tuple(principal or tuner for tuner, principal in begun))
         replace_adapter(root, name, _rebuilt(root, adapter, config))
         return
     if batches is None:

@@ -327,6 +327,15 @@ def test_pissa_through_initialise_and_beside_another_adapter():
     assert torch.allclose(mixed[1], model.forward_tasks(points, ["pissa"])["pissa"][1], atol=1e-5)
 
 
+def test_pissa_beside_another_method_in_one_adapter():
+    config = PeftConfig(tuners=(BitFitConfig(), LoraConfig(r=2)))
+    model, (points,) = get_peft_model(backbone(), config).eval(), clouds(2, 3)
+    before = model(points)
+    initialise(model, how="pissa")
+    assert torch.equal(model(points), before)
+    assert [tuner.method for tuner in get_adapter(model, "default").config.tuners] == ["BITFIT", "LORA"]
+
+
 def test_pissa_in_a_combination_counts_with_what_it_took_away():
     fields: dict[str, Any] = {"r": 2, "init_lora_weights": "pissa", "modules_to_save": []}
     model, (points,) = get_peft_model(backbone(), LoraConfig(**fields), "a").eval(), clouds(2, 3)
@@ -381,7 +390,7 @@ def test_what_has_no_narrow_layers_is_refused():
     )
     model = get_peft_model(backbone(), BottleneckConfig(width=4))
     unchanged(
-        model, lambda: initialise(model, how="pissa"), AdapterError, r"BOTTLENECK does not begin from the factors"
+        model, lambda: initialise(model, how="pissa"), AdapterError, r"BOTTLENECK\) does not begin from the factors"
     )
     with pytest.raises(AdapterError, match=r"a PointTransformer has no adapter to initialise: adapt it first"):
         initialise(backbone(), batches())
