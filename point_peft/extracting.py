@@ -99,13 +99,15 @@ def extract(
     example_inputs: Any = None,
     batches: Iterable[Any] | None = None,
     to_inputs: Callable[[Any], Any] | None = None,
+    base_model_name_or_path: str | None = None,
 ) -> tuple[PointPeftModel, Extraction]:
     """Turn a fully fine-tuned model, or its state dict, into an adapter of the base that it began as.
 
     The base is adapted in place, as by `get_peft_model`, and has the one adapter, which can be saved, swapped and
     trained on. `energy` is the share of each layer's squared change that its rank keeps, more than 0, at most 1. With
     `batches` of training clouds, as `build_memory_bank` takes them, directions count by what layers get on these, which
-    keeps more of the accuracy at less of the size. On any error the base is as it was.
+    keeps more of the accuracy at less of the size. `base_model_name_or_path` is that of the adapter's `PeftConfig`. On
+    any error the base is as it was.
 
     >>> import torch
     >>> from point_peft.backbones import PointTransformer
@@ -128,7 +130,8 @@ def extract(
     anatomy = found if isinstance(found, Anatomy) else None
     covariances = {} if batches is None else _covariances(base, after, batches, to_inputs)
     plan = Plan.of(base, anatomy, changed, energy, called=_called(base, example_inputs), covariances=covariances)
-    model = get_peft_model(base, plan.config(backbone_modules_of(base)), adapter_name, example_inputs=example_inputs)
+    config = replace(plan.config(backbone_modules_of(base)), base_model_name_or_path=base_model_name_or_path)
+    model = get_peft_model(base, config, adapter_name, example_inputs=example_inputs)
     plan.fill(get_adapter(model, adapter_name), after)
     return model, plan.report()
 

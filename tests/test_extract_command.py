@@ -55,6 +55,7 @@ def test_a_run_becomes_an_adapter_that_answers_alike(
     before, after = (line for line in said.splitlines() if "accuracy" in line)
     assert before.split(": ", 1)[1] == after.split(": ", 1)[1]
     opened = open_run(run)
+    assert f'"{HERE}:make (a backbone of point-peft train)"' in (out / "adapter_config.json").read_text("utf-8")
     torch.manual_seed(9)
     model = PointPeftModel.from_pretrained(base_of(run), out).eval()
     points = torch.randn(3, POINTS, 3)

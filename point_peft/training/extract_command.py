@@ -21,7 +21,7 @@ from point_peft.extracting import extract
 from point_peft.training.feeding import Feed
 from point_peft.training.flags import given_flags
 from point_peft.training.inference import Inference
-from point_peft.training.models import SMALL, ModelSpec, backbone_for_task, filled, to_inputs_of
+from point_peft.training.models import SMALL, ModelSpec, backbone_for_task, base_name, filled, to_inputs_of
 from point_peft.training.objective import Loss
 from point_peft.training.opening import open_run, with_classes_of
 from point_peft.training.progress import in_words, say
@@ -37,6 +37,8 @@ TRAIN_CLOUDS = 512
 class Models:
     """The two models, and the clouds that they are compared on, if any."""
 
+    name: str
+    """Of the base, in words."""
     base: nn.Module
     full: nn.Module
     feed: Feed
@@ -65,6 +67,7 @@ def extract_adapter(options: argparse.Namespace) -> int:
         example_inputs=example[0],
         batches=None if models.train is None else _batches(models),
         to_inputs=lambda batch: models.feed.inputs(batch)[0],
+        base_model_name_or_path=models.name,
     )
     model.eval()
     with torch.no_grad():
@@ -133,6 +136,7 @@ def _of_run(options: argparse.Namespace) -> Models:
         everything = with_classes_of(run, read_data(paths, run.options, skip_bad=False))
         clouds, train = _part(everything, options.split, paths), _part(everything, "train", paths)
     return Models(
+        name=base_name(spec),
         base=base.eval(),
         full=run.model.cpu(),
         feed=run.inference.feed,
@@ -163,6 +167,7 @@ def _of_files(options: argparse.Namespace) -> Models:
     base = backbone_for_task(spec, "classification", [str(number) for number in range(classes)], ("",)).eval()
     full = filled(base, options.full)
     return Models(
+        name=base_name(spec),
         base=base,
         full=full,
         feed=Feed(to_inputs=to_inputs_of(base, 1)),

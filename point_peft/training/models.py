@@ -164,12 +164,17 @@ def adapted(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with a fresh adapter of the spec's methods; without any, the model itself, all of it trained."""
     if not spec.methods:
         return model.requires_grad_(True)
-    # Of a file only its name: where it lies is nobody else's concern. And no name that could be a repository's.
-    config = PeftConfig(
-        tuners=tuple(TunerConfig.from_json(own) for own in spec.methods),
-        base_model_name_or_path=f"{Path(spec.backbone).name} (a backbone of point-peft train)",
-    )
+    tuners = tuple(TunerConfig.from_json(own) for own in spec.methods)
+    config = PeftConfig(tuners=tuners, base_model_name_or_path=base_name(spec))
     return get_peft_model(model, config)
+
+
+def base_name(spec: ModelSpec) -> str:
+    """The words for a spec's backbone in an adapter's configuration.
+
+    Of a file only its name: where it lies is nobody else's concern. And no name that could be a repository's.
+    """
+    return f"{Path(spec.backbone).name} (a backbone of point-peft train)"
 
 
 def method_configs(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[str, Any], ...]:
