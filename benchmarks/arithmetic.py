@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from benchmarks.accuracy.results import spread
 from benchmarks.accuracy.stem import Store
 from benchmarks.marked import write_between
-from examples.data import Split, load_digits_clouds, take
-from examples.training import Recipe, accuracy, optimisation, predict
 from point_peft import LoraConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
 from point_peft.config import CombinationType
+from point_peft.quickstart.data import Split, load_digits_clouds, take
+from point_peft.quickstart.training import Recipe, accuracy, optimisation, predict
 from tools.methods import table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "many_adapters.md"

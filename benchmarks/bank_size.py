@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.compare import LEARNING_RATES, Run, outcome
-from examples.data import Clouds, load_digits_clouds
-from examples.training import Recipe, batches, train
 from point_peft import PointPEFTConfig, get_peft_model
 from point_peft.backbones import default_backbone
+from point_peft.quickstart.compare import LEARNING_RATES, Run, outcome
+from point_peft.quickstart.data import Clouds, load_digits_clouds
+from point_peft.quickstart.training import Recipe, batches, train
 from tools.methods import table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "bank_size.md"

@@ -30,8 +30,8 @@ from benchmarks.accuracy.entries import entry
 from benchmarks.accuracy.pool import with_environment, work
 from benchmarks.accuracy.protocol import Protocol
 from benchmarks.marked import write_between
-from examples.data import load_digits_clouds
 from point_peft import PeftConfig, TunerConfig, cli
+from point_peft.quickstart.data import load_digits_clouds
 from point_peft.training import Comparison, Recipe, compare, fit
 from point_peft.training.folder import write_file
 from tools.methods import table

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from examples.data import Clouds, Split, load_digits_clouds
-from examples.training import predict
 from point_peft import PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
+from point_peft.quickstart.data import Clouds, Split, load_digits_clouds
+from point_peft.quickstart.training import predict
 
 LR = 3e-3
 

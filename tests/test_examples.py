@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from examples import compare, data, quickstart, serve
+from examples import quickstart, serve
 from point_peft import LoraConfig, get_peft_model
+from point_peft.quickstart import __main__ as program
+from point_peft.quickstart import compare, data
 
 # --- data ---
 
@@ -113,6 +116,15 @@ def test_quickstart_says_what_an_option_needs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         quickstart.main(["--seeds", "2", "--out", str(tmp_path)])
     assert "--seeds is for --compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", program.NEEDED)
+def test_quickstart_says_before_it_begins_which_extra_it_needs(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    words = rf"quickstart: error: the parts of the quickstart need {package}, .*: pip install 'point-peft\[examples\]'$"
+    with pytest.raises(SystemExit, match=words) as raised:
+        program.main()
+    assert "\n" not in str(raised.value) and capsys.readouterr().out == ""
 
 
 # --- serving ---

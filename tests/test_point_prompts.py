@@ -11,9 +11,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from examples.data import lift
 from point_peft import GAPromptConfig, PointPeftModel, get_peft_model
 from point_peft.backbones.layers import Group
+from point_peft.quickstart.data import lift
 from tests.adapting import PAIRS, adapt, each, few, loss_of
 from tests.zoo import BACKBONES, Args, TinyBackbone
 

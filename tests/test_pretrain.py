@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from examples.data import unit_sphere
 from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
 from point_peft.backbones.checkpoint import EMBEDDED
+from point_peft.quickstart.data import unit_sphere
 from tools import pretrain, shapes
 from tools.shapes import Program
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import data
+from point_peft.quickstart import data
 from tests.zoo.operators import supply_torchvision_schemas
 
 

@@ -50,7 +50,7 @@ QUESTIONS = {
     "backbones": "reference backbones",
 }
 """Unit -> the question that it answers."""
-LEFT_OUT = {"__main__", "version", "errors", "torch_private"}
+LEFT_OUT = {"__main__", "version", "errors", "torch_private", "quickstart"}
 ROW, NAMES, CELL, TOP = 30, 430, 27, 118
 """Height of a row, width of the names, width of a column, height of the column heads."""
 INK, SOFT, LINE, DOT = "#1f2933", "#5d6874", "#d5dbe1", "#2f6fca"

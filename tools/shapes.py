@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from examples.data import unit_sphere
+from point_peft.quickstart.data import unit_sphere
 
 Array = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float32]

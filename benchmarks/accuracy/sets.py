@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.accuracy.protocol import Protocol
-from examples.data import load_digits_clouds
 from point_peft.data.cloud import Cloud, Entry, Split
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.options import DataOptions
 from point_peft.data.preparing import Preparation
 from point_peft.data.splitting import SPLITS
 from point_peft.errors import PointPeftError, nearest_names, quoted
+from point_peft.quickstart.data import load_digits_clouds
 from point_peft.training.tasks import FewShot, listed, read_data
 
 PERSONS = ("1", "2", "3", "4")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 Split = tuple[Tensor, Tensor]  # points (m, n, 3) float32, labels (m,) int64
@@ -61,8 +62,6 @@ def take(split: Split, count: int | None, seed: int = 0) -> Split:
 
 def load_digits_clouds(n: int = 1024, seed: int = 0) -> Clouds:
     """scikit-learn's 8 x 8 digits lifted to clouds of n points, split 60 / 20 / 20 % per class by `seed`."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     rng = np.random.default_rng(seed)
     points = np.stack([lift(image, n, rng) for image in digits.images])

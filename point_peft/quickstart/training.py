@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.data import Clouds, Split
+from point_peft.quickstart.data import Clouds, Split
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Point-PEFT beside linear probing and full fine-tuning, under one recipe: `python -m examples.quickstart --compare`.
+"""Point-PEFT beside linear probing and full fine-tuning, under one recipe: `python -m point_peft.quickstart --compare`.
 
 The same head, augmentation, batch size, epochs, optimiser and schedule; only the learning rate is each method's own,
 chosen on the validation split (see LEARNING_RATES). The last epoch counts, and the test split is used once a training.
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from examples.data import Clouds
-from examples.training import Curve, Recipe, accuracy, train
 from point_peft import PointPEFTConfig, get_peft_model
 from point_peft.backbones import default_backbone
+from point_peft.quickstart.data import Clouds
+from point_peft.quickstart.training import Curve, Recipe, accuracy, train
 
 # Chosen on the whole validation split of the digits after the last of eight epochs, from three values each; accuracy
 # in percent. Seed 0: linear probing 1e-3: 78.0, 3e-3: 81.9, 1e-2: 81.6; full fine-tuning 5e-4: 85.2, 1e-3: 90.5,

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from examples.data import Clouds
-from examples.training import Curve
+from point_peft.quickstart.data import Clouds
+from point_peft.quickstart.training import Curve
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
