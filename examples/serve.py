@@ -1,148 +1,122 @@
-"""One backbone, an adapter for each task, requests of all tasks answered at the same time.
+"""One backbone and a folder of adapters behind HTTP, an adapter for each request. `examples/load.py` tries it.
 
-    python -m examples.serve
-    python -m examples.serve --requests 60 --workers 4
+    python -m examples.serve adapters --port 8000
+    curl localhost:8000/predict -d '{"adapter": "grasp", "points": [[0.1, 0.2, 0.3], ...]}'
+    curl localhost:8000/metrics                                                              # for Prometheus
 
-The tasks have heads of their own shape and methods of their own; one of them is the plain backbone. An asyncio server
-hands each request to a worker thread, which chooses the adapter for itself: what is active belongs to the thread or
-task, not to the model. While requests are answered, a further task is loaded from its file, and then answered too.
-Between two requests, an adapter gets the values of a retrained one in place. Clouds and adapters are random here: see
-quickstart.py for real ones.
+A thread runs the model. What is asked meanwhile waits, and then goes through it as one batch, each cloud with its own
+adapter, which is loaded when it is first asked for and stays beside those most used. "auto" is the adapter whose
+routing bank is most like the cloud. Clouds are (n, 3), prepared as they were for training; those of one batch have the
+same n. Whoever asks for what cannot be gets a sentence. Ctrl-C ends it, after it has answered what was asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from point_peft import BitFitConfig, IDPTConfig, LoraConfig, PointPeftModel, TunerConfig, get_peft_model
-from point_peft.backbones import PointTransformer, default_backbone
+from examples.serving.batches import Batches
+from examples.serving.http import Refusal, Request, Response, listening
+from examples.serving.metrics import Metrics
+from point_peft import PointPeftError
+from point_peft.backbones import default_backbone
 
-BASE = "the plain backbone"
-HEAD = "cls_head_finetune"
-TASKS: dict[str, tuple[TunerConfig, int]] = {  # task -> its method and the number of its classes
-    "digit": (LoraConfig(r=8, target_modules=["qkv"]), 10),
-    "parity": (BitFitConfig(), 2),
-    "quality": (IDPTConfig(), 5),
-}
-LATER = "damage"  # a task that is loaded while the others are served; it is built as TASKS["digit"]
+ROUTES = {"/predict": "POST", "/metrics": "GET"}
+FORM = 'send {"adapter": NAME, "points": [[x, y, z], ...]}'
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of a request."""
-
-    task: str
-    cloud: int
-    logits: Tensor
-    seconds: float
-
-
-def backbone(classes: int = 10) -> PointTransformer:
-    """The embedded backbone; the same numbers each time."""
-    torch.manual_seed(0)
-    return default_backbone(cls_dim=classes).eval()
-
-
-def write_adapters(folder: Path) -> None:
-    """A file for every task, and "digit, retrained": as if they came from training or from the Hub."""
-    like = {**TASKS, LATER: TASKS["digit"], "digit, retrained": TASKS["digit"]}
-    for seed, (task, (config, classes)) in enumerate(like.items()):
-        model = get_peft_model(backbone(), config, heads={HEAD: backbone(classes).cls_head_finetune})
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.adapters.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        model.save_pretrained(folder / task)
+def parse(body: bytes) -> tuple[str, Tensor]:
+    """The adapter and the cloud (n, 3) that a body asks for; raises `Refusal` where it does not."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON; {FORM}") from error
+    if not isinstance(asked, dict) or not isinstance(asked.get("adapter"), str):
+        raise Refusal(400, f"the body names no adapter; {FORM}")
+    try:
+        points = torch.tensor(asked.get("points"), dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise Refusal(400, f"the points are not rows of three numbers; {FORM}") from error
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise Refusal(400, f"the points have the shape {tuple(points.shape)}, not (n, 3); {FORM}")
+    if not points.isfinite().all():
+        raise Refusal(400, "some coordinates are not finite; leave these points out")
+    return asked["adapter"], points
 
 
-def answer(model: PointPeftModel, task: str, cloud: int, points: Tensor) -> Answer:
-    """Answer one request, on whatever thread this is: within the block it works for the task."""
-    begin = time.perf_counter()
-    with model.disable_adapter() if task == BASE else model.use_adapter(task), torch.inference_mode():
-        logits = model(points[cloud : cloud + 1])
-    return Answer(task, cloud, logits, time.perf_counter() - begin)
+class Server:
+    """What is asked over HTTP, answered by the adapters of a folder on one backbone, and counted."""
+
+    def __init__(self, backbone: nn.Module, folder: Path, most: int = 16) -> None:
+        self.batches = Batches(backbone, folder, most)
+        self.metrics = Metrics()
+
+    @asynccontextmanager
+    async def running(self, port: int = 0) -> AsyncIterator[int]:
+        """Answer within the block; gives the port, which for 0 is one that is free."""
+        batches = asyncio.create_task(self.batches.run())
+        try:
+            async with listening(self.respond, port) as own:
+                yield own
+        finally:
+            batches.cancel()
+
+    async def respond(self, request: Request | Refusal) -> Response:
+        """Answer whatever was asked, and count it."""
+        begin = time.perf_counter()
+        try:
+            if isinstance(request, Refusal):
+                raise request
+            if request.path not in ROUTES:
+                raise Refusal(404, f"there is no {request.path[:80]!r}; there are POST /predict and GET /metrics")
+            if request.method != (right := ROUTES[request.path]):
+                raise Refusal(405, f"{request.path} takes {right}, not {request.method[:80]!r}", allow=right)
+            if request.path == "/metrics":
+                batches = self.batches
+                return Response(200, self.metrics.text(batches.status(), batches.batches, batches.clouds))
+            answer = await self.batches.predict(*parse(request.body))
+        except Refusal as refusal:
+            self.metrics.count(refusal.adapter, refusal.status)
+            return Response(refusal.status, {"error": str(refusal)}, refusal.allow)
+        self.metrics.count(answer["adapter"], 200)
+        self.metrics.took(time.perf_counter() - begin)
+        return Response(200, answer)
 
 
-async def serve(
-    model: PointPeftModel, folder: Path, requests: Sequence[tuple[str, int]], points: Tensor, workers: int
-) -> list[Answer]:
-    """Answer all requests, so many at a time; meanwhile load the later task and answer some of it too."""
-    free = asyncio.Semaphore(workers)
-
-    async def one(task: str, cloud: int) -> Answer:
-        async with free:
-            return await asyncio.to_thread(answer, model, task, cloud, points)
-
-    async def later() -> list[Answer]:
-        await asyncio.to_thread(model.load_adapter, folder / LATER, LATER)
-        return list(await asyncio.gather(*(one(LATER, cloud) for cloud in range(len(points)))))
-
-    answers, more = await asyncio.gather(asyncio.gather(*(one(*request) for request in requests)), later())
-    return [*answers, *more]
-
-
-def check(model: PointPeftModel, answers: Sequence[Answer], points: Tensor) -> None:
-    """Every answer must be what its task gives alone; threads may round otherwise."""
-    wrong = [
-        given
-        for given in answers
-        if not torch.allclose(given.logits, answer(model, given.task, given.cloud, points).logits, atol=1e-4)
-    ]
-    if wrong:
-        raise SystemExit(f"{len(wrong)} of {len(answers)} answers are wrong, the first to '{wrong[0].task}'")
-    print(f"each of the {len(answers)} answers is what its task gives alone")
+async def serve(server: Server, port: int) -> None:
+    """Answer until Ctrl-C or SIGTERM."""
+    end = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end.set)
+    async with server.running(port) as own:
+        print(f"{len(server.batches.library)} adapters at http://127.0.0.1:{own}; Ctrl-C ends it", flush=True)
+        await end.wait()
+    print("ended; all that was asked is answered")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole story; see the module's docstring."""
+    """Serve a folder; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=40, help="so many, of all tasks in turn")
-    parser.add_argument("--workers", type=int, default=4, help="so many are answered at a time")
+    parser.add_argument("adapters", type=Path, help="a folder with adapters in it, at any depth")
+    parser.add_argument("--port", type=int, default=8000, help="of the loopback; 0: one that is free")
+    parser.add_argument("--most", type=int, default=16, help="adapters in memory, and clouds in a batch, at most")
     args = parser.parse_args(argv)
-    torch.manual_seed(1)
-    points = torch.rand(4, 512, 3)
-    tasks = [*TASKS, BASE]
-    requests = [(tasks[number % len(tasks)], number % 3) for number in range(args.requests)]
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_adapters(folder)
-        first, *others = TASKS
-        model = PointPeftModel.from_pretrained(backbone(), folder / first, first).eval()
-        for task in others:
-            model.load_adapter(folder / task, task)
-        print(f"one backbone, {len(model.adapters)} adapters: {', '.join(model.adapters)}")
-
-        begin = time.perf_counter()
-        answers = asyncio.run(serve(model, folder, requests, points, args.workers))
-        seconds = time.perf_counter() - begin
-        print(f"{len(answers)} requests, {args.workers} at a time, in {seconds:.2f} s; '{LATER}' was loaded meanwhile")
-        check(model, answers, points)
-        for task in dict.fromkeys(given.task for given in answers):
-            own = [given for given in answers if given.task == task]
-            milliseconds = 1000 * median(given.seconds for given in own)
-            classes = own[0].logits.shape[1]
-            print(f"  {task:<20} {len(own):>4} requests, {classes:>3} classes, median {milliseconds:.0f} ms")
-
-        before = answer(model, first, 0, points).logits
-        begin = time.perf_counter()
-        model.swap_adapter_(folder / "digit, retrained", first)
-        milliseconds = 1000 * (time.perf_counter() - begin)
-        moved = float((answer(model, first, 0, points).logits - before).abs().max())
-        print(f"'{first}' got the values of a retrained adapter in {milliseconds:.0f} ms: logits moved {moved:.2f}")
+    try:
+        asyncio.run(serve(Server(default_backbone(cls_dim=10), args.adapters, args.most), args.port))
+    except (PointPeftError, OSError) as error:  # no adapters there, a port that is taken
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The examples: the data sets, the quickstart from end to end and beside other methods, serving."""
+"""The examples: the data sets, the quickstart from end to end and beside other methods."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from examples import quickstart, serve
-from point_peft import LoraConfig, get_peft_model
+from examples import quickstart
 from point_peft.quickstart import __main__ as program
 from point_peft.quickstart import compare, data
 
@@ -125,25 +123,3 @@ def test_quickstart_says_before_it_begins_which_extra_it_needs(package, monkeypa
     with pytest.raises(SystemExit, match=words) as raised:
         program.main()
     assert "\n" not in str(raised.value) and capsys.readouterr().out == ""
-
-
-# --- serving ---
-
-
-def test_serving_answers_every_task_with_its_own_adapter(capsys):
-    """It compares every answer with that of the task alone, and ends with an error if one is wrong."""
-    serve.main(["--requests", "12", "--workers", "3"])
-    printed = capsys.readouterr().out
-    assert "16 requests, 3 at a time" in printed and "'damage' was loaded meanwhile" in printed
-    assert "each of the 16 answers is what its task gives alone" in printed
-    for task in (*serve.TASKS, serve.BASE, serve.LATER):
-        assert f"  {task} " in printed
-
-
-def test_serving_notices_a_wrong_answer():
-    points = torch.rand(2, 128, 3)
-    model = get_peft_model(serve.backbone(), LoraConfig(r=2, target_modules=["qkv"]), "digit")
-    given = serve.answer(model, serve.BASE, 1, points)
-    serve.check(model, [given], points)
-    with pytest.raises(SystemExit, match="1 of 2 answers are wrong, the first to 'digit'"):
-        serve.check(model, [given, dataclasses.replace(given, task="digit", logits=given.logits + 1)], points)

@@ -1,0 +1,1 @@
+"""The parts of `serve.py`: batches of mixed adapters, HTTP, what is counted."""
