@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from itertools import combinations
@@ -23,15 +24,18 @@ Build = Callable[[int], PointTransformer]
 
 
 def write_adapters(build: Build, folder: Path, count: int) -> None:
-    """Write so many, as if they came from training or from the Hub."""
+    """Write so many, as if they came from training or from the Hub; the same each time."""
+    torch.manual_seed(0)
+    backbone, heads = build(WIDTHS[0]), [build(width).cls_head_finetune for width in WIDTHS]
     for number in range(count):
-        head = build(WIDTHS[number % len(WIDTHS)]).cls_head_finetune
-        model = get_peft_model(build(WIDTHS[0]), CONFIGS[number % len(CONFIGS)], heads={HEAD: head})
+        head = copy.deepcopy(heads[number % len(heads)])
+        model = get_peft_model(backbone, CONFIGS[number % len(CONFIGS)], heads={HEAD: head})
         torch.manual_seed(number)
         with torch.no_grad():
             for parameter in model.adapters.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         model.save_pretrained(folder / f"task{number:02}")
+        model.unload()
 
 
 def answers_alone(build: Build, folder: Path, clouds: Tensor) -> dict[str, Tensor]:
@@ -40,7 +44,7 @@ def answers_alone(build: Build, folder: Path, clouds: Tensor) -> dict[str, Tenso
     for path in sorted(folder.iterdir()):
         model = PointPeftModel.from_pretrained(build(WIDTHS[0]), path).eval()
         with torch.inference_mode():
-            expected[path.name] = torch.cat([model(cloud[None]) for cloud in clouds]).softmax(dim=1)
+            expected[path.name] = model(clouds).softmax(dim=1)
     return expected
 
 
