@@ -19,7 +19,6 @@ tells; without them, all are that no preset knows to be read.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,8 +44,8 @@ from point_peft.starting import Variance, watching
 from point_peft.torch_private import BatchNorm
 from point_peft.tuners.bitfit import BitFitConfig
 from point_peft.tuners.linear_probe import LinearProbeConfig
-from point_peft.tuners.lora import LoraConfig
-from point_peft.tuners.lora.peft_format import anchored, exactly
+from point_peft.tuners.lora import LoraConfig, scale_of_one
+from point_peft.tuners.lora.peft_format import exactly
 from point_peft.tuners.norm_tuning import NormTuningConfig
 
 Tensors = Mapping[str, Tensor]
@@ -269,18 +268,8 @@ class Plan:
 
     def _lora(self, names: Sequence[str]) -> LoraConfig:
         ranks = {path: layer.rank for path, layer in self.layers.items()}
-        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-        others = {anchored(path): own for path, own in ranks.items() if own != rank}
         targets, tokens = exactly(list(ranks), names), tuple(sorted(self.tokens))
-        # A scale of one: the factors hold all of the change.
-        return LoraConfig(
-            target_modules=targets,
-            r=rank,
-            lora_alpha=rank,
-            rank_pattern=others,
-            alpha_pattern=others,
-            tuned_tokens=tokens,
-        )
+        return LoraConfig(target_modules=targets, tuned_tokens=tokens, **scale_of_one(ranks))
 
     def fill(self, adapter: Adapter, after: Tensors) -> None:
         """Give an adapter of this plan its values; `after` holds all tensors of the other model."""

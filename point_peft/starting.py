@@ -109,7 +109,7 @@ def _start_from_data(
     _check_fresh(name, layers)
     variances = _observed(root, name, adapter, layers, batches, to_inputs)
     found = {key: Directions.of(variances[key], _path(key)) for key in layers}
-    config = _redistributed(root, adapter, found, rho)
+    config = _redistributed(root, adapter, layers, found, rho)
     changed = adapter if config == adapter.config else _rebuilt(root, adapter, config)
     values: list[tuple[Tensor, Tensor]] = []
     for key, (down, _, slices) in _narrow(name, changed).items():
@@ -286,10 +286,11 @@ class Directions:
         return self.rows[:rank]
 
 
-def _redistributed(root: AdapterSet, adapter: Adapter, found: Mapping[Key, Directions], rho: float) -> PeftConfig:
+def _redistributed(
+    root: AdapterSet, adapter: Adapter, layers: Mapping[Key, Narrow], found: Mapping[Key, Directions], rho: float
+) -> PeftConfig:
     """The configuration with ranks by the shares of variance, where the method has ranks of their own by layer."""
     names, tuners = list(backbone_modules(root)), list(adapter.config.tuners)
-    layers = _narrow("", adapter)
     for number, tuner in enumerate(tuners):
         ranks = {_path(key): len(down.weight) // n for key, (down, _, n) in layers.items() if key[0] == number}
         shares = {_path(key): directions.shares for key, directions in found.items() if key[0] == number}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet
@@ -13,6 +13,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from point_peft.errors import AdapterError, AnatomyError
+from point_peft.parts.prototypes import CHUNK_ROWS
 from point_peft.running.forward import Forward
 from point_peft.running.nested import Args, Kwargs
 
@@ -229,6 +230,16 @@ class Bank(SharedState):
     rows: Tensor
     """(rows, c), in a form of its own."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the buffers, but keep their types: bfloat16 would mix up which rows are near."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
     @property
     def bank(self) -> Bank:
         return self
@@ -248,6 +259,15 @@ class Bank(SharedState):
         Labels (rows,) say which class each is of. Returns the number of rows that it keeps.
         """
         raise NotImplementedError
+
+    def keep(self, features: Tensor, direction: Callable[[Tensor], Tensor]) -> int:
+        """Hold what `direction` makes of features (rows, c) as the rows, some at a time; returns their number."""
+        rows = self.new_buffer("rows", features.shape)
+        for part, into in zip(torch.split(features, CHUNK_ROWS), torch.split(rows, CHUNK_ROWS), strict=True):
+            into.copy_(direction(part.float().to(rows.device)))
+        self.rows = rows
+        self.hand_on()
+        return len(rows)
 
 
 @dataclass(kw_only=True)

@@ -69,6 +69,13 @@ from point_peft.tuners.lora.peft_format import SHARED, anchored, exactly, patter
 QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
+def scale_of_one(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields that give layers these ranks, by path, and factors that hold all of the change; none: of rank 1."""
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {anchored(path): own for path, own in ranks.items() if own != rank}
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TunerConfig):
     """LoRA on linear layers and nn.Conv1d; `target_modules=None` means the query, key and value of every block.
@@ -164,11 +171,8 @@ class LoraConfig(TunerConfig):
         if self.tuned_tokens:
             raise AdapterError(f"prefix tokens are trained too, tuned_tokens={self.tuned_tokens}, and do not add up")
         ranks, tensors = combined_tensors(adapters, weights, combination)
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        others = {anchored(path): r for path, r in ranks.items() if r != rank}
-        # A scale of one: those of the adapters are in the factors.
-        tuner = replace(self, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=others, alpha_pattern=others)
-        return replace(tuner, init_lora_weights="zero"), tensors
+        # Those of the adapters are in the factors.
+        return replace(self, use_rslora=False, init_lora_weights="zero", **scale_of_one(ranks)), tensors
 
     def why_not_peft(self, parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> str | None:
         if self.tuned_tokens:

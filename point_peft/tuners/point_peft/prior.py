@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -46,16 +45,6 @@ class MemoryBank(Bank):
         self.standardised = standardised
         self.warned = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        """Move the buffers, but keep their types, the rows' stated one too: bfloat16 would mix up who is nearest."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
     def features(self) -> Tensor:
         rows = self.rows.float()
         if not self.standardised:
@@ -82,12 +71,7 @@ class MemoryBank(Bank):
         self._check_rows(features)
         if self.standardised:
             self._measure(features)
-        rows = self.new_buffer("rows", features.shape)
-        for part, into in zip(torch.split(features, CHUNK_ROWS), torch.split(rows, CHUNK_ROWS), strict=True):
-            into.copy_(self._direction(part.float().to(rows.device)))
-        self.rows = rows
-        self.hand_on()
-        return len(rows)
+        return self.keep(features, self._direction)
 
     def check(self, base_model: nn.Module) -> None:
         if len(self.rows):

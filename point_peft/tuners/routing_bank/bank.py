@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from point_peft.errors import AdapterError
 from point_peft.parts.base import FEWEST_ROWS, Bank
-from point_peft.parts.prototypes import CHUNK_ROWS, check_lengths, prototypes
+from point_peft.parts.prototypes import check_lengths, prototypes
 
 
 class RoutingBank(Bank):
@@ -26,14 +26,6 @@ class RoutingBank(Bank):
         self.size = size
         self.register_buffer("rows", torch.zeros(0, channels, dtype=torch.float16))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingBank:
-        """Move the rows, but keep their type: another would tell other distances."""
-        before = self.rows
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.rows.dtype != before.dtype:
-            self.rows = before.to(self.rows.device)
-        return self
-
     def features(self) -> Tensor:
         return self.rows.float()
 
@@ -45,12 +37,7 @@ class RoutingBank(Bank):
         limit = self.size if size is None else size
         features = features.detach() if limit is None else prototypes(features.detach(), labels, limit)
         self._check_rows(features)
-        rows = self.new_buffer("rows", features.shape)
-        for part, into in zip(torch.split(features, CHUNK_ROWS), torch.split(rows, CHUNK_ROWS), strict=True):
-            into.copy_(nn.functional.normalize(part.float(), dim=1))
-        self.rows = rows
-        self.hand_on()
-        return len(rows)
+        return self.keep(features, partial(nn.functional.normalize, dim=1))
 
     def check(self, base_model: nn.Module) -> None:
         if len(self.rows):
