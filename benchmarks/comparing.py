@@ -29,6 +29,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.accuracy.entries import entry
 from benchmarks.accuracy.pool import with_environment, work
 from benchmarks.accuracy.protocol import Protocol
+from benchmarks.accuracy.results import spread
 from benchmarks.marked import write_between
 from point_peft import PeftConfig, TunerConfig, cli
 from point_peft.quickstart.data import load_digits_clouds
@@ -189,18 +190,13 @@ def _row(method: str, found: dict[Job, dict[str, Any]]) -> list[str]:
     cells = [[own[name] for own in first] for name in ("a", "b")]
     cells.append([own["a"] - own["b"] for own in first])
     cells += [[own[name] for own in first] for name in ("agreement", "error_a", "error_b")]
-    return [WORDS[method], *map(_spread, [*cells, lying])]
+    return [WORDS[method], *map(spread, [*cells, lying])]
 
 
 def _own_row(method: str, found: dict[Job, dict[str, Any]]) -> list[str]:
     runs = [own for job, own in found.items() if job.method == method]
     cells = [[own[of][who] for own in runs] for of in ("own_upright", "own_lying") for who in ("a", "b", "together")]
-    return [WORDS[method], *map(_spread, cells)]
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+    return [WORDS[method], *map(spread, cells)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

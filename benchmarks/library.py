@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy.results import spread
 from benchmarks.marked import write_between
 from point_peft import AdapterLibrary, LoraConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
@@ -238,8 +239,8 @@ def serving_lines(served: Sequence[Answers], expected: dict[str, Tensor], option
     hits, loads = [one.hits for one in served], [one.loads for one in served]
     rows = [
         [
-            _spread(hits),
-            _spread(loads),
+            spread(hits, 0),
+            spread(loads, 0),
             str(max(one.most for one in served)),
             str(sum(one.wrong for one in served)),
             f"{max(one.furthest for one in served):.1e}",
@@ -262,10 +263,6 @@ def _range(values: Sequence[float], factor: float, digits: int) -> str:
     ordered = sorted(factor * value for value in values)
     low, high = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     return f"{median(ordered):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def _spread(values: Sequence[int]) -> str:
-    return f"{mean(values):.0f}" + (f" ± {stdev(values):.0f}" if len(values) > 1 else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
