@@ -12,13 +12,14 @@ OR_LOG := > $(LOG) 2>&1 || { cat $(LOG); exit 1; }
 SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
 
-.PHONY: help quickstart check test gpu lint types smoke clean
+.PHONY: help quickstart check test docs gpu lint types smoke clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart  make .venv, install, and run the main job; ARGS="--help" says what it takes'
 	@echo 'make check       a minute: lint, types and a few quick tests; before every commit'
 	@echo 'make test        everything: lint, types and the whole suite; PYTEST_ARGS goes to pytest'
+	@echo 'make docs        the site, into build/site; a warning is an error'
 	@echo 'make gpu         on a machine with a GPU: what can only be known there, into one folder; at most six minutes'
 	@echo 'make lint, make types, make smoke    a part of make check'
 	@echo 'make clean       remove .venv and all that was made'
@@ -32,6 +33,11 @@ check: lint types smoke
 
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The variable: what the theme says of its future is no warning of ours.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo 'look at it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site'
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m tools.gpu $(ARGS)

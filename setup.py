@@ -18,6 +18,8 @@ TRAIN = ["matplotlib>=3.8", "tqdm>=4.60"]
 PEFT = ["peft>=0.21"]
 # Farthest points on a GPU in one kernel.
 FAST = ["torch-fps>=0.6"]
+# The site.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.6"]
 # Other people's models that the tests adapt, unmodified.
 BACKBONES = [
     "ocnn==2.3.3",
@@ -70,6 +72,7 @@ setup(
     entry_points={"console_scripts": ["point-peft = point_peft.cli:main"]},
     extras_require={
         "data": DATA,
+        "docs": DOCS,
         "examples": EXAMPLES,
         "fast": FAST,
         "peft": PEFT,
@@ -81,6 +84,8 @@ setup(
             *BACKBONES,
             *PEFT,
             *FAST,
+            *DOCS,
+            "axe-playwright-python>=0.1.4",
             "build>=1.2",
             "hypothesis>=6.100",
             "lightning>=2.4",
@@ -88,9 +93,9 @@ setup(
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "onnxscript>=0.5",
+            "playwright>=1.50",
             "pytest>=8",
             "pytest-xdist>=3.6",
-            "ruff>=0.6",
             "setuptools>=77",
             "tensorboard>=2.16",
         ],
