@@ -10,6 +10,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
+# examples/serve.py, and examples/load.py, which asks it.
+SERVE = ["httpx>=0.28", "prometheus-client>=0.20", "starlette>=0.46", "uvicorn>=0.34"]
 # Formats of clouds that NumPy does not read.
 DATA = ["trimesh>=4", "laspy>=2.5", "lazrs>=0.5", "h5py>=3.10"]
 # Bars and pictures of training runs.
@@ -76,6 +78,7 @@ setup(
         "examples": EXAMPLES,
         "fast": FAST,
         "peft": PEFT,
+        "serve": SERVE,
         "train": TRAIN,
         "test": [
             *DATA,
@@ -86,10 +89,14 @@ setup(
             *FAST,
             *DOCS,
             "axe-playwright-python>=0.1.4",
+            *SERVE,
             "build>=1.2",
             "hypothesis>=6.100",
+            "ipykernel>=6.29",
             "lightning>=2.4",
             "mypy>=1.11",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "onnxscript>=0.5",

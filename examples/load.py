@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+import httpx
 import torch
+import uvicorn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
@@ -52,34 +55,36 @@ def embedded(classes: int) -> PointTransformer:
     return default_backbone(cls_dim=classes).eval()
 
 
-async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, what: str, body: bytes = b""
-) -> tuple[int, bytes]:
-    """Status and body that come for "POST /predict" or "GET /metrics" over an open connection."""
-    writer.write(f"{what} HTTP/1.1\r\nHost: loopback\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    length = next(line.partition(":")[2] for line in head.split("\r\n") if line.startswith("Content-Length:"))
-    return int(head.split()[1]), await reader.readexactly(int(length))
+@asynccontextmanager
+async def running(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    """A server at work on a free port of the loopback, and a client of it with as many connections as are needed."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    carrier = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
+    serving = asyncio.create_task(carrier.serve(sockets=[listener]))
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with httpx.AsyncClient(base_url=address, timeout=None, trust_env=False) as client:  # no proxy
+        try:
+            yield client
+        finally:  # what was asked is answered yet
+            carrier.should_exit = True
+            await serving
 
 
-async def client(port: int, asked: Iterator[tuple[str, int]], clouds: Sequence[object]) -> list[Reply]:
-    """Ask over one connection, one request after another, for what no other client has asked yet."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def ask(client: httpx.AsyncClient, asked: Iterator[tuple[str, int]], clouds: Sequence[object]) -> list[Reply]:
+    """Ask, one request after another, for what nobody else has asked yet."""
     replies = []
     for adapter, cloud in asked:
         begin = time.perf_counter()
-        body = json.dumps({"adapter": adapter, "points": clouds[cloud]}).encode()
-        status, answer = await ask(reader, writer, "POST /predict", body)
-        replies.append(Reply(adapter, cloud, status, json.loads(answer), time.perf_counter() - begin))
-    writer.close()
+        answer = await client.post("/predict", json={"adapter": adapter, "points": clouds[cloud]})
+        replies.append(Reply(adapter, cloud, answer.status_code, answer.json(), time.perf_counter() - begin))
     return replies
 
 
 async def send(server: Server, asked: Sequence[tuple[str, int]], clouds: Tensor, connections: int) -> list[Reply]:
     """Start a server, ask it over so many connections at once, and end it."""
     left, points = iter(asked), clouds.tolist()
-    async with server.running() as port:
-        replies = await asyncio.gather(*(client(port, left, points) for _ in range(connections)))
+    async with running(server) as client:
+        replies = await asyncio.gather(*(ask(client, left, points) for _ in range(connections)))
     return [reply for own in replies for reply in own]
 
 

@@ -7,7 +7,8 @@
 A thread runs the model. What is asked meanwhile waits, and then goes through it as one batch, each cloud with its own
 adapter, which is loaded when it is first asked for and stays beside those most used. "auto" is the adapter whose
 routing bank is most like the cloud. Clouds are (n, 3), prepared as they were for training; those of one batch have the
-same n. Whoever asks for what cannot be gets a sentence. Ctrl-C ends it, after it has answered what was asked.
+same n. Whoever asks for what cannot be gets a sentence. Ctrl-C or SIGTERM ends it, after what was asked is answered.
+Starlette and uvicorn carry the HTTP, prometheus-client counts; serving/batches.py is what is particular to adapters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -23,18 +23,38 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
-from examples.serving.batches import Batches
-from examples.serving.http import Refusal, Request, Response, listening
+from examples.serving.batches import Batches, Refusal
 from examples.serving.metrics import Metrics
 from point_peft import PointPeftError
 from point_peft.backbones import default_backbone
 
-ROUTES = {"/predict": "POST", "/metrics": "GET"}
+MAX_BODY = 4_000_000
+"""Bytes of a body: some 60,000 points in JSON."""
 FORM = 'send {"adapter": NAME, "points": [[x, y, z], ...]}'
+
+
+async def read(request: Request) -> bytes:
+    """The body of a request; raises `Refusal` as soon as it is too long, or where its end never comes."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise Refusal(413, f"the body has more than {MAX_BODY} bytes, which is all that is read")
+    except ClientDisconnect as error:
+        raise Refusal(400, "the client went before it had sent all") from error
+    return bytes(body)
 
 
 def parse(body: bytes) -> tuple[str, Tensor]:
@@ -57,53 +77,41 @@ def parse(body: bytes) -> tuple[str, Tensor]:
 
 
 class Server:
-    """What is asked over HTTP, answered by the adapters of a folder on one backbone, and counted."""
+    """The adapters of a folder on one backbone, asked over HTTP; `app` is for any server of ASGI."""
 
     def __init__(self, backbone: nn.Module, folder: Path, most: int = 16) -> None:
         self.batches = Batches(backbone, folder, most)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.batches)
+        routes = [Route("/predict", self.predict, methods=["POST"]), Route("/metrics", self.count)]
+        self.app = Starlette(routes=routes, lifespan=self.life, exception_handlers={HTTPException: self.refuse})
 
     @asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[int]:
-        """Answer within the block; gives the port, which for 0 is one that is free."""
+    async def life(self, app: Starlette) -> AsyncIterator[None]:
+        """Run the batches as long as the application is there."""
         batches = asyncio.create_task(self.batches.run())
-        try:
-            async with listening(self.respond, port) as own:
-                yield own
-        finally:
-            batches.cancel()
+        yield
+        batches.cancel()
 
-    async def respond(self, request: Request | Refusal) -> Response:
-        """Answer whatever was asked, and count it."""
+    async def predict(self, request: Request) -> Response:
+        """Answer POST /predict: the classes and probabilities of an adapter for a cloud."""
         begin = time.perf_counter()
-        try:
-            if isinstance(request, Refusal):
-                raise request
-            if request.path not in ROUTES:
-                raise Refusal(404, f"there is no {request.path[:80]!r}; there are POST /predict and GET /metrics")
-            if request.method != (right := ROUTES[request.path]):
-                raise Refusal(405, f"{request.path} takes {right}, not {request.method[:80]!r}", allow=right)
-            if request.path == "/metrics":
-                batches = self.batches
-                return Response(200, self.metrics.text(batches.status(), batches.batches, batches.clouds))
-            answer = await self.batches.predict(*parse(request.body))
-        except Refusal as refusal:
-            self.metrics.count(refusal.adapter, refusal.status)
-            return Response(refusal.status, {"error": str(refusal)}, refusal.allow)
-        self.metrics.count(answer["adapter"], 200)
-        self.metrics.took(time.perf_counter() - begin)
-        return Response(200, answer)
+        answer = await self.batches.predict(*parse(await read(request)))
+        self.metrics.requests.labels(answer["adapter"], 200).inc()
+        self.metrics.seconds.observe(time.perf_counter() - begin)
+        return JSONResponse(answer)
 
+    async def count(self, request: Request) -> Response:
+        """Answer GET /metrics."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-async def serve(server: Server, port: int) -> None:
-    """Answer until Ctrl-C or SIGTERM."""
-    end = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end.set)
-    async with server.running(port) as own:
-        print(f"{len(server.batches.library)} adapters at http://127.0.0.1:{own}; Ctrl-C ends it", flush=True)
-        await end.wait()
-    print("ended; all that was asked is answered")
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """Say in a sentence why there is no answer, and count that."""
+        assert isinstance(error, HTTPException)
+        adapter, sentence = "", f"there is no {request.method} {request.url.path[:80]}, but POST /predict, GET /metrics"
+        if isinstance(error, Refusal):
+            adapter, sentence = error.adapter, error.detail
+        self.metrics.requests.labels(adapter, error.status_code).inc()
+        return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,9 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=16, help="adapters in memory, and clouds in a batch, at most")
     args = parser.parse_args(argv)
     try:
-        asyncio.run(serve(Server(default_backbone(cls_dim=10), args.adapters, args.most), args.port))
-    except (PointPeftError, OSError) as error:  # no adapters there, a port that is taken
+        server = Server(default_backbone(cls_dim=10), args.adapters, args.most)
+    except PointPeftError as error:  # no adapters there
         raise SystemExit(str(error)) from error
+    uvicorn.run(server.app, port=args.port, access_log=False)
 
 
 if __name__ == "__main__":

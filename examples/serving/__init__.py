@@ -1,1 +1,1 @@
-"""The parts of `serve.py`: batches of mixed adapters, HTTP, what is counted."""
+"""The parts of `serve.py`: batches of mixed adapters, what is counted, adapters to try it with."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
-from examples.serving.http import Refusal
 from point_peft import (
     AdapterLibrary,
     LibraryStatus,
@@ -25,6 +25,16 @@ from point_peft import (
 
 AUTO = "auto"
 """Instead of a name: the adapter whose routing bank is most like the cloud."""
+
+
+class Refusal(HTTPException):
+    """A request that is not granted: the status, the sentence that says why, the adapter if one was meant."""
+
+    def __init__(self, status: int, sentence: str, adapter: str = "") -> None:
+        super().__init__(status, sentence)
+        self.adapter = adapter
+
+
 Answer = dict[str, Any] | Refusal
 
 
