@@ -1,8 +1,12 @@
-"""Debian's Chromium, driven by Playwright; tests that need it are skipped where it is absent."""
+"""Chromium, as Debian has it, or Chrome, driven by Playwright; tests that need it are skipped where it is absent.
+
+`BROWSER_TESTS=required`, as `.ci/run` says, makes them fail there instead.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -23,7 +27,10 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and os.environ.get("BROWSER_TESTS") != "required",
+    reason="no chromium on the PATH: apt-get install chromium",
+)
 
 
 @contextmanager

@@ -1,0 +1,161 @@
+"""Train the adapters that the page to try shows, and put them and some clouds of their tests into the package.
+
+    python -m tools.shipped                    # reads ../shared/data, trains in build/shipped, writes point_peft/demo
+
+Each is trained by `point-peft train` with the choices below, the last epoch counts, and its card has its figures. The
+samples are the first test clouds of some classes, and columns evenly spread over the tested part of the scan: nobody
+looked at the answers before they were chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import laspy
+import numpy as np
+import torch
+from point_peft.demo.nearest import BANK_CLOUDS_FILE
+from torch.utils.data import default_collate
+
+from point_peft import PointPeftModel, cli, geometry
+from point_peft.adapting.adapter import get_adapter
+from point_peft.bank import banks_of, frozen_tokens
+from point_peft.data.cloud_set import CloudSet
+from point_peft.files.format import CARD_FILE, CONFIG_FILE, RUN_FILE, TENSOR_FILE
+from point_peft.quickstart.data import load_digits_clouds
+from point_peft.training.folder import RECIPE_FILE, read_record, write_file
+from point_peft.training.opening import OpenedRun, clouds_of, open_run
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "point_peft" / "demo"
+DRAWN_POINTS = 128
+"""Points of a training cloud that stands for a row of a memory bank."""
+SHOWN_SAMPLES = {"digits": 4, "radar": 5, "ground": 3}
+
+OBJECTS = "--set memory_bank=true --set bank_size=400 --augment rotate_small,stretch --label-smoothing 0.1"
+CHOICES = {
+    "digits": ("digits.npz", f"{OBJECTS} --keep last --epochs 20"),
+    "radar": (
+        "radhar.npz",
+        f"{OBJECTS} --keep last --epochs 20 --group recording --val-share 0.2 --centre median --reach 2 --scale 2",
+    ),
+    "ground": (
+        "autzen_trim.laz",
+        "--classes '{other: [1], ground: [2]}' --split-along x --val-share 0.2 --test-share 0.3 --gap 10 "
+        "--num-points 2048 --centre ground --scale 50 --batch-size 8 --augment rotate_z,stretch "
+        "--keep last --epochs 25",
+    ),
+}
+"""Adapter -> its data, and how it is trained."""
+
+
+def write_digits(path: Path) -> None:
+    """The lifted digits as a file of arrays."""
+    clouds = load_digits_clouds()
+    parts = {"train": clouds.train, "val": clouds.val, "test": clouds.test}
+    np.savez_compressed(
+        path,
+        points=torch.cat([points for points, _ in parts.values()]).numpy(),
+        labels=torch.cat([labels for _, labels in parts.values()]).numpy(),
+        split=np.repeat(list(parts), [len(labels) for _, labels in parts.values()]),
+        class_names=np.array(clouds.class_names),
+    )
+
+
+def ship(name: str, run: Path) -> None:
+    """Copy what the page opens of a run: no pictures, no paths of this machine."""
+    folder = DEMO / "shipped" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in (CONFIG_FILE, TENSOR_FILE, RECIPE_FILE):
+        shutil.copyfile(run / file, folder / file)
+    card = (run / CARD_FILE).read_text("utf-8").splitlines()
+    write_file(folder / CARD_FILE, "\n".join(line for line in card if not line.startswith("![")).rstrip() + "\n")
+    record = read_record(run)
+    record["data"]["paths"] = [CHOICES[name][0]]
+    write_file(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def write_bank_clouds(name: str, run: OpenedRun, train: CloudSet) -> None:
+    """Write the training cloud that is most like each row of the memory bank, thinned to a few points."""
+    model = run.model
+    assert isinstance(model, PointPeftModel)
+    (bank,) = banks_of(get_adapter(model, "default"), "default")
+    likeness, points, labels = [], [], []
+    for first in range(0, len(train), run.recipe.batch_size):
+        batch = default_collate([train[i] for i in range(first, min(first + run.recipe.batch_size, len(train)))])
+        args, kwargs = run.inference.feed.inputs(batch)
+        with torch.no_grad():
+            likeness.append(bank.likenesses(bank.query(frozen_tokens(model, args, kwargs, bank.source, "default"))))
+        cloud = batch[0].float()
+        points.append(geometry.gather(cloud, geometry.farthest_point_sample(cloud, DRAWN_POINTS)))
+        labels.append(batch[1])
+    most = torch.cat(likeness).argmax(dim=0)
+    np.savez_compressed(
+        DEMO / "shipped" / name / BANK_CLOUDS_FILE,
+        points=torch.cat(points)[most].half().numpy(),
+        labels=torch.cat(labels)[most].numpy(),
+    )
+
+
+def write_samples(name: str, run: OpenedRun, clouds: CloudSet, data: Path) -> None:
+    """Write the first test cloud of each of some classes as a user's file: raw, with its label in the name."""
+    folder = DEMO / "samples"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob(f"{name}_*"):
+        old.unlink()
+    test = clouds.part("test")
+    if run.inference.segmentation:
+        write_columns(folder, name, test, data)
+        return
+    labels = [entry.label for entry in test.entries]
+    for label in np.linspace(0, len(run.classes) - 1, SHOWN_SAMPLES[name]).round().astype(int).tolist():
+        cloud = test.entries[labels.index(label)].read()
+        points = cloud.coordinates.astype(np.float16 if name == "digits" else np.float32)
+        np.savez_compressed(folder / f"{name}_{run.classes[label].replace(' ', '_')}.npz", points=points)
+
+
+def write_columns(folder: Path, name: str, test: CloudSet, data: Path) -> None:
+    """Write some columns of a scene, evenly spread over it, with all that its file has of their points."""
+    source = laspy.read(data)
+    places = {tuple(row): index for index, row in enumerate(np.stack([source.x, source.y, source.z], axis=1).tolist())}
+    for number, chosen in enumerate(np.linspace(0, len(test) - 1, SHOWN_SAMPLES[name] + 2).round().astype(int)[1:-1]):
+        cloud = test.entries[chosen].read()
+        rows = [places[tuple(row)] for row in cloud.coordinates.tolist()]
+        column = laspy.LasData(source.header)
+        column.points = source.points[rows]
+        column.write(folder / f"{name}_{number + 1}.laz")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is not trained yet, and write it into the package; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.shipped", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="where the real sets are")
+    parser.add_argument("--runs", type=Path, default=ROOT / "build" / "shipped", help="where the runs go")
+    parser.add_argument("--only", nargs="+", choices=sorted(CHOICES), default=list(CHOICES))
+    options = parser.parse_args(argv)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for name in options.only:
+        file, choices = CHOICES[name]
+        data = options.data / file if name != "digits" else options.runs / file
+        if name == "digits" and not data.exists():
+            write_digits(data)
+        code = cli.main(["train", str(data), "--out", str(options.runs / name), "--resume", *shlex.split(choices)])
+        if code:
+            return code
+        run = open_run(options.runs / name)
+        clouds = clouds_of(run, split="all")
+        ship(name, run.folder)
+        if not run.inference.segmentation:
+            write_bank_clouds(name, run, clouds.part("train"))
+        write_samples(name, run, clouds, data)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
