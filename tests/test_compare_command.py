@@ -21,9 +21,9 @@ from point_peft.training import compare, pictures
 from point_peft.training.agreement import at_most, kappa, share_interval, sign_test
 from point_peft.training.calibration import calibration_error, reliability
 from point_peft.training.opening import clouds_of, open_run
+from tests.following import follow
 from tests.test_several_adapters import count_samples
 from tests.test_train_command import BRIEF, CLASSES, PNG, cloud, ply, refused, results, run, write_rocks
-from tests.test_your_data import follow
 from tests.training import adapted, backbone, shapes
 
 ROOT = Path(__file__).parents[1]
@@ -287,7 +287,7 @@ def test_the_page_s_section_is_followed(runs: Path, tmp_path: Path, monkeypatch:
     for name, own in {"first": "bitfit", "second": "lora"}.items():
         shutil.copytree(runs / own, Path("runs") / name)
     names: dict[str, Any] = {}
-    follow(re.sub(r"```text\n.*?```", "", section, flags=re.DOTALL), names)
+    follow(section, names)
     found = json.loads(Path("comparison/compare.json").read_text())
     assert Path("comparison/compare.png").exists() and names["found"].agreement == pytest.approx(found["agreement"])
 

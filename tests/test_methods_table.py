@@ -302,7 +302,7 @@ raise SystemExit(pytest.main({guarantees!r}))
         "```text\nh <- h + s\n```",
         "from point_peft.tuners.shift_tuning import ShiftConfig",
         "from imported import ImportConfig",
-        "model = get_peft_model(backbone, ShiftConfig())",
+        "model = get_peft_model(default_backbone(cls_dim=10), ShiftConfig())",
         r"| `start` | `0.0` | What the shift \*begins\* with. |",
         "Not tried yet",
         "ShiftPart",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from point_peft import cli
+from tests.following import follow
 from tests.hub_server import HubServer
 from tests.test_train_command import CLASSES, cloud, ply
 
@@ -27,36 +25,6 @@ OBJECTS, SCENE = PAGE.read_text("utf-8").split("## Ground in an airborne scan")
 SURVEY = ROOT.parent / "shared" / "data" / "autzen_trim.laz"
 SURVEYED = 3000
 """So many points of it are taken, drawn at random."""
-
-
-def follow(text: str, names: dict[str, Any]) -> None:
-    """Do what the blocks of a text say, in the present folder: run commands and Python, write files of YAML."""
-    for language, block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL):
-        DOINGS[language](block, names)
-
-
-def run_commands(block: str, names: dict[str, Any]) -> None:
-    for line in block.replace("\\\n", "").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            assert words[0] == "point-peft" and cli.main(words[1:]) == 0, line
-
-
-def run_python(block: str, names: dict[str, Any]) -> None:
-    exec(compile(block, PAGE.name, "exec"), names)
-
-
-def write_file(block: str, names: dict[str, Any]) -> None:
-    """The first line is a comment with the name of the file."""
-    Path(block.splitlines()[0].removeprefix("#").strip()).write_text(block, "utf-8")
-
-
-DOINGS: dict[str, Callable[[str, dict[str, Any]], None]] = {
-    "sh": run_commands,
-    "python": run_python,
-    "yaml": write_file,
-}
-"""Language of a block -> what is done with it; a block of another one would not be followed."""
 
 
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)

@@ -175,12 +175,13 @@ def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="do not write, but fail if the page says otherwise")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     # Not taken where hooks are attached; its rounding is not that of the layers themselves.
     torch.backends.mha.set_fastpath_enabled(False)
     disable_progress_bars()
     text = page(matrix())
-    if parser.parse_args().check:
+    if options.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print("the page is right" if same else "the page says otherwise: python -m tools.capabilities")
         return 0 if same else 1

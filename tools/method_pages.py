@@ -140,12 +140,11 @@ def usage(method: str) -> list[str]:
     """Code that puts the method on a backbone."""
     config = METHODS[method]
     offered = vars(point_peft).get(config.__name__) is config
-    lines = ["```python"]
-    if offered:
-        lines.append(f"from point_peft import {config.__name__}, get_peft_model")
-    else:
-        lines += ["from point_peft import get_peft_model", f"from {home(config).__name__} import {config.__name__}"]
-    lines += ["", f"model = get_peft_model(backbone, {config.__name__}())"]
+    lines = ["```python", f"from point_peft import {f'{config.__name__}, ' if offered else ''}get_peft_model"]
+    lines.append("from point_peft.backbones import default_backbone")
+    if not offered:
+        lines.append(f"from {home(config).__name__} import {config.__name__}")
+    lines += ["", f"model = get_peft_model(default_backbone(cls_dim=10), {config.__name__}())"]
     return [*lines, "model.print_trainable_parameters()", "```"]
 
 
