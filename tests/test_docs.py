@@ -38,7 +38,19 @@ PAGES = [
 ]
 COMPARING = "## Comparing two adapters"
 """The section of docs/many_adapters.md that tests/test_compare_command.py follows, which has runs to compare."""
-FOLLOWED = {"docs/your_data.md": "test_your_data.py", "docs/tour.md": "test_tour.py"}
+FOLLOWED = {
+    f"docs/{page}.md": f"test_{page}.py"
+    for page in (
+        "from_a_fork",
+        "from_peft",
+        "own_backbone",
+        "own_method",
+        "several_gpus",
+        "sharing",
+        "tour",
+        "your_data",
+    )
+}
 """Page -> the test that follows it, and looks at what comes of it."""
 READ_ONLY = {
     "README.md": "50 epochs; tests/test_your_data.py runs these commands on few clouds",
