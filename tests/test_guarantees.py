@@ -24,5 +24,5 @@ def test_every_promise_has_a_test() -> None:
 def test_the_tests_that_are_named_exist(file: str) -> None:
     tree = ast.parse((PAGE.parents[1] / "tests" / file).read_text("utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    named = {"test_" + re.sub(r"[ ']", "_", words) for words, where in NAMED if where == file}
+    named = {"test_" + re.sub(r"[\s']+", "_", words) for words, where in NAMED if where == file}
     assert named <= defined, f"{file} has no {sorted(named - defined)}"
