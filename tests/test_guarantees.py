@@ -17,7 +17,7 @@ NAMED = re.findall(r"\[([^\]]+)\]\(\.\./tests/(\w+\.py)\)", PAGE.read_text("utf-
 def test_every_promise_has_a_test() -> None:
     assert len(ROWS) > 20 and len({promise for promise, _, _ in ROWS}) == len(ROWS)
     for promise, meaning, tests in ROWS:
-        assert meaning and re.fullmatch(r"(\[[^\]]+\]\(\.\./tests/\w+\.py\)(<br>)?)+", tests), promise
+        assert meaning and re.fullmatch(r"((• )?\[[^\]]+\]\(\.\./tests/\w+\.py\)(<br>)?)+", tests), promise
 
 
 @pytest.mark.parametrize("file", sorted({file for _, file in NAMED}))
