@@ -1,16 +1,19 @@
-"""The examples: the data sets, the quickstart from end to end and beside other methods."""
+"""The examples, on little data: what they say and leave behind. The server and the trainers have tests of their own."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from examples import quickstart
+from examples import export, many_tasks, own_backbone, own_data, push_and_pull, quickstart, segmentation, shapes
 from point_peft.quickstart import __main__ as program
 from point_peft.quickstart import compare, data
+
+pytest_plugins = ["tests.hub_fixture"]
 
 # --- data ---
 
@@ -123,3 +126,86 @@ def test_quickstart_says_before_it_begins_which_extra_it_needs(package, monkeypa
     with pytest.raises(SystemExit, match=words) as raised:
         program.main()
     assert "\n" not in str(raised.value) and capsys.readouterr().out == ""
+
+
+# --- the others ---
+
+
+def test_own_backbone(tmp_path, capsys):
+    """The script itself ends with an error where the backbone has changed or the reloaded adapter answers otherwise."""
+    own_backbone.main(["--steps", "3", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for words in (
+        "known by: traced",
+        "heads:         'answer'",
+        "test clouds",
+        "answers as before",
+        "equal bit for bit",
+    ):
+        assert words in printed
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_own_data(tmp_path, capsys):
+    small = ["--each", "10", "--epochs", "1", "--out", str(tmp_path / "made")]
+    own_data.main(small)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'made' / 'shapes'}: 28 clouds to train on, 4 to validate, 8 to test" in printed
+    assert "classes: ball, box, cone, cylinder\n" in printed
+    shares = re.search(r"^\w+_\d\d\.ply: ball (\d+) %, box (\d+) %, cone (\d+) %, cylinder (\d+) %$", printed, re.M)
+    assert shares and 97 <= sum(map(int, shares.groups())) <= 103
+    assert (tmp_path / "made" / "run" / "confusion.png").is_file()
+
+    own_data.main([str(tmp_path / "made" / "shapes"), *small])
+    again = capsys.readouterr().out
+    assert shares[0] in again and "epoch" not in again, "a folder that is there, and a run that is finished"
+
+
+def test_shapes_are_what_their_names_say():
+    rng = np.random.default_rng(0)
+    clouds = {kind: data.unit_sphere(shapes.shape(kind, 4000, rng)) for kind in shapes.KINDS}
+    assert all(cloud.shape == (4000, 3) for cloud in clouds.values())
+    cone = clouds["cone"]
+    low, high = cone[cone[:, 2] < 0], cone[cone[:, 2] > 0]
+    assert np.ptp(low[:, 0]) > 1.5 * np.ptp(high[:, 0]), "a cone stands on its wide end"
+
+
+def test_many_tasks(capsys):
+    many_tasks.main(["--steps", "2", "--train", "40", "--test", "12", "--points", "128"])
+    printed = capsys.readouterr().out
+    for words in ("digit: ", "parity: ", "% of 12 clouds", "ms a cloud", "digits and shapes in one batch: ", "% right"):
+        assert words in printed
+    assert re.search(r"routed: \d+ of 24 to their own adapter, \d+ to none", printed)
+
+
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+def test_push_and_pull(hub, capsys):
+    """The script itself ends with an error where what came back answers otherwise than what went."""
+    push_and_pull.main(["alice/digits", "--private", "--steps", "2", "--test", "8"])
+    printed = capsys.readouterr().out
+    assert f"pushed: {hub.url}/alice/digits/commit/{hub.commits('alice/digits')[0].oid}" in printed
+    assert "of 8 test clouds" in printed and "equal bit for bit" in printed
+    card = hub.files("alice/digits")["README.md"].decode()
+    assert "lifted digits" in card and "license: apache-2.0" in card
+
+
+def test_segmentation(tmp_path, capsys):
+    segmentation.main(["--points", "4000", "--epochs", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"village.npz: 4000 points, \d+ \+ \d+ \+ \d+ pieces to train, validate, test", printed)
+    assert re.search(r"run: mIoU \d+\.\d % in the east", printed)
+    assert (tmp_path / "scene.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export(capfd):
+    export.main(["--method", "lora", "--points", "64"])
+    printed, errors = capfd.readouterr()
+    assert re.search(r"^lora.onnx: \d+\.\d MB$", printed, re.M) and errors == ""
+    differences = re.findall(r"^\d at once: outputs \(\d, 10\), at most (\S+) from the model's$", printed, re.M)
+    assert len(differences) == 2 and all(float(difference) < 1e-4 for difference in differences)
+
+
+def test_export_of_point_peft_has_a_bank():
+    """Its export takes half a minute; tests/test_export.py exports every method on a small backbone."""
+    model = export.adapted("point_peft", torch.rand(32, 64, 3))
+    assert not model.training and any("bank" in name for name in model.state_dict())

@@ -1,7 +1,7 @@
 """One adapter as an ONNX file, for programs without Python.
 
-    python -m examples.export_onnx
-    python -m examples.export_onnx --method lora
+    python -m examples.export
+    python -m examples.export --method lora
 
 The file takes any number of clouds at once. What onnxruntime computes from it is compared with the model. LoRA is
 merged into the weights first, so that its file is no larger than the backbone's; other methods go along as they are,
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import onnxruntime
@@ -40,6 +41,7 @@ def adapted(method: str, clouds: Tensor) -> nn.Module:
 
 def export(model: nn.Module, clouds: Tensor, file: Path) -> None:
     """Write a model, adapted or merged, as an ONNX file for any number of clouds."""
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
     points = {0: torch.export.Dim.DYNAMIC}
     program = torch.onnx.export(model, (clouds,), dynamo=True, dynamic_shapes=(points,), verbose=False)
     if program is None:
@@ -51,9 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     """Export, then answer with the file and with the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("point_peft", "lora"), default="point_peft")
-    method = parser.parse_args(argv).method
+    parser.add_argument("--points", type=int, default=1024, help="points a cloud, which the file keeps to")
+    args = parser.parse_args(argv)
+    method = args.method
     torch.manual_seed(0)
-    clouds = torch.rand(40, 1024, 3)
+    clouds = torch.rand(40, args.points, 3)
     model = adapted(method, clouds[:32])
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file = Path(folder) / f"{method}.onnx"
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             points = clouds[32 : 32 + count]
             (output,) = session.run(None, {session.get_inputs()[0].name: points.numpy()})
             difference = float((torch.from_numpy(output) - model(points)).abs().max())
-            print(f"{count} clouds: outputs {tuple(output.shape)}, at most {difference:.1e} from the model's")
+            print(f"{count} at once: outputs {tuple(output.shape)}, at most {difference:.1e} from the model's")
 
 
 if __name__ == "__main__":
