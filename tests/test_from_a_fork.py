@@ -12,7 +12,7 @@ import torch
 
 from point_peft import PointPeftError, cli, extract
 from point_peft.backbones import PointTransformer, default_backbone, load_checkpoint
-from tests.test_docs import run_blocks
+from tests.following import follow
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "from_a_fork.md").read_text("utf-8")
@@ -20,7 +20,7 @@ TEXT = (ROOT / "docs" / "from_a_fork.md").read_text("utf-8")
 
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(TEXT, "from_a_fork.md")
+    follow(TEXT, {}, "from_a_fork.md", commands_run=False)
     assert (tmp_path / "from_fork" / "adapter_model.safetensors").exists()
 
 

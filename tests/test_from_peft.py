@@ -18,7 +18,7 @@ from point_peft import AdapterError, MatchError, PeftConfig, PointPeftModel, ini
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from tests.peft_package import peft
-from tests.test_docs import run_blocks
+from tests.following import follow
 
 import_module("peft.utils.hotswap")
 PAGE = Path(__file__).parents[1] / "docs" / "from_peft.md"
@@ -58,7 +58,7 @@ class Both(peft.PeftModel, peft.LoraModel):
 
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(TEXT, PAGE.name)
+    follow(TEXT, {}, PAGE.name)
     assert (tmp_path / "back" / "adapter_model.safetensors").exists()
 
 

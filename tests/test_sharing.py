@@ -14,7 +14,7 @@ from point_peft import LoraConfig, PointPeftError, PointPeftModel, cli, get_peft
 from point_peft.backbones import default_backbone
 from point_peft.hub import asking
 from tests.hub_server import HubServer
-from tests.test_your_data import follow
+from tests.following import follow
 
 pytest_plugins = ["tests.hub_fixture"]
 

@@ -30,6 +30,7 @@ FILES = {
     "Makefile",
     "README.md",
     "constraints.txt",
+    "mkdocs.yml",
     "pyproject.toml",
     "setup.py",
 }

@@ -3,8 +3,8 @@
     python -m tools.shipped                    # reads ../shared/data, trains in build/shipped, writes point_peft/demo
 
 Each is trained by `point-peft train` with the choices below, the last epoch counts, and its card has its figures. The
-samples are the first test clouds of some classes, and columns evenly spread over the tested part of the scan: nobody
-looked at the answers before they were chosen.
+samples are the first test clouds of some classes, and the columns of the tested part of the scan with as much ground as
+anything else: nobody looked at the answers before they were chosen.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "point_peft" / "demo"
 DRAWN_POINTS = 128
 """Points of a training cloud that stands for a row of a memory bank."""
+WHOLE_COLUMN = 1000
+"""Points of a column that is no rest at the edge of the scan."""
 SHOWN_SAMPLES = {"digits": 4, "radar": 5, "ground": 3}
 
 OBJECTS = "--set memory_bank=true --set bank_size=400 --augment rotate_small,stretch --label-smoothing 0.1"
@@ -121,15 +123,16 @@ def write_samples(name: str, run: OpenedRun, clouds: CloudSet, data: Path) -> No
 
 
 def write_columns(folder: Path, name: str, test: CloudSet, data: Path) -> None:
-    """Write some columns of a scene, evenly spread over it, with all that its file has of their points."""
+    """Write the whole columns of a scene whose labels are the most even, with all that its file has of their points."""
     source = laspy.read(data)
     places = {tuple(row): index for index, row in enumerate(np.stack([source.x, source.y, source.z], axis=1).tolist())}
-    for number, chosen in enumerate(np.linspace(0, len(test) - 1, SHOWN_SAMPLES[name] + 2).round().astype(int)[1:-1]):
-        cloud = test.entries[chosen].read()
-        rows = [places[tuple(row)] for row in cloud.coordinates.tolist()]
+    clouds = [cloud for cloud in (entry.read() for entry in test.entries) if len(cloud.coordinates) >= WHOLE_COLUMN]
+    shares = [np.mean([label == 1 for label in cloud.labels]) for cloud in clouds if cloud.labels is not None]
+    even = np.argsort(np.abs(np.array(shares) - 0.5), kind="stable")
+    for number, chosen in enumerate(even[: SHOWN_SAMPLES[name]].tolist(), start=1):
         column = laspy.LasData(source.header)
-        column.points = source.points[rows]
-        column.write(folder / f"{name}_{number + 1}.laz")
+        column.points = source.points[[places[tuple(row)] for row in clouds[chosen].coordinates.tolist()]]
+        column.write(folder / f"{name}_{number}.laz")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
