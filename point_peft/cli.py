@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from point_peft.config import TunerConfig
+from point_peft.demo.command import add_demo
 from point_peft.errors import AdapterFileError, PointPeftError, quoted
 from point_peft.files import format
 from point_peft.files.tensors import check_finite, dtype_name, unshared
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(command)
     command.set_defaults(run=_pull)
     add_commands(commands)
+    add_demo(commands)
     return parser
 
 

@@ -52,6 +52,7 @@ ORDER = [
     "library",
     "training",
     "integrations",
+    "demo",
     "cli",
     "__main__",
     "quickstart",
@@ -63,7 +64,7 @@ EXAMPLE = "quickstart"
 PIPELINE = tuple(PACKAGE / name for name in ("data", "training"))
 BACKBONES_SEE = {"errors", "geometry"}
 """The reference backbones know nothing of the library, and the library knows nothing of them."""
-NAMES_BACKBONES = ("training.models", "quickstart.tour", "quickstart.compare")
+NAMES_BACKBONES = ("training.models", "demo.task", "quickstart.tour", "quickstart.compare")
 """Modules that give users backbones by name, or that are written as a user's own."""
 
 METHODS = sorted(path.parent.name for path in PACKAGE.glob("tuners/*/__init__.py"))

@@ -46,6 +46,7 @@ QUESTIONS = {
     "data": "which clouds are in people's files?",
     "training": "how is an adapter trained?",
     "integrations": "other libraries",
+    "demo": "which page shows what an adapter does?",
     "cli": "the command line",
     "backbones": "reference backbones",
 }

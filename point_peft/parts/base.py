@@ -253,6 +253,11 @@ class Bank(SharedState):
         """The features (rows, c) that it was filled with, of unit length."""
         raise NotImplementedError
 
+    def likenesses(self, query: Tensor) -> Tensor:
+        """Cosines (b, rows) of queries (b, c) and the rows, as the bank compares them: here by direction alone."""
+        likenesses: Tensor = nn.functional.normalize(query.float(), dim=1) @ self.features().T
+        return likenesses
+
     def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:
         """Take features (rows, c); more than `size` are reduced, None: as the configuration says.
 

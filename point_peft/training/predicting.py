@@ -42,7 +42,7 @@ class Predictor:
         found = []
         for first in range(0, len(clouds), self.inference.batch_size):
             own = clouds[first : first + self.inference.batch_size]
-            samples = [self._sample(cloud, number)[0] for number, cloud in enumerate(own, start=first)]
+            samples = [self.sample(cloud, number)[0] for number, cloud in enumerate(own, start=first)]
             found.append(self._scores(samples).softmax(dim=1))
         return torch.cat(found)
 
@@ -51,11 +51,11 @@ class Predictor:
 
         `tile` is the side of the columns that the cloud is cut into; infinite: it is one object.
         """
-        scene = self._cut(cloud, name, tile)
+        scene = self.cut(cloud, name, tile)
         found: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         for first in range(0, len(scene.pieces), self.inference.batch_size):
             numbers = range(first, min(first + self.inference.batch_size, len(scene.pieces)))
-            prepared = [self._sample(scene.piece(number), number, category) for number in numbers]
+            prepared = [self.sample(scene.piece(number), number, category) for number in numbers]
             predicted = self._scores([sample for sample, _ in prepared]).argmax(dim=1).cpu().numpy()
             sizes = np.cumsum([len(rows) for _, rows in prepared])[:-1]
             found += list(zip(numbers, (rows for _, rows in prepared), np.split(predicted, sizes), strict=True))
@@ -70,14 +70,16 @@ class Predictor:
         numbers: npt.NDArray[np.int64] = np.array([known.get(code, UNKNOWN) for code in found.tolist()], np.int64)
         return numbers[inverse]
 
-    def _cut(self, cloud: Cloud, name: str, tile: float | None) -> Scene:
+    def cut(self, cloud: Cloud, name: str, tile: float | None) -> Scene:
+        """The pieces of a cloud that `segment` answers for, see there."""
         if tile is not None and math.isinf(tile):
             extent = np.ptp(cloud.coordinates[np.isfinite(cloud.coordinates).all(axis=1)], axis=0)
             tile = 2 * float(extent.max()) + 1
         options = replace(self.options, split_along=None, gap=0.0, tile=tile)
         return cut_scene(cloud, lambda: cloud, name, options, np.random.default_rng((self.options.seed, 0)))
 
-    def _sample(self, cloud: Cloud, number: int, category: int = 0) -> tuple[Sample, npt.NDArray[np.int64]]:
+    def sample(self, cloud: Cloud, number: int, category: int = 0) -> tuple[Sample, npt.NDArray[np.int64]]:
+        """A cloud as the model takes it, the `number`-th of those that are asked for, and the row of each point."""
         rng = np.random.default_rng((self.options.seed, number))
         points, _, rows = prepare(cloud, self.options.preparation, rng)
         size = (len(points),) if self.inference.segmentation else ()

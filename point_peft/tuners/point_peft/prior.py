@@ -55,6 +55,9 @@ class MemoryBank(Bank):
         length = ((b.square() - a * c).sqrt() - b) / a
         return self.mean + length[:, None] * along
 
+    def likenesses(self, query: Tensor) -> Tensor:
+        return self._direction(query.float()) @ self.rows.float().T
+
     def fill(self, features: Tensor, labels: Tensor | None = None, size: int | None = None) -> int:
         """Take features (rows, c) as the bank, scaled to unit length; more than `size` are reduced to prototypes.
 

@@ -1,0 +1,1 @@
+"""The page to try adapters in a browser: `point-peft demo`."""

@@ -1,0 +1,108 @@
+"""All tasks that are loaded, and their answers for the clouds that were asked for last."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from point_peft.demo.answer import Answer, answers_for, timed_swap
+from point_peft.demo.shown import ShownCloud, read_shown, without_folder
+from point_peft.demo.task import LoadedTask, free_name, open_task
+from point_peft.errors import DataError, PointPeftError
+
+HERE = Path(__file__).parent
+SHIPPED, SAMPLES = HERE / "shipped", HERE / "samples"
+KEPT = 16
+"""Clouds whose answers are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """The answers of all tasks for one cloud."""
+
+    shown: ShownCloud
+    of: dict[str, Answer]
+    """Name of the task -> its answer, in the order of the tasks."""
+    notes: tuple[str, ...]
+    """Sentences that were said on the way."""
+    seconds: float
+    """For all tasks, with everything that is shown."""
+    swap: float | None
+    """Seconds that it takes to make another adapter the active one."""
+
+
+class Board:
+    """The tasks of the page. Adapters of one backbone are in one model, however many there are."""
+
+    def __init__(self) -> None:
+        self.tasks: tuple[LoadedTask, ...] = ()
+        self.lock = threading.Lock()
+        """Forwards are watched by hooks on the model, one at a time."""
+        self.known: OrderedDict[tuple[Path, int, tuple[str, ...]], Answers] = OrderedDict()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks, in the order in which they were added."""
+        return [task.name for task in self.tasks]
+
+    def add(self, source: str) -> LoadedTask:
+        """Load an adapter of a folder or of a repository of the Hub; raises `PointPeftError`, and all is as it was."""
+        with self.lock:
+            name = free_name(Path(source).name, self.names)
+            task = open_task(source, name, self.tasks)
+            self.tasks = (*self.tasks, task)
+        return task
+
+    def answers(self, path: Path) -> Answers:
+        """The answers of all tasks for the cloud of a file, found once; raises `PointPeftError` for a bad one."""
+        with self.lock:
+            try:
+                key = (path, path.stat().st_mtime_ns, tuple(self.names))
+            except OSError as error:
+                raise DataError(f"{path.name} cannot be read any more: choose or upload a cloud again") from error
+            if key not in self.known:
+                self.known[key] = self._found(path)
+            self.known.move_to_end(key)
+            while len(self.known) > KEPT:
+                self.known.popitem(last=False)
+            return self.known[key]
+
+    def _found(self, path: Path) -> Answers:
+        shown = read_shown(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            began = time.perf_counter()
+            try:
+                of = answers_for(shown, self.tasks)
+            except PointPeftError as error:
+                raise DataError(without_folder(str(error), path)) from error
+            seconds = time.perf_counter() - began
+        notes = dict.fromkeys((*shown.notes, *(without_folder(str(warning.message), path) for warning in said)))
+        return Answers(shown=shown, of=of, notes=tuple(notes), seconds=seconds, swap=timed_swap(self.tasks))
+
+
+def shipped_folders() -> list[Path]:
+    """The folders of the adapters that come with the package."""
+    return sorted(path for path in SHIPPED.iterdir() if path.is_dir())
+
+
+def sample_files() -> dict[str, Path]:
+    """Name -> file of the clouds that come with the package."""
+    files = sorted(path for path in SAMPLES.iterdir() if path.is_file())
+    return {path.stem.replace("_", " "): path for path in files}
+
+
+def opened_board(sources: Sequence[str]) -> Board:
+    """A board with the shipped adapters and these; raises `PointPeftError` for one that cannot be loaded."""
+    board = Board()
+    for source in [*map(str, shipped_folders()), *sources]:
+        board.add(source)
+    # The first forward of a process is slow, and is not to be the first that somebody sees.
+    board.answers(next(iter(sample_files().values())))
+    board.known.clear()
+    return board
