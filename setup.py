@@ -16,6 +16,8 @@ SERVE = ["httpx>=0.28", "prometheus-client>=0.20", "starlette>=0.46", "uvicorn>=
 DATA = ["trimesh>=4", "laspy>=2.5", "lazrs>=0.5", "h5py>=3.10"]
 # Bars and pictures of training runs.
 TRAIN = ["matplotlib>=3.8", "tqdm>=4.60"]
+# The page to try adapters.
+DEMO = ["gradio>=6", "plotly>=6", "matplotlib>=3.8", *DATA]
 # Not needed to read or write its files; what they are read with elsewhere.
 PEFT = ["peft>=0.21"]
 # Farthest points on a GPU in one kernel.
@@ -59,7 +61,16 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["point_peft", "point_peft.*"]),
-    package_data={"point_peft": ["py.typed", "backbones/*.safetensors", "backbones/*.json"]},
+    package_data={
+        "point_peft": [
+            "py.typed",
+            "backbones/*.safetensors",
+            "backbones/*.json",
+            "demo/page.*",
+            "demo/samples/*",
+            "demo/shipped/*/*",
+        ]
+    },
     include_package_data=False,
     zip_safe=False,
     install_requires=[
@@ -74,6 +85,7 @@ setup(
     entry_points={"console_scripts": ["point-peft = point_peft.cli:main"]},
     extras_require={
         "data": DATA,
+        "demo": DEMO,
         "docs": DOCS,
         "examples": EXAMPLES,
         "fast": FAST,
@@ -82,6 +94,7 @@ setup(
         "train": TRAIN,
         "test": [
             *DATA,
+            *DEMO,
             *EXAMPLES,
             *TRAIN,
             *BACKBONES,

@@ -33,7 +33,9 @@ class Answer:
 
     task: LoadedTask
     shares: Tensor
-    """The probability (classes,) of each class; of points, the mean over them."""
+    """The probability (classes,) of each class of the cloud; or the share of the points that have it."""
+    sure: float
+    """The probability of the likeliest class; of points, the mean over them."""
     points: npt.NDArray[np.float64]
     """Where the points are (m, 3), in the unit of the file."""
     labels: npt.NDArray[np.int64] | None
@@ -63,7 +65,7 @@ class _Asked:
     rows: tuple[Rows, ...]
 
 
-def answers_for(shown: ShownCloud, tasks: Sequence[LoadedTask]) -> dict[str, Answer]:
+def answer_cloud(shown: ShownCloud, tasks: Sequence[LoadedTask]) -> dict[str, Answer]:
     """Name -> the answer of each task for a cloud; raises `PointPeftError` where a task cannot take the cloud."""
     found: dict[str, Answer] = {}
     for group in _groups(tasks):
@@ -158,6 +160,9 @@ def _answer(task: LoadedTask, shown: ShownCloud, asked: _Asked, seen: Sequence[_
     rows, first = np.unique(np.concatenate(asked.rows), return_index=True)
     shares = torch.cat([part.scores.softmax(dim=1) for part in seen]).cpu()
     labels = shares.argmax(dim=1).numpy()[first] if task.segmentation else None
+    sure = float(shares.max(dim=1).values.mean())
+    if labels is not None:
+        shares = torch.from_numpy(np.bincount(labels, minlength=shares.shape[1]) / len(labels))[None]
     true = task.predictor.numbered(shown.cloud) if labels is not None else None
     agreement = None
     if true is not None and labels is not None and (true[rows] >= 0).any():
@@ -176,7 +181,8 @@ def _answer(task: LoadedTask, shown: ShownCloud, asked: _Asked, seen: Sequence[_
     blocks = 0 if notes.attention is None else notes.block + 1
     return Answer(
         task=task,
-        shares=shares.mean(dim=0),
+        shares=shares[0],
+        sure=sure,
         points=shown.cloud.coordinates[rows],
         labels=labels,
         agreement=agreement,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from point_peft.demo.answer import Answer, answers_for, timed_swap
+from point_peft.demo.answer import Answer, answer_cloud, timed_swap
 from point_peft.demo.shown import ShownCloud, read_shown, without_folder
-from point_peft.demo.task import LoadedTask, free_name, open_task
+from point_peft.demo.task import LoadedTask, open_task, unused_name
 from point_peft.errors import DataError, PointPeftError
 
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ class Board:
     def add(self, source: str) -> LoadedTask:
         """Load an adapter of a folder or of a repository of the Hub; raises `PointPeftError`, and all is as it was."""
         with self.lock:
-            name = free_name(Path(source).name, self.names)
+            name = unused_name(Path(source).name, self.names)
             task = open_task(source, name, self.tasks)
             self.tasks = (*self.tasks, task)
         return task
@@ -78,7 +78,7 @@ class Board:
             warnings.simplefilter("always")
             began = time.perf_counter()
             try:
-                of = answers_for(shown, self.tasks)
+                of = answer_cloud(shown, self.tasks)
             except PointPeftError as error:
                 raise DataError(without_folder(str(error), path)) from error
             seconds = time.perf_counter() - began

@@ -14,7 +14,7 @@ from point_peft.demo.views import VIEWS, View, view_of
 
 DRAWN = 4000
 """Points of a cloud that are drawn."""
-DISTANCE = 2.2
+DISTANCE = 2.35
 """Of the camera from the middle of the cloud, whose longest side is about 1."""
 HEIGHT = 420
 """In pixels."""
@@ -47,7 +47,7 @@ def _trace(graphs: Any, name: str, kind: str, answer: Answer, *, visible: bool) 
         z=points[:, 2],
         mode="markers",
         marker={
-            "size": 2.4 if len(points) <= 1500 else 1.8,
+            "size": 2.4 if len(points) <= 1500 else 1.6,
             "color": own.values[chosen],
             "cmin": own.limits[0],
             "cmax": own.limits[1],

@@ -69,8 +69,7 @@ class Handling:
             task = self._meant(chosen)
             segmentation = self.answers(chosen).of[task].task.segmentation
             view = "label" if segmentation else "attention" if chosen.view == "label" else chosen.view
-            own = self._facing(replace(chosen, task=task, view=view))
-            return {**self.whole(own), "adapter": {"value": task}, "view": {"value": view}}
+            return self.whole(self._facing(replace(chosen, task=task, view=view)))
 
         return self._tried(found)
 
@@ -97,7 +96,10 @@ class Handling:
             task = self.board.add(source.strip())
             own = replace(chosen, task=task.name)
             names = self.board.names
-            choices: Update = {"adapter": {"choices": names, "value": own.task}, "other": {"choices": others(names)}}
+            choices: Update = {
+                "adapter": {"choices": names, "value": own.task},
+                "other": {"choices": others(names), "value": own.other},
+            }
             return {**self.whole(own, [f"{task.name} is loaded."]), **choices, "source": {"value": ""}}
 
         return self._tried(found)
@@ -127,6 +129,8 @@ class Handling:
         """Everything that depends on the cloud and the tasks; raises `PointPeftError` for a bad cloud."""
         answers = self.answers(chosen)
         turn, tilt = chosen.turn, chosen.tilt
+        # Whatever has been chosen in the meantime, the page shows what belongs together.
+        kept = {"cloud": chosen.cloud, "adapter": chosen.task, "other": chosen.other, "view": chosen.view}
         return {
             "plot_a": {"value": figure_of(answers, chosen.task, chosen.view, turn, tilt)},
             "caption_a": {"value": markup.caption(view_of(answers.of[chosen.task], chosen.view).caption, "a")},
@@ -134,6 +138,7 @@ class Handling:
             "near": {"value": markup.near_panels(answers, chosen.task)},
             "tasks": {"value": markup.tasks_table(answers)},
             "note": hidden(markup.note([*said, *answers.notes])),
+            **{name: {"value": value} for name, value in kept.items()},
             "turn": {"value": turn},
             "tilt": {"value": tilt},
             **self._beside(answers, chosen),
@@ -197,7 +202,7 @@ def hidden(html: str) -> dict[str, Any]:
 def facing(answer: Answer) -> tuple[float, float]:
     """Angles (turn, tilt) of a camera that sees most of a cloud."""
     across, deep, high = np.ptp(answer.points, axis=0).tolist()
-    return (-75.0, 60.0) if high < 0.6 * max(across, deep) else (-60.0, 20.0)
+    return (-80.0, 65.0) if high < 0.6 * max(across, deep) else (-60.0, 20.0)
 
 
 def others(names: Iterable[str]) -> list[tuple[str, str]]:

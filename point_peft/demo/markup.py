@@ -45,14 +45,8 @@ def answer_panels(answers: Answers, side: str, task: str) -> str:
 def _answer(answer: Answer) -> str:
     best = escape(answer.task.classes[answer.best])
     share = _percent(float(answer.shares[answer.best]))
-    if answer.labels is None:
-        said = f'{best} <span class="pp-share">{share}</span>'
-        what = "the cloud is"
-    else:
-        most = int(np.bincount(answer.labels, minlength=len(answer.task.classes)).argmax())
-        own = _percent(float((answer.labels == most).mean()))
-        said = f'{escape(answer.task.classes[most])} <span class="pp-share">{own} of the points</span>'
-        what = "most points are"
+    what = "the cloud is" if answer.labels is None else "most points are"
+    said = f'{best} <span class="pp-share">{share}</span>'
     agreement = (
         "" if answer.agreement is None else f"{_percent(answer.agreement)} of the points as the file labels them."
     )
@@ -76,7 +70,7 @@ def _bars(answer: Answer) -> str:
             f'<td class="pp-bar"><i style="width:{100 * share:.1f}%{colour}"></i></td>'
             f'<td class="pp-number">{_percent(share)}</td></tr>'
         )
-    what = "mean over the points" if answer.labels is not None else "probability"
+    what = "share of the points" if answer.labels is not None else "probability"
     head = f'<tr><th scope="col">class</th><th scope="col" colspan="2">{what}</th></tr>'
     left = f'<p class="pp-small">{count - SHOWN_CLASSES} more classes</p>' if count > SHOWN_CLASSES else ""
     return f'<table class="pp-bars"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>{left}'
@@ -124,7 +118,7 @@ def thumbnail(points: npt.NDArray[np.float32], label: str) -> str:
     dots = "".join(f"M{x:.0f} {y:.0f}h0" for x, y in places.tolist())
     return (
         f'<svg viewBox="0 0 {THUMBNAIL} {THUMBNAIL}" role="img" aria-label="{escape(label)}">'
-        f'<path d="{dots}" fill="none" stroke="currentColor" stroke-width="2.4" stroke-linecap="round"/></svg>'
+        f'<path d="{dots}" fill="none" stroke="var(--pp-bar)" stroke-width="2.4" stroke-linecap="round"/></svg>'
     )
 
 
@@ -136,7 +130,7 @@ def tasks_table(answers: Answers) -> str:
         if id(answer.task.model) not in models:
             models.append(id(answer.task.model))
         place = models.index(id(answer.task.model))
-        share = _percent(float(answer.shares[answer.best]))
+        share = _percent(answer.sure)
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th><td>{escape(answer.task.classes[answer.best])}</td>'
             f'<td class="pp-number">{share}</td><td class="pp-number">{_milliseconds(answer.seconds)}</td>'

@@ -9,13 +9,13 @@ from typing import Any
 
 from point_peft.data.optional import optional
 from point_peft.demo.figure import DISTANCE
-from point_peft.demo.handling import NOTHING, PICTURE_FILE, Chosen, Handling, Update, hidden, others
+from point_peft.demo.handling import NOTHING, PICTURE_FILE, Chosen, Handling, Update, others
 from point_peft.demo.views import VIEWS
 
 HERE = Path(__file__).parent
 TITLE = "Try Point-PEFT"
 ABOUT = "One frozen backbone, one small file per task. Choose a cloud and an adapter: see what it answers, and why."
-UPLOADS = "PLY, OFF, LAS, LAZ, NPY, NPZ"
+UPLOADS = "PLY, OFF, LAS, LAZ, NPY, NPZ and other formats"
 CHOICES = ("cloud", "uploaded", "adapter", "other", "view", "turn", "tilt")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 """Fonts of the system: none is fetched."""
@@ -51,7 +51,8 @@ def _choices(gr: Any, parts: Parts, handling: Handling, first: Chosen) -> None:
     names = handling.board.names
     with gr.Group(elem_classes="pp-card"):
         parts["cloud"] = gr.Radio(handling.clouds(first), value=first.cloud, label="Cloud", elem_id="pp-cloud")
-        parts["upload"] = gr.UploadButton(f"Upload {UPLOADS}", size="sm", elem_id="pp-upload")
+        parts["upload"] = gr.UploadButton("Upload a cloud", size="sm", elem_id="pp-upload")
+        gr.HTML(f'<p class="pp-small">{UPLOADS}</p>')
     with gr.Group(elem_classes="pp-card"):
         parts["adapter"] = gr.Radio(names, value=first.task, label="Adapter", elem_id="pp-adapter")
         parts["other"] = gr.Radio(others(names), value=NOTHING, label="Compare with", elem_id="pp-other")
@@ -73,10 +74,10 @@ def _choices(gr: Any, parts: Parts, handling: Handling, first: Chosen) -> None:
 
 def _answers(gr: Any, parts: Parts, made: Update) -> None:
     def html(name: str) -> Any:
-        return gr.HTML(**made.get(name, hidden("")), elem_id=f"pp-{name.replace('_', '-')}")
+        return gr.HTML(**made.get(name, {"value": ""}), elem_id=f"pp-{name.replace('_', '-')}")
 
-    for name in ("alert", "note", "compared"):
-        parts[name] = html(name)
+    parts["alert"] = gr.HTML("", visible=False, elem_id="pp-alert")
+    parts["note"], parts["compared"] = html("note"), html("compared")
     with gr.Row(elem_id="pp-sides", equal_height=False):
         for side in "ab":
             with gr.Column(visible=side == "a", min_width=280, elem_classes=f"pp-card pp-side-{side}") as column:
@@ -157,8 +158,8 @@ def launch(blocks: Any, host: str, port: int | None, browser: bool, folder: Path
         theme=gr.themes.Base(
             font=FONT, font_mono=["ui-monospace", "monospace"], primary_hue="blue", neutral_hue="slate"
         ),
-        css_paths=HERE / "page.css",
-        head=f"<script>{script}</script>",
+        # Not as its css=, to which Gradio puts selectors of its own.
+        head=f"<style>{(HERE / 'page.css').read_text('utf-8')}</style><script>{script}</script>",
         app_kwargs={"middleware": [middleware.Middleware(OwnHostOnly)]},
     )
     return str(address)

@@ -48,6 +48,6 @@ def _draw_shares(axes: Any, answer: Answer) -> None:
     axes.barh(range(len(order)), shares, color=colours)
     axes.set_yticks(range(len(order)), [answer.task.classes[number] for number in order])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="of the points, %" if answer.labels is not None else "probability, %")
+    axes.set(xlim=(0, 100), xlabel="share of the points, %" if answer.labels is not None else "probability, %")
     axes.set_title(f"{answer.task.name}: {answer.task.classes[answer.best]}", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

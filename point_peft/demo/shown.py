@@ -12,7 +12,7 @@ from point_peft.data.cloud import Cloud
 from point_peft.data.reading import read_cloud
 from point_peft.errors import DataError, PointPeftError
 
-MOST_OF_SCENE = 20_000
+MOST_OF_SCENE = 12_000
 """Points of a scene that are answered for: more would take longer than a second."""
 
 

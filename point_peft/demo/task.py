@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from point_peft.adapter_set import AdapterSet
-from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import default_backbone
 from point_peft.data.cloud import Sample
 from point_peft.data.options import DataOptions
@@ -31,7 +30,6 @@ from point_peft.training.recipe import Recipe
 from point_peft.training.state import adapters_of
 
 ASSUMED = "its files do not say how clouds are prepared: centred, into the unit sphere, 1024 points"
-HEADLESS = "it has no head of its own, so its answers are those of a head that nobody has trained"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,8 +118,7 @@ def _of_adapter(folder: Path, name: str, others: Sequence[LoadedTask]) -> Loaded
         segmentation=scores.ndim == 3,
     )
     predictor = Predictor(inference=inference, classes=classes, options=DataOptions(), codes={})
-    assumed = ASSUMED if get_adapter(held, name).saved else f"{ASSUMED}; {HEADLESS}"
-    return LoadedTask(name=name, adapter=name, predictor=predictor, assumed=assumed)
+    return LoadedTask(name=name, adapter=name, predictor=predictor, assumed=ASSUMED)
 
 
 def _tried(held: AdapterSet, name: str, feed: Feed, device: torch.device) -> Tensor:
@@ -146,7 +143,7 @@ def _taken_by(others: Sequence[LoadedTask], folder: Path, name: str) -> LoadedTa
     return None
 
 
-def free_name(wanted: str, taken: Sequence[str]) -> str:
+def unused_name(wanted: str, taken: Sequence[str]) -> str:
     """A name for a task that an adapter may bear and that none of these has."""
     name = re.sub(r"[^A-Za-z0-9_\-]+", "_", wanted).strip("_-")[:80] or "adapter"
     numbers = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]

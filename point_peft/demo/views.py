@@ -51,7 +51,7 @@ def _by_height(answer: Answer, why: str) -> View:
         values=(height - low).astype(np.float32),
         colours=SCALE,
         limits=(0.0, max(high - low, 1e-9)),
-        caption=f"{why} {_ramp('low', 'high')}".strip(),
+        caption=f"{why} {_ramp('low', 'high')}".strip() if why else f"height {_ramp('low', 'high')}",
     )
 
 
@@ -73,12 +73,11 @@ def _by_attention(answer: Answer) -> View | None:
     if answer.attention is None:
         return None
     low, high = float(answer.attention.min()), float(answer.attention.max())
-    said = f"of a token’s attention goes to prompts ({answer.block})"
     return View(
         values=answer.attention,
         colours=SCALE,
         limits=(low, max(high, low + 1e-9)),
-        caption=f"{_ramp(f'{100 * low:.0f} %', f'{100 * high:.0f} %')} {said}",
+        caption=f"attention to prompts in {answer.block} {_ramp(f'{100 * low:.0f} %', f'{100 * high:.0f} %')}",
     )
 
 
