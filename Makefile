@@ -12,11 +12,12 @@ OR_LOG := > $(LOG) 2>&1 || { cat $(LOG); exit 1; }
 SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
 
-.PHONY: help quickstart check test docs gpu lint types smoke clean
+.PHONY: help quickstart demo check test docs gpu lint types smoke clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart  make .venv, install, and run the main job; ARGS="--help" says what it takes'
+	@echo 'make demo        install, and open the page to try adapters; ARGS="--port 8000" and the like go to it'
 	@echo 'make check       a minute: lint, types and a few quick tests; before every commit'
 	@echo 'make test        everything: lint, types and the whole suite; PYTEST_ARGS goes to pytest'
 	@echo 'make docs        the site, into build/site; a warning is an error'
@@ -28,6 +29,9 @@ help:
 quickstart: $(VENV)/.examples
 	@start=$$(date +%s) && $(BIN)/python -m examples.quickstart $(ARGS) && \
 	echo "all of it, after installation, took $$(($$(date +%s) - start)) s"
+
+demo: $(VENV)/.demo
+	$(BIN)/point-peft demo $(ARGS)
 
 check: lint types smoke
 
@@ -62,10 +66,15 @@ $(VENV)/.examples: $(SETUP) | $(BIN)/pip
 	@$(PIP_INSTALL) -e '.[examples]' $(OR_LOG)
 	@touch $@
 
+$(VENV)/.demo: $(SETUP) | $(BIN)/pip
+	@echo 'installing point_peft and the page to try into $(VENV): some minutes the first time'
+	@$(PIP_INSTALL) -e '.[demo]' $(OR_LOG)
+	@touch $@
+
 $(VENV)/.test: $(SETUP) | $(BIN)/pip
 	@echo 'installing point_peft and what the tests need into $(VENV): some minutes the first time'
 	@$(PIP_INSTALL) -e '.[test,examples]' $(OR_LOG)
-	@touch $@ $(VENV)/.examples
+	@touch $@ $(VENV)/.examples $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

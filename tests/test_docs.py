@@ -54,6 +54,7 @@ FOLLOWED = {
 """Page -> the test that follows it, and looks at what comes of it."""
 READ_ONLY = {
     "README.md": "50 epochs; tests/test_your_data.py runs these commands on few clouds",
+    "docs/demo.md": "a server, which never ends; tests/test_demo_browser.py runs it",
     "docs/many_adapters.md": "of a large model; tests/test_extract_command.py runs extract",
 }
 """Page -> the reason why the arguments of its commands are read and no more."""
@@ -198,7 +199,7 @@ def test_right_commands_are_found_right(tmp_path: Path) -> None:
     check_make(["docs", 'PYTEST_ARGS=""'])
     check_pip(["install", "-e", ".[data,train]"])
     check_python(["-m", "tools.capabilities", "--check"])
-    check_python(["examples/export_onnx.py"])
+    check_python(["examples/export.py"])
     check_launcher(["launch", "--num_processes", "2", "-m", "point_peft", "train", "scans", "--out", "runs/a"])
 
 
