@@ -17,8 +17,8 @@ import point_peft
 from point_peft import AdapterError, MatchError, PeftConfig, PointPeftModel, initialise
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
-from tests.peft_package import peft
 from tests.following import follow
+from tests.peft_package import peft
 
 import_module("peft.utils.hotswap")
 PAGE = Path(__file__).parents[1] / "docs" / "from_peft.md"

@@ -13,8 +13,8 @@ import torch
 from point_peft import LoraConfig, PointPeftError, PointPeftModel, cli, get_peft_model
 from point_peft.backbones import default_backbone
 from point_peft.hub import asking
-from tests.hub_server import HubServer
 from tests.following import follow
+from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.hub_fixture"]
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import laspy
 import numpy as np
 import torch
-from point_peft.demo.nearest import BANK_CLOUDS_FILE
 from torch.utils.data import default_collate
 
 from point_peft import PointPeftModel, cli, geometry
 from point_peft.adapting.adapter import get_adapter
 from point_peft.bank import banks_of, frozen_tokens
 from point_peft.data.cloud_set import CloudSet
+from point_peft.demo.nearest import BANK_CLOUDS_FILE
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, RUN_FILE, TENSOR_FILE
 from point_peft.quickstart.data import load_digits_clouds
 from point_peft.training.folder import RECIPE_FILE, read_record, write_file
