@@ -10,8 +10,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.60"]
-# examples/serve.py, and examples/load.py, which asks it.
-SERVE = ["httpx>=0.28", "prometheus-client>=0.20", "starlette>=0.46", "uvicorn>=0.34"]
+# The server of the examples.
+SERVE = ["prometheus-client>=0.20", "starlette>=0.46", "uvicorn>=0.34"]
 # Formats of clouds that NumPy does not read.
 DATA = ["trimesh>=4", "laspy>=2.5", "lazrs>=0.5", "h5py>=3.10"]
 # Bars and pictures of training runs.

@@ -66,18 +66,17 @@ Ask = Callable[..., Coroutine[Any, Any, tuple[int, Any]]]
 
 @asynccontextmanager
 async def asking(server: serve.Server) -> AsyncIterator[tuple[Ask, int]]:
-    """A server at work, a client of it, and its port; answers of JSON come as what they mean."""
-    async with load.running(server) as client:
+    """A server at work, one connection to it, and its port; answers of JSON come as what they mean."""
+    async with load.running(server) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
         async def ask(what: str, content: Any = b"") -> tuple[int, Any]:
-            method, path = what.split(" ")
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            answer = await client.request(method, path, content=body)
-            return answer.status_code, answer.text if what == "GET /metrics" else answer.json()
+            status, answer = await load.ask(reader, writer, what, body)
+            return status, answer.decode() if what == "GET /metrics" else json.loads(answer)
 
-        port = client.base_url.port
-        assert port is not None
         yield ask, port
+        writer.close()
 
 
 def predict(adapter: str, cloud: Tensor = CLOUDS[0]) -> dict[str, Any]:
@@ -358,10 +357,9 @@ def test_what_was_asked_is_answered_before_the_end(folder: Path, expected: dict[
     server = serve.Server(tiny(10), folder)
 
     async def run() -> list[load.Reply]:
-        async with load.running(server) as client:
-            # It asks nothing, and is not waited for.
-            _, idle = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-            asked = asyncio.ensure_future(load.ask(client, iter([("task05", 2)]), CLOUDS.tolist()))
+        async with load.running(server) as port:
+            _, idle = await asyncio.open_connection("127.0.0.1", port)  # asks nothing, and is not waited for
+            asked = asyncio.ensure_future(load.client(port, iter([("task05", 2)]), CLOUDS.tolist()))
             while not server.batches.clouds:
                 await asyncio.sleep(0)
         idle.close()
