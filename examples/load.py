@@ -14,24 +14,22 @@ import argparse
 import asyncio
 import json
 import random
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
-import uvicorn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when it is run as a file, not with -m
 
 from examples.serve import Server
+from examples.serving.loopback import ask, running
 from examples.serving.random_adapters import answers_alone, apart, write_adapters
 from point_peft.backbones import PointTransformer, default_backbone
 
@@ -55,32 +53,6 @@ def embedded(classes: int) -> PointTransformer:
     return default_backbone(cls_dim=classes).eval()
 
 
-@asynccontextmanager
-async def running(server: Server) -> AsyncIterator[int]:
-    """A server at work on a free port of the loopback, which is given; at the end all that was asked is answered."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    carrier = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
-    serving = asyncio.create_task(carrier.serve(sockets=[listener]))
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        carrier.should_exit = True
-        await serving
-
-
-async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, what: str, body: bytes = b""
-) -> tuple[int, bytes]:
-    """Status and body that come for "POST /predict" or "GET /metrics" over an open connection.
-
-    So bare a client takes next to nothing of the processor that the server is measured on.
-    """
-    writer.write(f"{what} HTTP/1.1\r\nHost: loopback\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    length = next(line.partition(":")[2] for line in head.split("\r\n") if line.startswith("content-length:"))
-    return int(head.split()[1]), await reader.readexactly(int(length))
-
-
 async def client(port: int, asked: Iterator[tuple[str, int]], clouds: Sequence[object]) -> list[Reply]:
     """Ask over one connection, one request after another, for what no other client has asked yet."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -97,7 +69,7 @@ async def client(port: int, asked: Iterator[tuple[str, int]], clouds: Sequence[o
 async def send(server: Server, asked: Sequence[tuple[str, int]], clouds: Tensor, connections: int) -> list[Reply]:
     """Start a server, ask it over so many connections at once, and end it."""
     left, points = iter(asked), clouds.tolist()
-    async with running(server) as port:
+    async with running(server.app) as port:
         replies = await asyncio.gather(*(client(port, left, points) for _ in range(connections)))
     return [reply for own in replies for reply in own]
 

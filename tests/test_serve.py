@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from examples import load, serve
 from examples.serve import MAX_BODY
+from examples.serving.loopback import ask as send_and_receive
+from examples.serving.loopback import running
 from examples.serving.random_adapters import answers_alone, apart, write_adapters
 from point_peft import LoraConfig, PeftConfig, RoutingBankConfig, get_peft_model
 from point_peft.backbones import PointTransformer
@@ -67,12 +69,12 @@ Ask = Callable[..., Coroutine[Any, Any, tuple[int, Any]]]
 @asynccontextmanager
 async def asking(server: serve.Server) -> AsyncIterator[tuple[Ask, int]]:
     """A server at work, one connection to it, and its port; answers of JSON come as what they mean."""
-    async with load.running(server) as port:
+    async with running(server.app) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
         async def ask(what: str, content: Any = b"") -> tuple[int, Any]:
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            status, answer = await load.ask(reader, writer, what, body)
+            status, answer = await send_and_receive(reader, writer, what, body)
             return status, answer.decode() if what == "GET /metrics" else json.loads(answer)
 
         yield ask, port
@@ -357,7 +359,7 @@ def test_what_was_asked_is_answered_before_the_end(folder: Path, expected: dict[
     server = serve.Server(tiny(10), folder)
 
     async def run() -> list[load.Reply]:
-        async with load.running(server) as port:
+        async with running(server.app) as port:
             _, idle = await asyncio.open_connection("127.0.0.1", port)  # asks nothing, and is not waited for
             asked = asyncio.ensure_future(load.client(port, iter([("task05", 2)]), CLOUDS.tolist()))
             while not server.batches.clouds:

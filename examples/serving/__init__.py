@@ -1,1 +1,1 @@
-"""The parts of `serve.py`: batches of mixed adapters, what is counted, adapters to try it with."""
+"""The parts of `serve.py` (batches of mixed adapters, what is counted) and of `load.py` (adapters to try, a client)."""
