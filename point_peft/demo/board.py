@@ -17,6 +17,8 @@ from point_peft.errors import DataError, PointPeftError
 
 HERE = Path(__file__).parent
 SHIPPED, SAMPLES = HERE / "shipped", HERE / "samples"
+SETS = ("radar", "digits", "ground")
+"""The order of the shipped adapters, and of their samples."""
 KEPT = 16
 """Clouds whose answers are kept."""
 
@@ -88,12 +90,12 @@ class Board:
 
 def shipped_folders() -> list[Path]:
     """The folders of the adapters that come with the package."""
-    return sorted(path for path in SHIPPED.iterdir() if path.is_dir())
+    return [SHIPPED / name for name in SETS]
 
 
 def sample_files() -> dict[str, Path]:
     """Name -> file of the clouds that come with the package."""
-    files = sorted(path for path in SAMPLES.iterdir() if path.is_file())
+    files = [path for name in SETS for path in sorted(SAMPLES.glob(f"{name}_*"))]
     return {path.stem.replace("_", " "): path for path in files}
 
 

@@ -18,6 +18,8 @@ from point_peft.demo.views import view_of
 from point_peft.errors import DataError, PointPeftError
 from point_peft.training.folder import write_file
 
+FIRST = "radar walk"
+"""The sample that the page begins with."""
 NOTHING = "-"
 """The choice of no adapter to compare with, which is no name of one."""
 PICTURE_FILE = "out.png"
@@ -52,13 +54,7 @@ class Handling:
     def begin(self) -> Chosen:
         """The choices that the page begins with."""
         first = Chosen(
-            cloud=next(iter(self.samples)),
-            uploaded="",
-            task=self.board.names[0],
-            other=NOTHING,
-            view="attention",
-            turn=0,
-            tilt=0,
+            cloud=FIRST, uploaded="", task=self.board.names[0], other=NOTHING, view="attention", turn=0, tilt=0
         )
         return self._facing(first)
 

@@ -48,13 +48,12 @@ def _answer(answer: Answer) -> str:
     what = "the cloud is" if answer.labels is None else "most points are"
     said = f'{best} <span class="pp-share">{share}</span>'
     agreement = (
-        "" if answer.agreement is None else f"{_percent(answer.agreement)} of the points as the file labels them."
+        "" if answer.agreement is None else f"{_percent(answer.agreement)} of these points as the file labels them."
     )
-    assumed = f"Note: {answer.task.assumed}." if answer.task.assumed else ""
-    notes = " ".join(filter(None, [agreement, escape(assumed)]))
-    return f'<h2><span class="pp-says">{escape(answer.task.name)} says {what}</span> {said}</h2>{_bars(answer)}' + (
-        f'<p class="pp-small">{notes}</p>' if notes else ""
-    )
+    notes = " ".join(filter(None, [escape(answer.task.said), agreement]))
+    about = f'<p class="pp-small">{notes}</p>' if notes else ""
+    name = escape(answer.task.name)
+    return f'<h2><span class="pp-says">{name} says {what}</span> {said}</h2>{about}{_bars(answer)}'
 
 
 def _bars(answer: Answer) -> str:

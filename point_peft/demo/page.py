@@ -13,7 +13,7 @@ from point_peft.demo.handling import NOTHING, PICTURE_FILE, Chosen, Handling, Up
 from point_peft.demo.views import VIEWS
 
 HERE = Path(__file__).parent
-TITLE = "Try Point-PEFT"
+TITLE = "Try point_peft"
 ABOUT = "One frozen backbone, one small file per task. Choose a cloud and an adapter: see what it answers, and why."
 UPLOADS = "PLY, OFF, LAS, LAZ, NPY, NPZ and other formats"
 CHOICES = ("cloud", "uploaded", "adapter", "other", "view", "turn", "tilt")

@@ -24,12 +24,12 @@ from point_peft.training.feeding import Feed, on_device
 from point_peft.training.inference import Inference
 from point_peft.training.models import to_inputs_of
 from point_peft.training.objective import Loss, scores_of
-from point_peft.training.opening import open_run
+from point_peft.training.opening import OpenedRun, open_run
 from point_peft.training.predicting import Predictor
 from point_peft.training.recipe import Recipe
 from point_peft.training.state import adapters_of
 
-ASSUMED = "its files do not say how clouds are prepared: centred, into the unit sphere, 1024 points"
+ASSUMED = "Its files do not say how clouds are prepared: here centred, in the unit sphere, 1024 points."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +42,8 @@ class LoadedTask:
     predictor: Predictor
     clouds: BankClouds | None = None
     """The training clouds of its bank."""
-    assumed: str = ""
-    """A choice that its files leave open, in words."""
+    said: str = ""
+    """A sentence on it: its accuracy on test clouds, or a choice that its files leave open."""
 
     @property
     def model(self) -> nn.Module:
@@ -86,12 +86,23 @@ def open_task(source: str, name: str, others: Sequence[LoadedTask]) -> LoadedTas
 def _of_run(folder: Path, name: str, others: Sequence[LoadedTask]) -> LoadedTask:
     run = open_run(folder)
     if adapters_of(run.model) is None:
-        return LoadedTask(name=name, adapter=None, predictor=run.predictor)
+        return LoadedTask(name=name, adapter=None, predictor=run.predictor, said=_accuracy(run))
     beside = _taken_by(others, folder, name)
     if beside is None:
-        return LoadedTask(name=name, adapter=ACTIVE, predictor=run.predictor)
+        return LoadedTask(name=name, adapter=ACTIVE, predictor=run.predictor, said=_accuracy(run))
     inference = replace(run.inference, model=beside.model, wrapped=beside.model)
-    return LoadedTask(name=name, adapter=name, predictor=replace(run.predictor, inference=inference))
+    predictor = replace(run.predictor, inference=inference)
+    return LoadedTask(name=name, adapter=name, predictor=predictor, said=_accuracy(run))
+
+
+def _accuracy(run: OpenedRun) -> str:
+    """The run's accuracy on test clouds, or if there were none on those of the validation; "" where neither was."""
+    results = run.record["results"]
+    for split, name in (("test", "test"), ("val", "validation")):
+        if split in results:
+            what = "points" if run.inference.segmentation else "clouds"
+            return f"Right for {results[split]['accuracy']:.1f} % of its {name} {what}."
+    return ""
 
 
 def _of_adapter(folder: Path, name: str, others: Sequence[LoadedTask]) -> LoadedTask:
@@ -118,7 +129,7 @@ def _of_adapter(folder: Path, name: str, others: Sequence[LoadedTask]) -> Loaded
         segmentation=scores.ndim == 3,
     )
     predictor = Predictor(inference=inference, classes=classes, options=DataOptions(), codes={})
-    return LoadedTask(name=name, adapter=name, predictor=predictor, assumed=ASSUMED)
+    return LoadedTask(name=name, adapter=name, predictor=predictor, said=ASSUMED)
 
 
 def _tried(held: AdapterSet, name: str, feed: Feed, device: torch.device) -> Tensor:
