@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools import concepts
+from tools import architecture, concepts, overview
 
 PAGE = Path(__file__).parents[1] / "docs" / "concepts.md"
 
@@ -31,6 +31,11 @@ def test_the_figures_are_those_of_the_tool(name: str) -> None:
     drawn = (concepts.OUT / f"{name}.svg").read_text("utf-8")
     assert drawn == concepts.FIGURES[name](), "draw them anew: python -m tools.concepts"
     assert f"concepts/{name}.svg" in PAGE.read_text("utf-8"), "the page does not show it"
+
+
+@pytest.mark.parametrize("tool", [overview, architecture], ids=["overview", "architecture"])
+def test_other_figures_are_those_of_their_tools(tool: Any) -> None:
+    assert tool.OUT.read_text("utf-8") == tool.picture(), f"draw it anew: python -m {tool.__name__}"
 
 
 def test_no_figure_is_left_over() -> None:

@@ -154,7 +154,7 @@ def launch(blocks: Any, host: str, port: int | None, browser: bool, folder: Path
         prevent_thread_lock=True,
         footer_links=[],
         ssr_mode=False,
-        allowed_paths=[str(folder)],
+        allowed_paths=[str(folder / PICTURE_FILE)],
         theme=gr.themes.Base(
             font=FONT, font_mono=["ui-monospace", "monospace"], primary_hue="blue", neutral_hue="slate"
         ),

@@ -256,7 +256,8 @@ def _cached(repo_id: str, place: Place, why: str) -> Path:
 def list_adapters(base_model: str, *, token: Token = None) -> list[huggingface_hub.ModelInfo]:
     """The repositories of the Hub with adapters of point_peft for a base, those most downloaded first.
 
-    A base is named as the adapters name it: `base_model_name_or_path`, a repository of the Hub.
+    A base is named as the adapters name it: `base_model_name_or_path`, a repository of the Hub. An adapter's own name
+    finds nothing.
     """
     check_names(base_model, None, None, token)
     if constants.HF_HUB_OFFLINE:
