@@ -66,6 +66,7 @@ setup(
             "py.typed",
             "backbones/*.safetensors",
             "backbones/*.json",
+            "demo/SOURCES.md",
             "demo/page.*",
             "demo/samples/*",
             "demo/shipped/*/*",

@@ -174,7 +174,7 @@ def test_a_scene_and_its_colours(visit: Visit) -> None:
     pictures = []
     for label, view, key in (
         ("Height", "height", "low"),
-        ("Attention to prompts", "attention", "attention to prompts in block"),
+        ("Attention", "attention", "attention to prompts in block"),
         ("Neighbourhood", "neighbourhood", "tokens: the points of one colour"),
         ("Label", "label", "ground"),
     ):

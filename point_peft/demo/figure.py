@@ -14,8 +14,8 @@ from point_peft.demo.views import VIEWS, View, view_of
 
 DRAWN = 4000
 """Points of a cloud that are drawn."""
-DISTANCE = 2.35
-"""Of the camera from the middle of the cloud, whose longest side is about 1."""
+DISTANCE = 1.8
+"""Of the camera from the middle of the cube that holds the cloud, whose sides are 1."""
 HEIGHT = 420
 """In pixels."""
 
@@ -30,7 +30,7 @@ def camera(turn: float, tilt: float) -> dict[str, Any]:
 def figure_of(answers: Answers, task: str, view: str, turn: float, tilt: float) -> Any:
     """The figure with every task's cloud in every view; of these, one is visible."""
     graphs: Any = optional("plotly.graph_objects", "figures of clouds", "demo")
-    figure = graphs.Figure(layout=_layout(turn, tilt))
+    figure = graphs.Figure(layout=_layout(answers.of[task], turn, tilt))
     for name, answer in answers.of.items():
         for kind in VIEWS:
             figure.add_trace(_trace(graphs, name, kind, answer, visible=(name, kind) == (task, view)))
@@ -40,7 +40,9 @@ def figure_of(answers: Answers, task: str, view: str, turn: float, tilt: float) 
 def _trace(graphs: Any, name: str, kind: str, answer: Answer, *, visible: bool) -> Any:
     own = view_of(answer, kind)
     chosen = np.linspace(0, len(answer.points) - 1, min(len(answer.points), DRAWN)).astype(np.int64)
-    points = (answer.points - answer.points.mean(axis=0))[chosen].astype(np.float32)
+    points = (answer.points - answer.points.mean(axis=0))[chosen].astype(
+        np.float32
+    )  # near the origin, float32 is exact
     return graphs.Scatter3d(
         x=points[:, 0],
         y=points[:, 1],
@@ -54,11 +56,19 @@ def _trace(graphs: Any, name: str, kind: str, answer: Answer, *, visible: bool) 
             "colorscale": _scale(own),
             "line": {"width": 0},
         },
-        meta={"task": name, "view": kind, "caption": own.caption},
+        meta={"task": name, "view": kind, "caption": own.caption, "cube": cube(answer)},
         visible=visible,
         hoverinfo="skip",
         showlegend=False,
     )
+
+
+def cube(answer: Answer) -> list[list[float]]:
+    """The ranges of three axes, as long as each other, that hold the points of an answer."""
+    points = answer.points - answer.points.mean(axis=0)
+    least, most = points.min(axis=0), points.max(axis=0)
+    half = 0.51 * max(float((most - least).max()), 1e-6)
+    return [[middle - half, middle + half] for middle in ((least + most) / 2).tolist()]
 
 
 def _scale(view: View) -> list[list[Any]]:
@@ -66,7 +76,7 @@ def _scale(view: View) -> list[list[Any]]:
     return [[place / last, colour] for place, colour in enumerate(view.colours)]
 
 
-def _layout(turn: float, tilt: float) -> dict[str, Any]:
+def _layout(answer: Answer, turn: float, tilt: float) -> dict[str, Any]:
     clear = "rgba(0,0,0,0)"
     return {
         "height": HEIGHT,
@@ -75,10 +85,10 @@ def _layout(turn: float, tilt: float) -> dict[str, Any]:
         "paper_bgcolor": clear,
         "plot_bgcolor": clear,
         "scene": {
-            "aspectmode": "data",
+            "aspectmode": "cube",
             "bgcolor": clear,
             "camera": camera(turn, tilt),
             "dragmode": "turntable",
-            **{f"{axis}axis": {"visible": False} for axis in "xyz"},
+            **{f"{axis}axis": {"visible": False, "range": own} for axis, own in zip("xyz", cube(answer), strict=True)},
         },
     }

@@ -196,7 +196,9 @@ def hidden(html: str) -> dict[str, Any]:
 
 
 def facing(answer: Answer) -> tuple[float, float]:
-    """Angles (turn, tilt) of a camera that sees most of a cloud."""
+    """Angles (turn, tilt) of a camera that sees most of a cloud; of a scene, from above and aside."""
+    if answer.labels is not None:
+        return -60.0, 45.0
     across, deep, high = np.ptp(answer.points, axis=0).tolist()
     return (-80.0, 65.0) if high < 0.6 * max(across, deep) else (-60.0, 20.0)
 

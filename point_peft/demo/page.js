@@ -12,8 +12,10 @@
     const plot = document.querySelector(`#pp-cloud-${side} .js-plotly-plot`);
     if (!plot?.data) return;
     const visible = plot.data.map(({ meta }) => meta.task === task && meta.view === view);
-    window.Plotly.restyle(plot, { visible });
-    document.querySelector(`[data-caption="${side}"]`).innerHTML = plot.data[visible.indexOf(true)].meta.caption;
+    const { caption, cube } = plot.data[visible.indexOf(true)].meta;
+    const [x, y, z] = cube;
+    window.Plotly.update(plot, { visible }, { "scene.xaxis.range": x, "scene.yaxis.range": y, "scene.zaxis.range": z });
+    document.querySelector(`[data-caption="${side}"]`).innerHTML = caption;
   }
 
   function turn() {

@@ -15,7 +15,7 @@ from point_peft.demo.views import VIEWS
 HERE = Path(__file__).parent
 TITLE = "Try point_peft"
 ABOUT = "One frozen backbone, one small file per task. Choose a cloud and an adapter: see what it answers, and why."
-UPLOADS = "PLY, OFF, LAS, LAZ, NPY, NPZ and other formats"
+UPLOADS = "PLY, OFF, LAS, LAZ, NPY, NPZ and more"
 CHOICES = ("cloud", "uploaded", "adapter", "other", "view", "turn", "tilt")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 """Fonts of the system: none is fetched."""
@@ -39,7 +39,7 @@ def page(handling: Handling) -> Any:
         gr.HTML(f"<h1>{TITLE}</h1><p>{ABOUT}</p>", elem_classes="pp-head")
         parts: Parts = {"uploaded": gr.State("")}
         with gr.Row(equal_height=False):
-            with gr.Column(scale=0, min_width=280, elem_id="pp-choices"):
+            with gr.Column(scale=0, min_width=312, elem_id="pp-choices"):
                 _choices(gr, parts, handling, first)
             with gr.Column(scale=1, min_width=320):
                 _answers(gr, parts, made)

@@ -32,12 +32,12 @@ def _draw_cloud(axes: Any, answer: Answer, view: str, turn: float, tilt: float) 
     scale = colors.LinearSegmentedColormap.from_list("view", own.colours, N=max(256, len(own.colours)))
     chosen = np.linspace(0, len(answer.points) - 1, min(len(answer.points), DRAWN)).astype(np.int64)
     low, high = own.limits
-    axes.scatter(*answer.points[chosen].T, c=own.values[chosen], cmap=scale, vmin=low, vmax=high, s=5, linewidths=0)
+    axes.scatter(*answer.points[chosen].T, c=own.values[chosen], cmap=scale, vmin=low, vmax=high, s=7, linewidths=0)
     spans = np.ptp(answer.points, axis=0)
-    axes.set_box_aspect(np.maximum(spans, 0.05 * max(spans.max(), 1e-9)), zoom=1.3)
+    axes.set_box_aspect(np.maximum(spans, 0.05 * max(spans.max(), 1e-9)), zoom=1.5)
     axes.view_init(elev=tilt, azim=turn)
     axes.set_axis_off()
-    axes.set_title(f"coloured by {VIEWS[view].lower()}", fontsize=9, color="#5d6874")
+    axes.set_title(f"colours: {VIEWS[view].lower()}", fontsize=9, color="#5d6874")
 
 
 def _draw_shares(axes: Any, answer: Answer) -> None:
@@ -45,8 +45,8 @@ def _draw_shares(axes: Any, answer: Answer) -> None:
     shares = [100 * float(answer.shares[number]) for number in order]
     own = [BAR if number == answer.best else OTHER for number in order]
     colours = [class_colour(number) for number in order] if answer.labels is not None else own
-    axes.barh(range(len(order)), shares, color=colours)
-    axes.set_yticks(range(len(order)), [answer.task.classes[number] for number in order])
+    axes.barh(range(len(order)), shares, color=colours, height=0.6)
+    axes.set_yticks(range(len(order)), [answer.task.classes[number] for number in order], fontsize=10)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="share of the points, %" if answer.labels is not None else "probability, %")
     axes.set_title(f"{answer.task.name}: {answer.task.classes[answer.best]}", fontsize=11, loc="left")

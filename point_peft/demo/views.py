@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from point_peft.demo.answer import Answer
 
-VIEWS = {"height": "Height", "label": "Label", "attention": "Attention to prompts", "neighbourhood": "Neighbourhood"}
-"""View -> its name on the page."""
+VIEWS = {"height": "Height", "label": "Label", "attention": "Attention", "neighbourhood": "Neighbourhood"}
+"""View -> its name on the page; attention is that to prompts."""
 SCALE = ("#3a6fd0", "#1f9d9a", "#7fb13a", "#e0a326")
 """From low to high: all of them can be seen on white and on near black."""
 CLASSES = ("#3f7fd6", "#d9822b", "#2b9a66", "#c04a9c", "#8a8f1f", "#d2504a", "#7a63d1", "#1f97a8", "#a0673c", "#6f7a86")
