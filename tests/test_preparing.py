@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from point_peft.data.cloud import Cloud, Entry
+from point_peft.data.cloud import UNKNOWN, Cloud, Entry
 from point_peft.data.cloud_set import CloudSet
 from point_peft.data.preparing import Preparation, Prepared, prepare
 from point_peft.errors import DataError, PointPeftError
@@ -173,4 +173,5 @@ def test_a_cloud_set_has_prepared_samples() -> None:
     entry = Entry(read=cloud, source="a.ply")
     dataset = CloudSet(entries=(entry,), task="segmentation", classes=tuple(map(str, range(50))))
     points, label, _ = dataset[0]
-    assert points.shape == (1024, 3) and sorted(set(label.tolist())) == list(range(50))
+    assert points.shape == (1024, 3) and sorted(label[label != UNKNOWN].tolist()) == list(range(50))
+    assert (label == UNKNOWN).sum() == 1024 - 50, "a copy has no label, so that it does not count again"

@@ -55,13 +55,15 @@ class CloudSet(Dataset[Sample]):
         return sample
 
     def _prepared(self, entry: Entry, number: int) -> Sample:
-        points, labels, _ = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
+        points, labels, rows = prepare(entry.read(), self.preparation, np.random.default_rng((self.seed, number)))
         if self.task == "classification":
             label = torch.tensor(UNKNOWN if entry.label is None else entry.label)
-        elif labels is None:
-            label = torch.full((len(points),), UNKNOWN)
         else:
-            label = torch.from_numpy(labels)
+            label = torch.full((len(points),), UNKNOWN)
+            if labels is not None:
+                # Copies that fill up a cloud count once, in loss and figures: else a piece of one point is 2048.
+                _, first = np.unique(rows, return_index=True)
+                label[first] = torch.from_numpy(labels[first])
         self._check_labels(label, entry)
         return Sample(torch.from_numpy(points), label, torch.tensor(entry.category))
 

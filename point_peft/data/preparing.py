@@ -27,7 +27,7 @@ class Preparation:
 
     num_points: Annotated[int | None, at_least(1)] = 1024
     """Points a cloud, in the order of the file: of more, so many are drawn at random, each at most once; fewer are all
-    taken, followed by copies of points drawn at random. None: all."""
+    taken, followed by copies of points drawn at random; labels of copies do not count. None: all."""
     centre: Literal["mean", "median", "ground", "none"] = "mean"
     """"mean", "median", "ground" (mean of x and y, least z) or "none"."""
     scale: str | float = "sphere"
