@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +20,6 @@ from playwright.sync_api import Browser, sync_playwright
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox",
-    "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -33,13 +32,16 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
+NO_GRAPHICS = ("--disable-gpu",)
+
+
 @contextmanager
-def browser() -> Iterator[Browser]:
+def chromium(flags: Sequence[str] = NO_GRAPHICS) -> Iterator[Browser]:
     """A browser without a window."""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+        yield launched
+        launched.close()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

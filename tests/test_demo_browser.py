@@ -1,6 +1,6 @@
 """The page to try adapters in a real browser: what a visitor sees, by mouse and by keyboard alone, in light and dark.
 
-Chromium is Debian's. Each test leaves a picture of what it saw in build/screenshots.
+Each test leaves a picture of what it saw in build/screenshots.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
+from tests.browser import chromium, needs_chromium
 from tests.hanging import LONG
 
-CHROMIUM = Path("/usr/bin/chromium")
-if not CHROMIUM.exists():
-    pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe has the rules of accessibility")
-pytest.importorskip("gradio", reason="the page is made with gradio")
+pytestmark = needs_chromium
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-FLAGS = [
-    *("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"),
-    # A cloud is drawn by WebGL, here without a graphics card.
-    *("--disable-component-update", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"),
-]
+# A cloud is drawn by WebGL, here without a graphics card.
+FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}}
 SHOWN = """side => document.querySelector(`#pp-cloud-${side} .js-plotly-plot`).data
@@ -67,12 +61,10 @@ def address(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """One browser for all visits, which keeps what it has fetched."""
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+    with chromium(FLAGS) as launched:
         context = launched.new_context(accept_downloads=True)
         context.set_default_timeout(1000 * LONG / 5)
         yield context
-        launched.close()
 
 
 class Visit:
@@ -118,7 +110,7 @@ class Visit:
         """Keep a picture, and see that axe finds nothing, that no other host was asked, and that nothing broke."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"demo_{picture}.png", full_page=True)
-        found = axe.Axe().run(self.page, options=RULES).response["violations"]
+        found = Axe().run(self.page, options=RULES).response["violations"]
         assert not [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
         assert not self.foreign and not self.errors
 

@@ -20,7 +20,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 import point_peft
 from point_peft import backbones, geometry, training
-from tests.browser import browser, needs_chromium, served
+from tests.browser import chromium, needs_chromium, served
 from tools.site_api import PAGES, identifiers
 from tools.site_docstrings import as_markdown
 from tools.site_links import outside, rewritten
@@ -165,9 +165,9 @@ def test_it_is_legible_in_a_browser(site: Path) -> None:
     seen: list[str] = []
     asked: set[str] = set()
     """Addresses, and errors of scripts."""
-    with served(site) as address, browser() as chromium:
+    with served(site) as address, chromium() as launched:
         for scheme, width in itertools.product(SCHEMES, (1280, 390)):
-            context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            context = launched.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page = context.new_page()
             page.on("request", lambda request: asked.add(request.url))
             page.on("pageerror", lambda error: asked.add(str(error)))
