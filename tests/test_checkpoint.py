@@ -86,6 +86,15 @@ def test_a_pre_training_checkpoint_fills_the_backbone_only(tmp_path: Path, prefi
     assert "not in the file: cls_head_finetune.0.bias, " in str(report)
 
 
+def test_what_is_unexpected_is_counted_by_its_names_within_wrappers(tmp_path: Path) -> None:
+    others = {"MAE_decoder.norm.weight": torch.zeros(24), "mask_token": torch.zeros(1)}
+    content = prefixed({**prefixed(snapshot(model(1)), "MAE_encoder."), **others}, "module.")
+    torch.save({"base_model": content}, tmp_path / "a.pth")
+    report = load_checkpoint(model(2), tmp_path / "a.pth")
+    assert report.unexpected == ("module.MAE_decoder.norm.weight", "module.mask_token"), "as the file has them"
+    assert "in the file but not in the model: MAE_decoder (1), mask_token (1)" in str(report)
+
+
 def test_point_bert_reads_the_student_and_not_its_head(tmp_path: Path) -> None:
     source = snapshot(model(1, encoder_dims=16, head_norm=False))
     target = model(2, encoder_dims=16, head_norm=False)

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +163,7 @@ def _strip(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[s
     """The tensors of the backbone by their bare name, each with its name in the file; and the names of all others."""
     bare: dict[str, tuple[str, Tensor]] = {}
     for original, tensor in tensors.items():
-        name = original
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
+        name = _unwrapped(original)
         if name in bare:
             raise PointPeftError(f"{path}: {bare[name][0]} and {original} are both called {name} without their wrapper")
         bare[name] = (original, tensor)
@@ -174,6 +173,12 @@ def _strip(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[s
             outside = [original for name, (original, _) in bare.items() if name not in inside]
             return {name.removeprefix(prefix): bare[name] for name in inside}, outside
     return bare, []
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
 
 
 def _nearest(held: Iterable[str], wanted: Iterable[str]) -> str:
@@ -193,8 +198,6 @@ def _nearest(held: Iterable[str], wanted: Iterable[str]) -> str:
 
 
 def _summary(names: Iterable[str]) -> str:
-    """Names counted by their first part, such as `MAE_decoder (46), mask_token (1)`."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name.split(".", 1)[0]] = counts.get(name.split(".", 1)[0], 0) + 1
+    """Names counted by their first part within wrappers, such as `MAE_decoder (46), mask_token (1)`."""
+    counts = Counter(_unwrapped(name).split(".", 1)[0] for name in names)
     return ", ".join(f"{first} ({count})" for first, count in sorted(counts.items()))
