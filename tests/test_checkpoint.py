@@ -237,12 +237,35 @@ class Payload:
         return Path.touch, (Path("payload"),)  # type: ignore[return-value]
 
 
+class Options:
+    """What a training script saves beside its tensors."""
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"base_model": snapshot(model(1)), "metrics": Payload()}, tmp_path / "a.pth")
     with pytest.raises(PointPeftError, match="cannot be read as tensors only"):
         load_checkpoint(model(1), tmp_path / "a.pth")
     assert not (tmp_path / "payload").exists()
+
+
+def test_why_a_file_is_no_tensors_is_said_in_one_line(tmp_path: Path) -> None:
+    """Torch goes on for many, in bold print, and advises to run whatever is in the file."""
+    whole = tmp_path / "whole.pth"
+    torch.save(snapshot(model(1)), whole)
+    for name, content, reason in (
+        ("objects.pth", None, rf"it holds '{Payload.__module__}.Options' too; save the state dict alone$"),
+        ("torn.pth", whole.read_bytes()[:1000], "['\"]PytorchStreamReader failed reading zip archive.*['\"]$"),
+        ("empty.pth", b"", "(\\w+|['\"].+['\"])$"),
+        ("text.pth", b"no checkpoint", "(\\w+|['\"].+['\"])$"),
+    ):
+        if content is None:
+            torch.save({"base_model": snapshot(model(1)), "options": Options()}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(PointPeftError, match=rf"{name} cannot be read as tensors only: {reason}") as caught:
+            load_checkpoint(model(1), tmp_path / name)
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 def test_numpy_numbers_among_the_metrics_do_not_hinder(tmp_path: Path) -> None:

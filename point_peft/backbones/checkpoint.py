@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from point_peft.backbones.point_transformer import PointTransformer
-from point_peft.errors import PointPeftError
+from point_peft.errors import PointPeftError, quoted
 
 # Where training scripts put the weights inside of what they save; the first that is there counts.
 CONTAINERS = ("model", "base_model", "state_dict", "model_state_dict")
@@ -149,7 +150,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Ignored, name) for name in _METRICS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
-        raise PointPeftError(f"{path} cannot be read as tensors only: {error}") from error
+        raise PointPeftError(f"{path} cannot be read as tensors only: {_reason(error)}") from error
     for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
@@ -157,6 +158,15 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise PointPeftError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _reason(error: Exception) -> str:
+    """A line of what torch says, which otherwise goes on with how to read whatever is in the file."""
+    words = str(error).rpartition("WeightsUnpickler error: ")[2]
+    forbidden = re.search(r"GLOBAL (\S+)", words)
+    if forbidden is not None:
+        return f"it holds {quoted(forbidden[1])} too; save the state dict alone"
+    return quoted(words.strip().partition("\n")[0], 200) if words else type(error).__name__
 
 
 def _strip(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
