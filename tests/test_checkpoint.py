@@ -208,8 +208,20 @@ def test_a_file_of_another_model_is_refused_with_the_nearest_names(tmp_path: Pat
     with pytest.raises(PointPeftError, match=r"It holds zzz \(1\); the model has blocks.blocks.0.attn.proj.bias"):
         load_checkpoint(model(1), tmp_path / "far.pth")
     torch.save({"epoch": 1}, tmp_path / "empty.pth")
-    with pytest.raises(PointPeftError, match="holds no tensors at all"):
+    with pytest.raises(PointPeftError, match=r"It holds no tensors itself\.$"):
         load_checkpoint(model(1), tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize("beside", [{"epoch": 3, "optimizer": {"lr": 1.0}}, {"step": torch.tensor(3)}])
+def test_a_container_of_an_unknown_name_is_named(tmp_path: Path, beside: dict[str, Any]) -> None:
+    source = snapshot(model(1))
+    torch.save({"net": source, **beside}, tmp_path / "a.pth")
+    with pytest.raises(PointPeftError, match="no tensor fits the model") as caught:
+        load_checkpoint(model(2), tmp_path / "a.pth")
+    assert f"'net' holds {len(source)} tensors" in str(caught.value) and "optimizer" not in str(caught.value)
+    torch.save(torch.load(tmp_path / "a.pth", weights_only=True)["net"], tmp_path / "b.pth")
+    assert "torch.save(torch.load(path)['net'], …)" in str(caught.value), "as is done here"
+    assert load_checkpoint(model(2), tmp_path / "b.pth").missing == ()
 
 
 def test_names_that_become_equal_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -94,7 +95,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
     which less than half would be filled. After an error the model is as it was.
     """
     path = Path(path)
-    source, unexpected = _strip(path, _read(path))
+    content = _read(path)
+    source, unexpected = _strip(path, _tensors(content))
     own = model.state_dict()
     fitting = {}
     for name, (original, tensor) in source.items():
@@ -106,7 +108,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
         else:
             fitting[name] = tensor
     if not fitting:
-        raise PointPeftError(f"{path}: no tensor fits the model. {_nearest(source, own)}")
+        raise PointPeftError(f"{path}: no tensor fits the model. {_nearest(source, own)}{_deeper(content)}")
     report = CheckpointReport(
         loaded=tuple(sorted(fitting)),
         missing=tuple(sorted(own.keys() - fitting.keys())),
@@ -137,8 +139,8 @@ def default_backbone(cls_dim: int) -> PointTransformer:
     return model
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name."""
+def _read(path: Path) -> Mapping[Any, Any]:
+    """What a file holds, out of its container: tensors by name, and maybe other things."""
     if not path.is_file():
         raise PointPeftError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":
@@ -157,6 +159,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping):
         raise PointPeftError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -195,7 +201,7 @@ def _nearest(held: Iterable[str], wanted: Iterable[str]) -> str:
     """For the error: what the file calls its tensors and what the model calls the most similar ones."""
     names, targets = sorted(held), sorted(wanted)
     if not names:
-        return "It holds no tensors at all."
+        return "It holds no tensors itself."
     pairs = []
     for name in names:
         for near in difflib.get_close_matches(name, targets, n=1, cutoff=0.5):
@@ -205,6 +211,16 @@ def _nearest(held: Iterable[str], wanted: Iterable[str]) -> str:
     if pairs:
         return f"Nearest names: {', '.join(pairs)}."
     return f"It holds {_summary(names)}; the model has {', '.join(targets[:3])}, ..."
+
+
+def _deeper(content: Mapping[Any, Any]) -> str:
+    """For the error: the entries of a file that hold tensors themselves, a container of a name that is not known."""
+    counts = {quoted(key): len(_tensors(entry)) for key, entry in content.items() if isinstance(entry, Mapping)}
+    held = {key: count for key, count in counts.items() if count}
+    if not held:
+        return ""
+    listed = ", ".join(f"{key} holds {count} tensors" for key, count in held.items())
+    return f" In it, {listed}: save the weights alone, torch.save(torch.load(path)[{next(iter(held))}], …)"
 
 
 def _summary(names: Iterable[str]) -> str:
