@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from point_peft import PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model
+from point_peft import LoraConfig, PeftConfig, PointPEFTConfig, PointPeftModel, get_peft_model
 from point_peft.adapting.adapter import get_adapter
 from point_peft.backbones import PointTransformer
 from point_peft.errors import AdapterError, AdapterFileError
@@ -379,14 +379,14 @@ def _top(**values: Any) -> Callable[[dict[str, Any]], None]:
         (_tuner(target_modules=["nonsense"]), "does not fit this model: no block matches 'nonsense'"),
         (_tuner(target_modules="("), "does not fit this model: .*is not a regular expression"),
         (_tuner(layers_to_transform=[99]), "does not fit this model: .*there is no block 99"),
-        (_tuner(layers_to_transform=[0]), r"made for modules 'blocks\.blocks\.0.* otherwise than this model has them"),
-        (_top(adapted_modules=[]), "otherwise than this model has them"),
-        (_top(adapted_modules=[1, {}]), "otherwise than this model has them"),
+        (_tuner(layers_to_transform=[0]), r"for other modules: this model lacks \d+ of its \d+ \('blocks"),
+        (_top(adapted_modules=[]), r"for other modules: this model has \d+ more \('blocks.*, …\)$"),
+        (_top(adapted_modules=[1, {}]), r"lacks 2 of its 2 \('1', '{}'\) and has \d+ more \("),
         (_top(adapted_modules={}), "lacks heads or adapted_modules"),
         (_top(heads=None), "lacks heads or adapted_modules"),
         (_top(heads={"cls_haed": None}), "has its own 'cls_haed', .*nearest: 'cls_head_finetune'"),
         (_top(heads={"": None}), "has its own ''"),
-        (_top(heads={}), "otherwise than this model has them"),
+        (_top(heads={}), r"this model lacks 1 of its \d+ \('cls_head_finetune'\)$"),
         (_top(heads={HEAD: None}), "the description of the head .* is not one: None"),
         (_top(heads={HEAD: {"layer": "Bilinear", "arguments": {}}}), "asks for a layer 'Bilinear'; known layers"),
         (_top(heads={HEAD: {"layer": "Identity", "arguments": {}}}), "a tensor 'cls_head_fine.* that the ad"),
@@ -446,8 +446,18 @@ def test_another_backbone_is_refused(saved: Path, options: dict[str, Any]) -> No
     if options == {"num_group": 8}:  # has the same tensors: cannot be told, and is none of the adapter's business
         PointPeftModel.from_pretrained(backbone(**options), saved)
         return
-    with pytest.raises(AdapterFileError, match="another backbone|otherwise than this|this model needs"):
+    with pytest.raises(AdapterFileError, match="another backbone|made for other|this model needs"):
         PointPeftModel.from_pretrained(backbone(**options), saved)
+
+
+@pytest.mark.parametrize(
+    "depth, words", [(3, r"has 1 more \('blocks.*.2.attn.qkv'\)"), (1, r"lacks 1 of its 3 \('blocks.*.1.attn.qkv'\)")]
+)
+def test_modules_that_are_lacking_or_more_are_counted(tmp_path: Path, depth: int, words: str) -> None:
+    get_peft_model(backbone(), LoraConfig(r=2)).save_pretrained(tmp_path)
+    # As the adapter lies at all blocks, of another depth there are others.
+    with pytest.raises(AdapterFileError, match=f"made for other modules: this model {words}$"):
+        PointPeftModel.from_pretrained(backbone(depth=depth), tmp_path)
 
 
 def test_another_class_is_refused(saved: Path) -> None:

@@ -309,7 +309,7 @@ def test_another_anatomy_and_other_modules(tmp_path: Path) -> None:
     assert model.anatomy is not None
     unlike = to_json(dataclasses.replace(model.anatomy, heads=()))
     for change, match in (
-        ({"adapted_modules": about["adapted_modules"][1:]}, f"it adapts '{about['adapted_modules'][0]}' otherwise"),
+        ({"adapted_modules": about["adapted_modules"][1:]}, rf"has 1 more \('{about['adapted_modules'][0]}'\);"),
         ({"anatomy": unlike}, "states another anatomy"),
     ):
         (folder / CONFIG_FILE).write_text(json.dumps({**about, **change}))

@@ -325,7 +325,7 @@ def _() -> None:
     PointPeftModel.from_pretrained(backbone(encoder_dims=32), saved())
 
 
-@says("the adapter was made for modules … otherwise than this model has them")
+@says("the adapter was made for other modules: this model")
 def _() -> None:
     PointPeftModel.from_pretrained(backbone(depth=3), saved())
 

@@ -112,8 +112,7 @@ def _checked(stated: Stated, given: Mapping[str, nn.Module], *, widen: bool) -> 
     planned = plan_adapter(backbone, stated.config, own, list(stated.heads), widen=widen)
     sites = sorted(path for path, _ in planned.sites())
     if stated.adapted not in (None, sites):
-        differing = _differing(sites, stated.adapted)
-        raise AdapterFileError(f"the adapter was made for modules {differing} otherwise than this model has them")
+        raise AdapterFileError(f"the adapter was made for {_differing(sites, stated.adapted)}")
     tensors = planned.tensors()
     check_tensors(stated.files.tensors, tensors, planned.free_rows(), f"its {TENSOR_FILE}")
     if planned.holds_only(tensors):
@@ -160,13 +159,20 @@ def _difference(stated: Stated, adapter: Adapter) -> str | None:
         if stated.heads.get(path) != heads.get(path):
             return f"its own '{path}' is {quoted(stated.heads.get(path))}, there it is {quoted(heads.get(path))}"
     sites = sorted(path for path, _ in adapter.sites())
-    return None if stated.adapted in (None, sites) else f"it adapts {_differing(sites, stated.adapted)} otherwise"
+    return None if stated.adapted in (None, sites) else f"it was made for {_differing(sites, stated.adapted)}"
 
 
 def _differing(sites: Sequence[str], stated: Sequence[Any]) -> str:
-    """The first of the modules that only one of two lists names."""
-    only = sorted(set(sites) ^ {str(path) for path in stated})
-    return ", ".join(map(quoted, only[:3])) or "named twice"
+    """The modules that only a file states, or only a model has: how many, and the first of them."""
+    there, here = {str(path) for path in stated}, set(sites)
+    lost, more = sorted(there - here), sorted(here - there)
+    ways = [f"lacks {len(lost)} of its {len(stated)} ({_first(lost)})"] if lost else []
+    ways += [f"has {len(more)} more ({_first(more)})"] if more else []
+    return f"other modules: this model {' and '.join(ways)}" if ways else "modules some of which are named twice"
+
+
+def _first(paths: Sequence[str]) -> str:
+    return ", ".join(map(quoted, paths[:3])) + (", …" if len(paths) > 3 else "")
 
 
 def _is_same_base(stated: Stated, adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
