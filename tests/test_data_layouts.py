@@ -424,7 +424,7 @@ def test_no_split_is_empty_and_too_few_groups_are_an_error() -> None:
     big = entries(*[("big", 0)] * 98, ("a", 0), ("b", 0))
     found = {entry.group: entry.split for entry in split_by_groups(big, val=0.01, test=0.01)}
     assert set(found.values()) == {"train", "val", "test"}
-    with pytest.raises(DataError, match="2 groups cannot be split into train, val, test, none of which may be empty"):
+    with pytest.raises(DataError, match="too few groups for a split into train, val, test, .* no more than 2;"):
         split_by_groups(big[1:99])
     assert {entry.split for entry in split_by_groups(big[1:99], val=0)} == {"train", "test"}
 
@@ -438,8 +438,16 @@ def test_validation_is_taken_from_training_by_whole_groups() -> None:
         with_validation(found)
     with pytest.raises(DataError, match="no entry is for training"):
         with_validation(both[-1:])
-    with pytest.raises(DataError, match="1 groups cannot be split into train, val"):
+    with pytest.raises(DataError, match="too few groups for a split into train, val, .*: there is no more than 1;"):
         with_validation(both[:4])
+
+
+def test_a_group_in_training_and_test_is_told_before_validation_is_taken() -> None:
+    leak = entries(("a", 0), split="train") + entries(("a", 0), split="test")
+    more = entries(*[(g, 0) for g in "abc"], split="train") + entries(("a", 0), split="test")
+    for seed, both in ((0, leak), *((seed, more) for seed in range(5))):  # of three, 'a' may be drawn for validation
+        with pytest.raises(DataError, match="group 'a' lies in train and in test .* test what has been trained on"):
+            split_by_options(both, DataOptions(val_share=0.3, seed=seed))
 
 
 def test_groups_may_be_named() -> None:

@@ -195,7 +195,7 @@ def _() -> None:
     adapted(LinearProbeConfig(modules_to_save=[]))
 
 
-@says("stay frozen, and no pre-training fills them")
+@says("frozen, and no pre-training fills")
 def _() -> None:
     adapted(LoraConfig(modules_to_save=["norm"]))
 

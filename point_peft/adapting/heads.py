@@ -198,9 +198,9 @@ def warn_of_frozen_heads(anatomy: Anatomy | None, base: nn.Module, adapter: Adap
     if left and adapter.config.saved_modules != ():
         listed = ", ".join(f"'{path}'" for path in left)
         warnings.warn(
-            f"{listed} stay frozen, and no pre-training fills them: if the base was not trained to its end, they are "
-            "noise. Name them in modules_to_save too, or leave it out, which takes all heads; [] says that none is to "
-            "be trained",
+            f"frozen, and no pre-training fills: {listed}. If the base was not trained to its end, this is noise. Name "
+            "it in modules_to_save too, or leave that argument out, which takes all heads; [] says that none is to be "
+            "trained",
             stacklevel=4,  # where the user has called get_peft_model
         )
 

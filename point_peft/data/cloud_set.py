@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from point_peft.data.cloud import UNKNOWN, CloudBatch, Entry, Sample, Split, Task
 from point_peft.data.preparing import Preparation, prepare
-from point_peft.errors import DataError, PointPeftError, quoted
+from point_peft.errors import DataError, PointPeftError
 
 KEPT_BYTES = 2 << 30
 """Prepared samples are kept in memory up to this many bytes a process."""
@@ -129,7 +129,7 @@ def collate(samples: Sequence[Sample]) -> CloudBatch:
     if len(sizes) > 1:
         raise DataError(
             f"clouds of one batch have {' and '.join(map(str, sorted(sizes)))} points and channels: set num_points, or "
-            f"collate them for a model that takes packed clouds, by {quoted('collate_packed')}"
+            "for a model that takes packed clouds give fit a collate of your own"
         )
     points, labels, categories = (torch.stack(list(column)) for column in zip(*samples, strict=True))
     return CloudBatch(points, labels, categories)

@@ -52,8 +52,8 @@ def split_by_groups(entries: Entries, *, val: float = 0.1, test: float = 0.2, se
     places, members = _groups(entries)
     if len(members) < len(wanted):
         raise DataError(
-            f"{len(members)} groups cannot be split into {', '.join(wanted)}, none of which may be empty; leave out a "
-            "split by a share of 0, or split by something finer"
+            f"too few groups for a split into {', '.join(wanted)}, none of which may be empty: there is no more than "
+            f"{len(members)}; leave out a split by a share of 0, or split by something finer"
         )
     counts = _class_counts(entries, places, len(members))
     rng = np.random.default_rng(seed)
@@ -127,6 +127,7 @@ def with_validation(entries: Entries, share: float = 0.1, seed: int = 0) -> Entr
         raise DataError("the entries have a validation split already")
     if not training:
         raise DataError("no entry is for training, so no validation can be taken out of it")
+    _check_groups(entries)  # else it would be told of too few groups, or of validation, which is none of the data's
     divided = iter(split_by_groups(training, val=share, test=0, seed=seed))
     return tuple(next(divided) if entry.split == "train" else entry for entry in entries)
 
@@ -136,6 +137,16 @@ def check_splits(entries: Entries, classes: Sequence[str]) -> None:
 
     Entries of segmentation have no label of their own, so that of their classes nothing is known here.
     """
+    _check_groups(entries)
+    found = {split: Counter(entry.label for entry in entries if entry.split == split) for split in SPLITS}
+    labelled = {entry.label for entry in entries if entry.label is not None and entry.label >= 0}
+    for split in ("train", "val"):
+        lacking = [classes[label] for label in sorted(labelled - set(found[split]))]
+        if found[split] and lacking:
+            warnings.warn(f"the split {split} has no cloud of {_listed(lacking)}", stacklevel=3)
+
+
+def _check_groups(entries: Entries) -> None:
     splits_of: dict[str, Split | None] = {}
     for entry in entries:
         if entry.group and splits_of.setdefault(entry.group, entry.split) != entry.split:
@@ -143,12 +154,6 @@ def check_splits(entries: Entries, classes: Sequence[str]) -> None:
                 f"group {quoted(entry.group)} lies in {splits_of[entry.group]} and in {entry.split} ({entry.source}), "
                 "so that one would test what has been trained on; state splits by group"
             )
-    found = {split: Counter(entry.label for entry in entries if entry.split == split) for split in SPLITS}
-    labelled = {entry.label for entry in entries if entry.label is not None and entry.label >= 0}
-    for split in ("train", "val"):
-        lacking = [classes[label] for label in sorted(labelled - set(found[split]))]
-        if found[split] and lacking:
-            warnings.warn(f"the split {split} has no cloud of {_listed(lacking)}", stacklevel=3)
 
 
 def _listed(names: Sequence[str]) -> str:
