@@ -327,10 +327,9 @@ class AdapterSet(nn.Module):
         adding.activate(self, (name,))
 
     def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
-        """Fold an adapter into the backbone for good and return the backbone without hooks."""
-        self.merge(adapter_name)
-        self.merged = {}
-        return adding.detach_all(self)
+        """Return the backbone without hooks, an adapter in it for good: in its weights, its heads in their places."""
+        check_unmerged(self.merged, "no second adapter can be merged")
+        return adding.merge_for_good(self, *single_adapter(self.adapters, self.active_adapters, adapter_name))
 
     def build_memory_bank(
         self,

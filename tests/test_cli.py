@@ -333,6 +333,11 @@ def test_merge(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert torch.allclose(logits(merged), logits(adapted_model), atol=1e-5)
     assert not torch.allclose(logits(merged), logits(backbone()), atol=1e-3)
     assert [path.name for path in output.parent.iterdir()] == ["merged.safetensors"]
+    adapted(config=LoraConfig(r=4)).save_pretrained(tmp_path / "with_head")
+    adapted_model = PointPeftModel.from_pretrained(backbone(), tmp_path / "with_head")
+    assert run("merge", f"{HERE}:make", tmp_path / "with_head", output) == 0
+    merged.load_state_dict(safetensors.torch.load_file(output))
+    assert torch.allclose(logits(merged), logits(adapted_model), atol=1e-5), "its head lies where the base's was"
 
 
 def test_what_cannot_be_merged(

@@ -142,17 +142,21 @@ def test_pissa_writes_into_the_base_there_and_leaves_it_here() -> None:
     assert all(torch.equal(value, before[key]) for key, value in ours.base_model.named_parameters())
 
 
-def test_a_head_is_merged_there_and_not_here() -> None:
-    assert isinstance(
-        peft.get_peft_model(
-            backbone(), peft.LoraConfig(target_modules=["qkv"], modules_to_save=["cls_head_finetune"])
-        ).merge_and_unload(),
-        PointTransformer,
-    )
-    with pytest.raises(AdapterError, match="its OwnModule at 'cls_head_finetune'"):
-        get_model().merge_and_unload()
-    bare = point_peft.get_peft_model(backbone(), point_peft.LoraConfig(modules_to_save=[]))
-    assert isinstance(bare.merge_and_unload(), PointTransformer)
+def test_a_head_takes_the_place_of_the_base_s_there_and_here(tmp_path: Path) -> None:
+    fields = {"target_modules": ["qkv"], "modules_to_save": ["cls_head_finetune"]}
+    theirs = peft.get_peft_model(backbone(), peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    ours = PointPeftModel.from_pretrained(backbone(), tmp_path).eval()
+    merged, same = theirs.merge_and_unload(), ours.merge_and_unload()
+    assert isinstance(same, PointTransformer) and not torch.allclose(same(CLOUDS), backbone().eval()(CLOUDS), atol=1e-3)
+    assert torch.allclose(same(CLOUDS), merged(CLOUDS), atol=1e-5)
+    assert list(same.state_dict()) == list(merged.state_dict()) == list(backbone().state_dict())
+    with pytest.raises(AdapterError, match="its own 'cls_head_finetune' is not a change of the backbone's weights; me"):
+        get_model().merge()
 
 
 def test_the_other_calls_of_the_table(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft import LinearProbeConfig, PointPEFTConfig, PointPeftModel, TunerConfig, VPTConfig, get_peft_model
+from point_peft import (
+    LinearProbeConfig,
+    LoraConfig,
+    PointPEFTConfig,
+    PointPeftModel,
+    TunerConfig,
+    VPTConfig,
+    get_peft_model,
+)
 from point_peft.adapting.adapter import get_adapter
 from point_peft.adapting.heads import HeadSource, PooledHead, PooledModule, make_head, mlp_head
 from point_peft.backbones import PointTransformer
@@ -50,6 +58,64 @@ class Custom(nn.Module):
 
 class Other(Custom):
     """The same tensors, another forward."""
+
+
+class Twice(nn.Module):
+    """A backbone whose head has two names, and whose layers nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 96), nn.Linear(96, 5)
+        self.second = nn.ModuleDict({"again": self.head})
+
+    def forward(self, points: Tensor) -> Tensor:
+        feature = self.layer(points).amax(1)
+        found: Tensor = self.head(feature) + 2 * self.second["again"](feature)
+        return found
+
+
+def moved(model: PointPeftModel) -> PointPeftModel:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LoraConfig(), LinearProbeConfig()], ids=["LORA", "LINEAR_PROBE"])
+def test_merged_for_good_a_head_takes_the_place_of_the_base_s(config: TunerConfig, dtype: torch.dtype) -> None:
+    """Whatever its shape, in the base's type, trained and in train mode as that was; there is no head but this."""
+    base = backbone().to(dtype)
+    base.norm.requires_grad_(False)
+    base.cls_head_finetune.requires_grad_(False)
+    model = moved(get_peft_model(base, config, heads={HEAD: Custom}))
+    points = torch.randn(2, 128, 3, generator=torch.Generator().manual_seed(5)).to(dtype)
+    with torch.no_grad():
+        expected = model(points)
+        merged = model.merge_and_unload()
+        assert merged is base and torch.allclose(merged(points), expected, atol=1e-5 if dtype is torch.float32 else 0.1)
+    assert isinstance(base.get_submodule(HEAD), Custom) and {p.dtype for p in base.parameters()} == {dtype}
+    assert {name.split(".")[0] for name, p in base.named_parameters() if not p.requires_grad} == {"norm", HEAD}
+    assert not any(module.training for module in base.modules())
+
+
+def test_a_head_of_two_names_is_replaced_under_both() -> None:
+    config = LoraConfig(target_modules=["layer"], modules_to_save=["head"])
+    model = moved(get_peft_model(Twice(), config, heads={"head": lambda: nn.Linear(96, 4)}))
+    expected = logits(model)
+    merged = model.train().merge_and_unload()
+    assert isinstance(merged, Twice) and merged.second["again"] is merged.head and merged.head.out_features == 4
+    assert torch.allclose(logits(merged), expected, atol=1e-4)
+    assert merged.head.training and all(p.requires_grad for p in merged.parameters())
+
+
+def test_a_head_that_pools_by_itself_cannot_take_a_place() -> None:
+    model = moved(get_peft_model(backbone(), LoraConfig(), heads={HEAD: "cls+max"}))
+    expected = logits(model)
+    with pytest.raises(AdapterError, match="cannot be merged: its PooledTokens at 'norm'"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), expected)
 
 
 def convolutions() -> nn.Module:

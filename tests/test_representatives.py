@@ -34,6 +34,7 @@ from point_peft import (
     inject_adapter,
 )
 from point_peft.adapting.adapter import get_adapter
+from point_peft.adapting.site import SITE
 from point_peft.anatomy.presets import known_anatomy
 from tests.adapting import (
     METHOD_NAMES,
@@ -765,12 +766,24 @@ def test_unload_at_once_restores_every_flag(method: str, backbone: TinyBackbone)
 
 @a_few
 def test_a_head_is_not_merged(method: str, backbone: TinyBackbone) -> None:
-    """It may have another shape or class, and is never part of the backbone."""
+    """It may have another shape or class: `merge` refuses it, and `merge_and_unload` puts it in the base's place."""
     model = adapt(backbone, config(method, modules_to_save=list(backbone.heads)))
-    before = fingerprint(model)
-    with pytest.raises(AdapterError, match="cannot be merged|could not be merged"):
+    before, output, names = fingerprint(model), run(model, backbone), list(model.base_model.state_dict())
+    adapter = get_adapter(model, "default")
+    able = all(part.mergeable or part.own_module is not None for _, part in adapter.all_parts())
+    own = "its own '.*' is not a change .* merge_and_unload\\(\\) puts it in the place"
+    with pytest.raises(AdapterError, match=own if able else "cannot be merged"):
         model.merge()
     assert fingerprint(model) == before
+    if not able:
+        with pytest.raises(AdapterError, match="cannot be merged: its .* is not a change of the backbone's weights$"):
+            model.merge_and_unload()
+        assert fingerprint(model) == before, "a refused merge changed the model"
+        return
+    merged = model.merge_and_unload()
+    assert distance(run(merged, backbone), output) < 1e-4, "merged for good, it gives another output"
+    assert list(merged.state_dict()) == names, "merged for good, it has other names"
+    assert not any(SITE in vars(module) or module._forward_hooks for module in merged.modules())
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

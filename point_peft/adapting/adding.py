@@ -11,6 +11,7 @@ from point_peft.adapting.adapter import Adapter
 from point_peft.adapting.attaching import attach_model, attach_sites, detach_model, detach_sites, frozen_norms, reattach
 from point_peft.adapting.proving import to_prove
 from point_peft.adapting.site import CHILD, backbone_modules
+from point_peft.adapting.weights import folded, overwrite_weights, place_own_modules
 from point_peft.anatomy.checking import check_anatomy
 from point_peft.anatomy.description import Anatomy
 from point_peft.config import PeftConfig
@@ -241,6 +242,14 @@ def detach_adapter(root: Root, name: str) -> None:
         choose_adapters(root, tuple(other for other in chosen if other != name))
     forget(root)
     detach_sites(root, gone, list(all_adapters(root.adapters).values()))
+
+
+def merge_for_good(root: Host, name: str, adapter: Adapter) -> nn.Module:
+    """Fold an adapter into the backbone, modules of its own too, take everything else off, and return the backbone."""
+    overwrite_weights(root.base_model, folded(root.base_model, name, adapter, beside_own=True))
+    base = detach_all(root)
+    place_own_modules(base, adapter)
+    return base
 
 
 def detach_all(root: Host) -> nn.Module:

@@ -69,7 +69,7 @@ def folded(base: nn.Module, name: str, adapter: Adapter, *, beside_own: bool = F
 
     `beside_own` leaves modules of the adapter's own, such as its heads, out of account.
     """
-    parts = [(path, p) for path, p in adapter.all_parts() if not (beside_own and p.own_module is not None)]
+    parts = [(path, part) for path, part in adapter.all_parts() if part.own_module is None]
     for path, part in parts:
         if not part.mergeable:
             raise AdapterError(
@@ -78,6 +78,13 @@ def folded(base: nn.Module, name: str, adapter: Adapter, *, beside_own: bool = F
             )
     if any(state.in_forward for state in adapter.shared_states()):
         raise AdapterError(f"adapter '{name}' cannot be merged: it has state that does not belong to a module")
+    for path, part in () if beside_own else adapter.all_parts():
+        if part.own_module is not None:
+            raise AdapterError(
+                f"adapter '{name}' cannot be merged: its own '{path}' is not a change of the backbone's weights; "
+                "merge_and_unload() puts it in the place of the backbone's, merge() needs an adapter without any, "
+                "modules_to_save=[]"
+            )
     values: dict[str, Tensor] = {}
     memory = Memory(base)
     for path, part in parts:
@@ -101,6 +108,20 @@ def folded(base: nn.Module, name: str, adapter: Adapter, *, beside_own: bool = F
                 raise AdapterError(f"adapter '{name}' cannot be merged: two of its parts change '{key}'")
             values[key] = value.detach()
     return values
+
+
+def place_own_modules(base: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter's own modules in the places of the backbone's, whose type, mode and `requires_grad` they take."""
+    for path, part in adapter.all_parts():
+        own = part.own_module
+        if own is None:
+            continue
+        old = base.get_submodule(path)
+        like = next((p for p in (*old.parameters(), *base.parameters()) if p.is_floating_point()), None)
+        own.to(like).train(old.training).requires_grad_(all(p.requires_grad for p in old.parameters()))
+        for parent in list(base.modules()):
+            for name in [name for name, child in parent._modules.items() if child is old]:
+                parent._modules[name] = own
 
 
 def overwrite_weights(base: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def default_backbone(cls_dim: int) -> PointTransformer:
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
-    """What a file holds, out of its container: tensors by name, and maybe other things."""
+    """The content of a file, out of its container: tensors by name, and maybe other things."""
     if not path.is_file():
         raise PointPeftError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":
