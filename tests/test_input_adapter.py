@@ -21,6 +21,7 @@ from point_peft import (
     PointPeftError,
     PointPeftModel,
     TunerConfig,
+    describe,
     get_peft_model,
     inject_adapter,
 )
@@ -350,3 +351,36 @@ def test_where_new_columns_cannot_go_is_said() -> None:
     (x, pos, batch) = backbone.inputs(2, 5)
     with pytest.raises(AnatomyError, match="groups of points, and no module is known that makes them"):
         adapted(INTENSITY, backbone)(x, intense(pos), batch)
+
+
+class GroupsByItself(nn.Module):
+    """A model that makes groups in its own forward, and not in a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.place = (nn.Sequential(nn.Linear(3, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(24, 2, 48, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, cloud: Tensor) -> Tensor:
+        centres = cloud[:, ::8]
+        nearest = torch.cdist(centres, cloud).topk(8, largest=False).indices
+        around = cloud[torch.arange(len(cloud))[:, None, None], nearest] - centres[:, :, None]
+        tokens = self.patch(around).amax(dim=2) + self.place(centres)
+        for block in self.blocks:
+            tokens = block(tokens)
+        logits: Tensor = self.head(tokens.amax(dim=1))
+        return logits
+
+
+def test_columns_are_refused_where_no_module_makes_the_groups() -> None:
+    model, example = GroupsByItself().eval(), torch.rand(3, 64, 3)
+    before = fingerprint(model)
+    assert "points:      input[0] of the model; made into tokens by" in str(describe(model, example))
+    with pytest.raises(AnatomyError, match="GroupsByItself groups the clouds in its own forward, and which points n"):
+        get_peft_model(model, INTENSITY, example_inputs=(example,))
+    assert fingerprint(model) == before
+    lacking = InputAdapterConfig(channels=("x", "y"), backbone_channels=XYZ)
+    flat = torch.cat([example[..., :2], torch.zeros(3, 64, 1)], dim=-1)
+    expected = model(flat)
+    assert torch.equal(get_peft_model(model, lacking, example_inputs=(example,))(example[..., :2]), expected)

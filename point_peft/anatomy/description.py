@@ -33,7 +33,7 @@ class Tap:
 
     def __str__(self) -> str:
         other = f" or {spell_steps(self.else_steps)}" if self.else_steps else ""
-        return f"{self.side}{spell_steps(self.steps)}{other} of '{self.module}'"
+        return f"{self.side}{spell_steps(self.steps)}{other} of " + (f"'{self.module}'" if self.module else "the model")
 
 
 def spell_steps(steps: Steps) -> str:

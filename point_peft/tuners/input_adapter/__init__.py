@@ -87,6 +87,12 @@ class InputAdapterConfig(TunerConfig):
             path = self._first_layer(backbone, len(self.backbone_channels))
             stage = None if backbone.anatomy is None else backbone.anatomy.stages[0]
             grouped = stage is not None and stage.points is not None
+            if stage is not None and stage.points is not None and not stage.points.module:
+                raise AnatomyError(
+                    f"{self.method}: {type(backbone.model).__name__} groups the clouds in its own forward, and which "
+                    "points new columns belong to is found out behind a module that returns groups (b, g, k, 3) and "
+                    "their centres: move the grouping into one, or leave the new columns out of the data"
+                )
             packed = stage is None or stage.layout == "packed"
             _, out = layer_shape(backbone.modules[path]) or (0, 0)
             if stage is not None and stage.points is not None:
