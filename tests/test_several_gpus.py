@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from point_peft import AdapterError, LoraConfig, PointPEFTConfig, PointPeftError, PointPeftModel, get_peft_model
 from point_peft.backbones import default_backbone
@@ -54,7 +56,7 @@ class Idle(nn.Module):
 
 
 def wrapping(folder: str) -> Callable[[], None]:
-    """Leave what is said where a model is wrapped before it is adapted, and where DDP waits for a gradient."""
+    """Leave what is said where a model is wrapped too early, is saved in shards, and where DDP waits."""
 
     def work() -> None:
         torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=0, world_size=1)
@@ -66,7 +68,12 @@ def wrapping(folder: str) -> Callable[[], None]:
         with pytest.raises(RuntimeError) as late:
             for _ in range(2):
                 waiting(torch.rand(2, 8, 3)).sum().backward()
-        Path(folder, "said").write_text(json.dumps([str(early.value), str(late.value)]))
+        sharded = get_peft_model(default_backbone(cls_dim=3), LoraConfig())
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(AdapterError) as spread:
+            sharded.save_pretrained(Path(folder, "sharded"))
+        assert not Path(folder, "sharded").exists()
+        Path(folder, "said").write_text(json.dumps([str(error.value) for error in (early, spread, late)]))
 
     return work
 
@@ -91,7 +98,7 @@ def test_the_scripts_run_in_two_processes(tmp_path: Path, server: Server) -> Non
 
 def test_the_table_says_what_is_said(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.wait(server.start(wrapping, tmp_path)) == 0
-    early, late = json.loads((tmp_path / "said").read_text())
+    early, spread, late = json.loads((tmp_path / "said").read_text())
     model = get_peft_model(default_backbone(cls_dim=3), PointPEFTConfig(memory_bank=True))
     clouds = torch.utils.data.TensorDataset(torch.rand(4, 256, 3), torch.arange(4) % 3)
     with pytest.raises(PointPeftError) as few:
@@ -101,7 +108,7 @@ def test_the_table_says_what_is_said(tmp_path: Path, server: Server, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AdapterError) as alone:
         model.build_memory_bank([torch.rand(4, 256, 3)])
-    said = [early, *(str(error.value) for error in (alone, few, half)), late]
+    said = [early, *(str(error.value) for error in (alone, few, half)), spread, late]
     words = re.findall(r"^\| `(.+?)` \| ", TEXT.split("## What can go wrong")[1], flags=re.MULTILINE)
     for shown, message in zip(words, said, strict=True):
         assert shown in message

@@ -17,6 +17,7 @@ from point_peft.files.fingerprint import fingerprint
 from point_peft.files.format import FORMAT_VERSION, PEFT_TYPE, Card, write_folder
 from point_peft.files.head_description import describe_head
 from point_peft.files.peft_format import to_peft, why_not
+from point_peft.files.tensors import is_sharded
 from point_peft.parts.backbone import Backbone
 from point_peft.version import __version__
 
@@ -35,6 +36,13 @@ def save_adapters(
     """Write adapters: a single one, or the one named "default", into the folder itself, others into subfolders."""
     if format not in get_args(Format):
         raise PointPeftError(f"format is {quoted(format)}; allowed: {', '.join(map(repr, get_args(Format)))}")
+    parameters = [p for module in (backbone.model, *adapters.values()) for p in module.parameters()]
+    if any(map(is_sharded, parameters)):
+        raise AdapterError(
+            "adapters cannot be saved while tensors of the model are spread over processes (fully_shard): gather them, "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load that into a model that "
+            "is not sharded and save it; fit does so by itself"
+        )
     reasons = {
         name: f'format="{format}"' if format == "point_peft" else why_not(adapter, backbone.modules)
         for name, adapter in adapters.items()

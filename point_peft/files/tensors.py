@@ -1,6 +1,7 @@
 """Tensors of a file checked against those of an adapter, and put in their place."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from point_peft.errors import AdapterFileError, nearest_names, quoted
 from point_peft.torch_private import overwrite
 
 Tensors = Mapping[str, Tensor]
+SHARDED = "torch.distributed.tensor"
+"""The module of torch whose tensors are spread over processes."""
 
 
 def check_tensors(tensors: Tensors, expected: Tensors, free_rows: frozenset[str], where: str) -> None:
@@ -46,6 +49,13 @@ def _shape(shape: tuple[Any, ...]) -> str:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over processes (a DTensor)."""
+    # Its module takes seconds to import; where it is not, nothing is sharded.
+    module = sys.modules.get(SHARDED)
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_finite(tensors: Tensors, where: str) -> None:

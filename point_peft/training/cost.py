@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from point_peft.training.state import is_sharded, trained
+from point_peft.files.tensors import is_sharded
+from point_peft.training.state import trained
 
 
 @dataclass(frozen=True)

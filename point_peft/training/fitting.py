@@ -25,6 +25,7 @@ from point_peft.anatomy.presets import known_anatomy
 from point_peft.data.cloud import UNKNOWN
 from point_peft.data.cloud_set import CloudSet
 from point_peft.errors import PointPeftError, quoted
+from point_peft.files.tensors import is_sharded
 from point_peft.parameter_groups import Rates, adapter_groups, parameter_groups_of
 from point_peft.training.cost import Cost, try_once
 from point_peft.training.feeding import Feed, labels_of, on_device, set_mode, size_of
@@ -38,7 +39,7 @@ from point_peft.training.plan import STEP, Drawn, check_shares, epoch_batches, i
 from point_peft.training.progress import Progress
 from point_peft.training.recipe import Recipe
 from point_peft.training.report import finish, load_values
-from point_peft.training.state import Average, Position, adapters_of, is_sharded, trained, write_values
+from point_peft.training.state import Average, Position, adapters_of, trained, write_values
 
 
 @dataclass(frozen=True, kw_only=True)

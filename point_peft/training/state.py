@@ -19,13 +19,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from point_peft.adapter_set import AdapterSet
 from point_peft.adapting.site import CHILD
 from point_peft.errors import PointPeftError, quoted
+from point_peft.files.tensors import SHARDED, is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Tensors = dict[str, Tensor]
 VERSION = 1
-_SHARDED = "torch.distributed.tensor"
 
 
 def adapters_of(model: nn.Module) -> AdapterSet | None:
@@ -60,13 +60,6 @@ def write_values(model: nn.Module, tensors: Tensors) -> None:
     part.load_state_dict(placed, strict=False)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is spread over processes (a DTensor)."""
-    # Its module takes seconds to import; where it is not, nothing is sharded.
-    module = sys.modules.get(_SHARDED)
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without gradient, gathered if it is sharded over processes."""
     tensor = tensor.detach()
@@ -76,7 +69,7 @@ def whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Within the block, every process has the whole of each parameter, also of those that are sharded."""
-    if _SHARDED in sys.modules:
+    if SHARDED in sys.modules:
         model.state_dict()  # puts shards back in their places, where a forward has left whole tensors
     sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
@@ -97,7 +90,7 @@ def _placed_as(there: Tensor, value: Tensor) -> Tensor:
     if not is_sharded(there):
         return value
     sharded: Any = there
-    module = sys.modules[_SHARDED]
+    module = sys.modules[SHARDED]
     placed: Tensor = module.distribute_tensor(value.to(there.device), sharded.device_mesh, sharded.placements)
     return placed
 
