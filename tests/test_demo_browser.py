@@ -167,7 +167,7 @@ def test_a_scene_and_its_colours(visit: Visit) -> None:
     for label, view, key in (
         ("Height", "height", "low"),
         ("Attention", "attention", "attention to prompts in block"),
-        ("Neighbourhood", "neighbourhood", "tokens: the points of one colour"),
+        ("Neighbourhood", "neighbourhood", "tokens: points by the nearest centre"),
         ("Label", "label", "ground"),
     ):
         visit.choose("view", label)
@@ -185,7 +185,8 @@ def test_a_cloud_of_the_visitor_s(visit: Visit, ply: Path) -> None:
     chooser.value.set_files(ply)
     visit.wait("#pp-cloud label.selected", "mine.ply")
     visit.ready("a")
-    assert "radar says the cloud is" in visit.answers() and visit.page.locator("[role=alert]").count() == 0
+    assert "radar says the cloud is" in visit.answers()
+    assert visit.page.locator("[role=alert], .pp-note").count() == 0
     visit.choose("cloud", "digits 3")
     visit.wait("#pp-answer-a section:not([hidden]) h2", "3")
     visit.choose("cloud", "mine.ply")

@@ -18,8 +18,9 @@ from point_peft import geometry
 from point_peft.data.cloud import Sample
 from point_peft.demo.nearest import Neighbour, nearest_rows
 from point_peft.demo.recorder import Notes, recording
-from point_peft.demo.shown import ShownCloud
+from point_peft.demo.shown import ShownCloud, without_folder
 from point_peft.demo.task import LoadedTask
+from point_peft.errors import PointPeftError
 from point_peft.running.nested import Args
 from point_peft.training.feeding import on_device
 from point_peft.training.objective import flat_scores
@@ -50,11 +51,23 @@ class Answer:
     """The token (m,) whose centre is nearest; None where it is not known where tokens lie."""
     near: tuple[Neighbour, ...]
     seconds: float
+    part: str = ""
+    """A sentence, where the task answers for a part of the cloud only."""
 
     @property
     def best(self) -> int:
         """The number of the likeliest class."""
         return int(self.shares.argmax())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Refusal:
+    """The reason why a task does not answer for a cloud, such as one that has no point within the task's reach."""
+
+    task: LoadedTask
+    why: str
+    points: npt.NDArray[np.float64]
+    """The points of the cloud (m, 3), in the unit of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +78,31 @@ class _Asked:
     rows: tuple[Rows, ...]
 
 
-def answer_cloud(shown: ShownCloud, tasks: Sequence[LoadedTask]) -> dict[str, Answer]:
-    """Name -> the answer of each task for a cloud; raises `PointPeftError` where a task cannot take the cloud."""
-    found: dict[str, Answer] = {}
+def answer_cloud(shown: ShownCloud, tasks: Sequence[LoadedTask]) -> dict[str, Answer | Refusal]:
+    """Name -> the answer of each task for a cloud; raises `PointPeftError` where none of them can take the cloud."""
+    found: dict[str, Answer | Refusal] = {}
+    refused: list[PointPeftError] = []
     for group in _groups(tasks):
-        first = group[0]
-        own = shown.middle() if first.segmentation else shown
-        asked = _asked(first, own)
-        size = first.predictor.inference.batch_size if first.predictor.options.preparation.num_points else 1
-        parts = [asked.samples[start : start + size] for start in range(0, len(asked.samples), size)]
-        seen = [_forward(group, part) for part in parts]
-        for task in group:
-            found[task.name] = _answer(task, own, asked, [part[task.name] for part in seen])
+        try:
+            found.update(_answers(group, shown.middle() if group[0].segmentation else shown))
+        except PointPeftError as error:
+            refused.append(error)
+            places = shown.cloud.coordinates
+            points = places[np.isfinite(places).all(axis=1)]
+            why = without_folder(str(error), shown.path)
+            found.update({task.name: Refusal(task=task, why=why, points=points) for task in group})
+    if not any(isinstance(own, Answer) for own in found.values()):
+        raise refused[0]
     return {task.name: found[task.name] for task in tasks}
+
+
+def _answers(group: Sequence[LoadedTask], shown: ShownCloud) -> dict[str, Answer]:
+    asked = _asked(group[0], shown)
+    predictor = group[0].predictor
+    size = predictor.inference.batch_size if predictor.options.preparation.num_points else 1
+    parts = [asked.samples[start : start + size] for start in range(0, len(asked.samples), size)]
+    seen = [_forward(group, part) for part in parts]
+    return {task.name: _answer(task, shown, asked, [part[task.name] for part in seen]) for task in group}
 
 
 def _groups(tasks: Sequence[LoadedTask]) -> list[list[LoadedTask]]:
@@ -191,6 +216,7 @@ def _answer(task: LoadedTask, shown: ShownCloud, asked: _Asked, seen: Sequence[_
         neighbourhood=torch.cat(tokens).numpy()[first] if tokens else None,
         near=tuple(seen[0].near),
         seconds=sum(part.notes.seconds for part in seen),
+        part=shown.part,
     )
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from point_peft.demo.answer import Answer, answer_cloud, timed_swap
-from point_peft.demo.shown import ShownCloud, read_shown, without_folder
+from point_peft.demo.answer import Answer, Refusal, answer_cloud, timed_swap
+from point_peft.demo.shown import ShownCloud, noting, read_shown
 from point_peft.demo.task import LoadedTask, open_task, unused_name
-from point_peft.errors import DataError, PointPeftError
+from point_peft.errors import DataError
 
 HERE = Path(__file__).parent
 SHIPPED, SAMPLES = HERE / "shipped", HERE / "samples"
@@ -28,7 +27,7 @@ class Answers:
     """The answers of all tasks for one cloud."""
 
     shown: ShownCloud
-    of: dict[str, Answer]
+    of: dict[str, Answer | Refusal]
     """Name of the task -> its answer, in the order of the tasks."""
     notes: tuple[str, ...]
     """Sentences that were said on the way."""
@@ -76,16 +75,12 @@ class Board:
 
     def _found(self, path: Path) -> Answers:
         shown = read_shown(path)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        with noting(path) as notes:
             began = time.perf_counter()
-            try:
-                of = answer_cloud(shown, self.tasks)
-            except PointPeftError as error:
-                raise DataError(without_folder(str(error), path)) from error
+            of = answer_cloud(shown, self.tasks)
             seconds = time.perf_counter() - began
-        notes = dict.fromkeys((*shown.notes, *(without_folder(str(warning.message), path) for warning in said)))
-        return Answers(shown=shown, of=of, notes=tuple(notes), seconds=seconds, swap=timed_swap(self.tasks))
+        said = tuple(dict.fromkeys((*shown.notes, *notes)))
+        return Answers(shown=shown, of=of, notes=said, seconds=seconds, swap=timed_swap(self.tasks))
 
 
 def shipped_folders() -> list[Path]:

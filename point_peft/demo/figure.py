@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from point_peft.data.optional import optional
-from point_peft.demo.answer import Answer
+from point_peft.demo.answer import Answer, Refusal
 from point_peft.demo.board import Answers
 from point_peft.demo.views import VIEWS, View, view_of
 
@@ -37,7 +37,7 @@ def figure_of(answers: Answers, task: str, view: str, turn: float, tilt: float) 
     return figure
 
 
-def _trace(graphs: Any, name: str, kind: str, answer: Answer, *, visible: bool) -> Any:
+def _trace(graphs: Any, name: str, kind: str, answer: Answer | Refusal, *, visible: bool) -> Any:
     own = view_of(answer, kind)
     chosen = np.linspace(0, len(answer.points) - 1, min(len(answer.points), DRAWN)).astype(np.int64)
     points = (answer.points - answer.points.mean(axis=0))[chosen].astype(
@@ -63,7 +63,7 @@ def _trace(graphs: Any, name: str, kind: str, answer: Answer, *, visible: bool) 
     )
 
 
-def cube(answer: Answer) -> list[list[float]]:
+def cube(answer: Answer | Refusal) -> list[list[float]]:
     """The ranges of three axes, as long as each other, that hold the points of an answer."""
     points = answer.points - answer.points.mean(axis=0)
     least, most = points.min(axis=0), points.max(axis=0)
@@ -76,7 +76,7 @@ def _scale(view: View) -> list[list[Any]]:
     return [[place / last, colour] for place, colour in enumerate(view.colours)]
 
 
-def _layout(answer: Answer, turn: float, tilt: float) -> dict[str, Any]:
+def _layout(answer: Answer | Refusal, turn: float, tilt: float) -> dict[str, Any]:
     clear = "rgba(0,0,0,0)"
     return {
         "height": HEIGHT,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from point_peft.demo import markup
-from point_peft.demo.answer import Answer
+from point_peft.demo.answer import Answer, Refusal
 from point_peft.demo.board import Answers, Board
 from point_peft.demo.figure import figure_of
 from point_peft.demo.picture import picture_of
@@ -110,7 +110,9 @@ class Handling:
         def written() -> Update:
             answers = self.answers(chosen)
             names = dict.fromkeys([chosen.task, *([chosen.other] if chosen.other != NOTHING else [])])
-            own = [answers.of[name] for name in names]
+            own = [answer for name in names if isinstance(answer := answers.of[name], Answer)]
+            if not own:
+                raise DataError(f"{chosen.task} gives no answer for this cloud: choose another adapter")
             path = self.folder / PICTURE_FILE
             try:
                 write_file(path, picture_of(answers.shown.name, own, chosen.view, chosen.turn, chosen.tilt))
@@ -186,7 +188,7 @@ class Handling:
         try:
             update: Update = make()
         except PointPeftError as error:
-            return {"alert": hidden(markup.alert(sentence(error)))}
+            return {"alert": hidden(markup.alert(" ".join(str(error).split())))}
         return {"alert": hidden(""), **update}
 
 
@@ -195,9 +197,9 @@ def hidden(html: str) -> dict[str, Any]:
     return {"value": html, "visible": bool(html)}
 
 
-def facing(answer: Answer) -> tuple[float, float]:
+def facing(answer: Answer | Refusal) -> tuple[float, float]:
     """Angles (turn, tilt) of a camera that sees most of a cloud; of a scene, from above and aside."""
-    if answer.labels is not None:
+    if answer.task.segmentation:
         return -60.0, 45.0
     across, deep, high = np.ptp(answer.points, axis=0).tolist()
     return (-80.0, 65.0) if high < 0.6 * max(across, deep) else (-60.0, 20.0)
@@ -206,9 +208,3 @@ def facing(answer: Answer) -> tuple[float, float]:
 def others(names: Iterable[str]) -> list[tuple[str, str]]:
     """The choices of what to compare with: (label, name)."""
     return [("nothing", NOTHING), *((name, name) for name in names)]
-
-
-def sentence(error: Exception) -> str:
-    """An error as one line that begins like a sentence."""
-    text = " ".join(str(error).split())
-    return text[:1].upper() + text[1:] if text[:1].islower() and "." not in text.split(" ", 1)[0] else text

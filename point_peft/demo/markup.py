@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-from point_peft.demo.answer import Answer
+from point_peft.demo.answer import Answer, Refusal
 from point_peft.demo.board import Answers
 from point_peft.demo.views import class_colour
 
@@ -42,7 +42,10 @@ def answer_panels(answers: Answers, side: str, task: str) -> str:
     )
 
 
-def _answer(answer: Answer) -> str:
+def _answer(answer: Answer | Refusal) -> str:
+    if isinstance(answer, Refusal):
+        head = f'<h2><span class="pp-says">{escape(answer.task.name)} gives for this cloud</span> no answer</h2>'
+        return f'{head}<p class="pp-small">{escape(answer.why)}</p>'
     best = escape(answer.task.classes[answer.best])
     share = _percent(float(answer.shares[answer.best]))
     what = "the cloud is" if answer.labels is None else "most points are"
@@ -50,7 +53,7 @@ def _answer(answer: Answer) -> str:
     agreement = (
         "" if answer.agreement is None else f"{_percent(answer.agreement)} of these points as the file labels them."
     )
-    notes = " ".join(filter(None, [escape(answer.task.said), agreement]))
+    notes = " ".join(filter(None, [escape(answer.task.said), agreement, answer.part]))
     about = f'<p class="pp-small">{notes}</p>' if notes else ""
     name = escape(answer.task.name)
     return f'<h2><span class="pp-says">{name} says {what}</span> {said}</h2>{about}{_bars(answer)}'
@@ -84,9 +87,11 @@ def near_panels(answers: Answers, task: str) -> str:
     )
 
 
-def _near(answer: Answer) -> str:
+def _near(answer: Answer | Refusal) -> str:
     name, clouds = escape(answer.task.name), answer.task.clouds
     head = f"<h2>Why {name} answers so</h2>"
+    if isinstance(answer, Refusal):
+        return f'{head}<p class="pp-small">{name} gives no answer for this cloud.</p>'
     if not answer.near:
         why = "has no memory bank: it looks no training clouds up"
         if answer.task.has_bank:
@@ -129,11 +134,13 @@ def tasks_table(answers: Answers) -> str:
         if id(answer.task.model) not in models:
             models.append(id(answer.task.model))
         place = models.index(id(answer.task.model))
-        share = _percent(answer.sure)
+        said, share, took = "none", "", ""
+        if isinstance(answer, Answer):
+            said, share = escape(answer.task.classes[answer.best]), _percent(answer.sure)
+            took = _milliseconds(answer.seconds)
         rows.append(
-            f'<tr><th scope="row">{escape(name)}</th><td>{escape(answer.task.classes[answer.best])}</td>'
-            f'<td class="pp-number">{share}</td><td class="pp-number">{_milliseconds(answer.seconds)}</td>'
-            f"<td>{'ABCDEFGHIJ'[place % 10]}</td></tr>"
+            f'<tr><th scope="row">{escape(name)}</th><td>{said}</td><td class="pp-number">{share}</td>'
+            f'<td class="pp-number">{took}</td><td>{"ABCDEFGHIJ"[place % 10]}</td></tr>'
         )
     head = "".join(
         f'<th scope="col"{kind}>{what}</th>'
@@ -156,11 +163,13 @@ def tasks_table(answers: Answers) -> str:
     )
 
 
-def comparison(first: Answer, second: Answer) -> str:
+def comparison(first: Answer | Refusal, second: Answer | Refusal) -> str:
     """One line that says where two answers differ."""
     a, b = (escape(own.task.name) for own in (first, second))
     if first.task.name == second.task.name:
         return '<p class="pp-compare">These are the same adapter: choose another to compare it with.</p>'
+    if isinstance(first, Refusal) or isinstance(second, Refusal):
+        return f'<p class="pp-compare">{a} and {b} do not both answer for this cloud.</p>'
     if first.task.classes != second.task.classes or first.task.segmentation != second.task.segmentation:
         return f'<p class="pp-compare">{a} and {b} answer different questions about the same cloud.</p>'
     if first.labels is not None and second.labels is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from point_peft.data.cloud import Cloud
 from point_peft.data.reading import read_cloud
 from point_peft.errors import DataError, PointPeftError
 
-MOST_OF_SCENE = 12_000
+MOST_OF_SCENE = 8_000
 """Points of a scene that are answered for: more would take longer than a second."""
 
 
@@ -23,6 +25,8 @@ class ShownCloud:
     path: Path
     cloud: Cloud
     notes: tuple[str, ...]
+    part: str = ""
+    """A sentence, where it is a part of what the file holds."""
 
     @property
     def name(self) -> str:
@@ -45,19 +49,31 @@ class ShownCloud:
             source=self.cloud.source,
         )
         note = f"Of {len(places):,} points, the {len(rows):,} nearest the middle have labels here."
-        return ShownCloud(path=self.path, cloud=part, notes=(*self.notes, note))
+        return replace(self, cloud=part, part=note)
 
 
 def read_shown(path: Path) -> ShownCloud:
     """The cloud of a file; raises `PointPeftError`, which names the file and not the folder where it was put."""
+    with noting(path) as notes:
+        cloud = read_cloud(path)
+    return ShownCloud(path=path, cloud=cloud, notes=tuple(notes))
+
+
+@contextmanager
+def noting(path: Path) -> Iterator[list[str]]:
+    """Gather what is said of a file within the block, each sentence once; errors name the file by its name alone.
+
+    Warnings that do not name it are not of it: other threads warn of their own affairs.
+    """
+    notes: list[str] = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            cloud = read_cloud(path)
+            yield notes
         except PointPeftError as error:
             raise DataError(without_folder(str(error), path)) from error
-    notes = tuple(without_folder(str(warning.message), path) for warning in said)
-    return ShownCloud(path=path, cloud=cloud, notes=notes)
+    own = (str(warning.message) for warning in said)
+    notes += dict.fromkeys(without_folder(text, path) for text in own if str(path) in text)
 
 
 def without_folder(text: str, path: Path) -> str:

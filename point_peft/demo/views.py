@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-from point_peft.demo.answer import Answer
+from point_peft.demo.answer import Answer, Refusal
 
 VIEWS = {"height": "Height", "label": "Label", "attention": "Attention", "neighbourhood": "Neighbourhood"}
 """View -> its name on the page; attention is that to prompts."""
@@ -32,8 +32,10 @@ class View:
     """One line of HTML: the colours and their meaning."""
 
 
-def view_of(answer: Answer, view: str) -> View:
+def view_of(answer: Answer | Refusal, view: str) -> View:
     """A cloud as a task sees it, in the colours of a view, or by height where the task has no such view."""
+    if isinstance(answer, Refusal):
+        return _by_height(answer, f"{escape(answer.task.name)} does not answer for this cloud.")
     name = escape(answer.task.name)
     if view == "label":
         return _by_label(answer) or _by_height(answer, f"{name} gives the whole cloud one class, no point its own.")
@@ -44,7 +46,7 @@ def view_of(answer: Answer, view: str) -> View:
     return _by_height(answer, "")
 
 
-def _by_height(answer: Answer, why: str) -> View:
+def _by_height(answer: Answer | Refusal, why: str) -> View:
     height = answer.points[:, 2]
     low, high = float(height.min()), float(height.max())
     return View(
@@ -91,7 +93,7 @@ def _by_neighbourhood(answer: Answer) -> View | None:
         values=numbers.astype(np.float32),
         colours=colours,
         limits=(0.0, float(len(colours) - 1)),
-        caption=f"{len(tokens)} tokens: the points of one colour are nearest to one token’s centre",
+        caption=f"{len(tokens)} tokens: points by the nearest centre",
     )
 
 
