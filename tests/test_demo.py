@@ -21,7 +21,7 @@ from point_peft.backbones import PointTransformer, default_backbone
 from point_peft.cli import main
 from point_peft.data.reading import read_cloud
 from point_peft.demo import board as boards
-from point_peft.demo import command, figure, markup, nearest, picture, shown, views
+from point_peft.demo import command, figure, markup, nearest, picture, shown, task, views
 from point_peft.demo.answer import Answer
 from point_peft.demo.board import SHIPPED, Answers, Board, opened_board, sample_files
 from point_peft.demo.handling import NOTHING, Handling, facing
@@ -238,6 +238,13 @@ def test_an_adapter_alone_joins_the_backbone(lora: Path, tmp_path: Path) -> None
     assert found.attention is None and not found.near
     assert "four has no prompts" in text_of(views.view_of(found, "attention").caption)
     assert "class 0" in text_of(markup.answer_panels(own.answers(path), "a", "four"))
+
+
+def test_an_adapter_of_the_hub_is_downloaded(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | Path] = []
+    monkeypatch.setattr(task, "folder_of", lambda source, place: asked.append(source) or lora)  # type: ignore[func-returns-value]
+    loaded = Board().add("alice/scans")
+    assert asked == ["alice/scans"] and loaded.name == "scans" and len(loaded.classes) == 4
 
 
 def test_an_adapter_to_a_head_that_is_not_in_its_file_is_refused(tmp_path: Path) -> None:
