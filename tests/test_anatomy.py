@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -681,6 +682,97 @@ def test_coordinates_in_another_order_than_the_tokens_are_not_taken(options):
     assert "consists of points of the input cloud in the order of the tokens" in stage.unknown
     with pytest.raises(AnatomyError, match=r"POINT_PEFT needs to know where the tokens .* lie in space: .*'blocks.0'"):
         get_peft_model(Sorted(**options), PointPEFTConfig(memory_bank=False), example_inputs=clouds(3, 0))
+
+
+class ByItself(nn.Module):
+    """A model that moves its clouds and makes its groups in its own forward, where no module is given the cloud."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor], chosen: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.move, self.chosen = move, chosen
+        self.patch, self.positions = nn.Linear(3, WIDTH), Positions()
+        self.start = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.blocks = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(2 * WIDTH, CLASSES)
+
+    def forward(self, points: Tensor) -> Tensor:
+        points = self.move(points)
+        centres = points[:, :: points.shape[1] // GROUPS][:, :GROUPS]
+        centres = centres if self.chosen is None else self.chosen(centres)
+        nearest = torch.cdist(centres, points).topk(GROUP_SIZE, largest=False).indices
+        around = points[torch.arange(len(points))[:, None, None], nearest] - centres[:, :, None]
+        tokens = self.patch(around).amax(dim=2) + self.positions(centres)
+        tokens = torch.cat([self.start.expand(len(points), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        logits: Tensor = self.head(first_and_largest(tokens))
+        return logits
+
+
+def _unit_sphere(points: Tensor) -> Tensor:
+    points = points - points.mean(dim=1, keepdim=True)
+    size: Tensor = points.norm(dim=2).amax(dim=1)
+    return points / size[:, None, None]
+
+
+def _in_place(points: Tensor) -> Tensor:
+    points = points.clone()
+    points -= points.mean(dim=1, keepdim=True)
+    points *= 2
+    return points
+
+
+def _unit_box(points: Tensor) -> Tensor:
+    low = points.amin(dim=1, keepdim=True)
+    return (points - low) / (points.amax(dim=1, keepdim=True) - low)
+
+
+def _farthest(points: Tensor) -> Tensor:
+    """Centred, and then compared with one point after another, as where the farthest are sought."""
+    points = points - points.mean(dim=1, keepdim=True)
+    for number in range(100):
+        points = points + 0 * (points - points[:, number % points.shape[1]][:, None]).square().sum(2, keepdim=True)
+    return points
+
+
+@pytest.mark.parametrize(
+    ("move", "axis"),
+    [
+        (_unit_sphere, 2),
+        (_in_place, 2),
+        (_unit_box, 2),
+        (_farthest, 2),
+        (lambda points: 3 * points[..., [2, 0, 1]], 2),
+        (lambda points: (points - points.mean(dim=2, keepdim=True)).transpose(1, 2), 1),
+    ],
+    ids=["unit sphere", "in place", "unit box", "farthest", "other axes", "channels first"],
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_clouds_that_the_model_moves_by_itself_are_followed(move: Any, axis: int, flat: bool) -> None:
+    if flat and move is _unit_box:
+        return  # it divides by a height of 0
+    (points,) = clouds(3, 0)
+    points = points * torch.tensor([1.0, 1.0, 0.0]) if flat else points
+    model, given = ByItself(move).eval(), points if axis == 2 else points.transpose(1, 2)
+    anatomy = trace(model, (given,), {})
+    (stage,) = anatomy.stages
+    assert (str(stage.coordinates), stage.prefix_tokens, stage.unknown) == ("input[0] of 'positions'", 1, "")
+    assert stage.takes_prompts and [p.name for p in anatomy.prefix_parameters] == ["start"]
+    without = model(given)
+    adapted = get_peft_model(model, PointPEFTConfig(memory_bank=False), example_inputs=(given,))
+    assert bool(adapted(given).isfinite().all()) and not torch.allclose(adapted(given), without)
+
+
+@pytest.mark.parametrize(
+    ("move", "chosen"),
+    [(torch.tanh, None), (_unit_sphere, lambda centres: centres + 0.01), (lambda points: points[..., 3:], None)],
+    ids=["bent", "beside the points", "normals"],
+)
+def test_what_else_a_model_makes_of_clouds_is_not_taken_for_coordinates(move: Any, chosen: Any) -> None:
+    (points,) = clouds(3, 0)
+    given = torch.cat([points, torch.rand(points.shape)], dim=2)  # normals behind the coordinates, for whoever asks
+    (stage,) = trace(ByItself(move, chosen), (given if move(given).shape[2] == 3 else points,), {}).stages
+    assert stage.coordinates is None and "were not found" in stage.unknown
 
 
 @pytest.mark.parametrize("name", ["padded_patches", "transformer_batch_first"])

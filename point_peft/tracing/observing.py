@@ -18,6 +18,10 @@ from point_peft.anatomy.description import Steps
 from point_peft.running.nested import all_arguments, leaves
 from point_peft.running.reading import arguments, looks
 
+MOST_MOVED = 64
+"""Of so many tensors of moved clouds, the first are kept: models move clouds before they choose points, for which they
+may make one more with each."""
+
 
 @dataclass
 class ModuleCall:
@@ -40,6 +44,8 @@ class Trace:
     """Coordinates (n, 3) of all points that the model was given, by input."""
     given: list[tuple[int, Tensor]] = field(default_factory=list)
     """Further points (b n, 3) that modules were given, and when."""
+    moved: list[Tensor] = field(default_factory=list)
+    """Clouds (b n, 3) as the model has moved, scaled and turned them by itself, each as a whole."""
     grid: list[Tensor] = field(default_factory=list)
     """The same for inputs of whole numbers."""
     reads: dict[str, str] = field(default_factory=dict)
@@ -74,11 +80,12 @@ def with_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = False
 
 
-class _Reads(TorchFunctionMode):
-    """Notes which parameters are used while another module than their own runs."""
+class _Functions(TorchFunctionMode):
+    """Notes which parameters are used while another module than their own runs, and clouds that functions return."""
 
-    def __init__(self, model: nn.Module, running: list[str]) -> None:
+    def __init__(self, model: nn.Module, running: list[str], seen: Trace) -> None:
         super().__init__()
+        self.seen = seen
         self.owners = {id(own): path for path, module in model.named_modules() for own in module._parameters.values()}
         self.running = running
         self.readers: dict[str, str] = {}
@@ -95,7 +102,25 @@ class _Reads(TorchFunctionMode):
             owner = self.owners.get(id(value))
             if owner and self.running and owner not in self.running:
                 self.readers.setdefault(owner, self.running[-1])
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.ndim == 3 and made.shape[2] == 3 and len(self.seen.moved) < MOST_MOVED:
+            points = rearrange(made.detach(), "b n xyz -> (b n) xyz")
+            if any(_is_moved(points, cloud, len(made)) for cloud in self.seen.clouds):
+                self.seen.moved.append(points.clone())
+        return made
+
+
+def _is_moved(points: Tensor, cloud: Tensor, samples: int) -> bool:
+    """Tell whether points (b n, 3) are those of clouds (b n, 3), each moved, scaled and turned as a whole."""
+    if points.shape != cloud.shape or points.dtype != cloud.dtype or not len(points):
+        return False
+    made, given = (rearrange(rows.float(), "(b n) xyz -> b n xyz", b=samples) for rows in (points, cloud))
+    made, given = (rows - rows.mean(dim=1, keepdim=True) for rows in (made, given))
+    size = made.abs().amax(dim=(1, 2), keepdim=True)
+    if not bool(given.isfinite().all() and size.isfinite().all() and (size > 0).all()):
+        return False
+    # A cloud that is flat has no inverse, but a pseudo-inverse.
+    return bool(((made - given @ (torch.linalg.pinv(given) @ made)).abs() <= 1e-4 * size).all())
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], widths: set[int]) -> Trace:
@@ -134,11 +159,11 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wid
     args, kwargs = attached(args, kwargs)
     for _, value in leaves((args, kwargs)):
         _note_cloud(seen, value.detach())
-    reads = _Reads(model, running)
-    with hooked(paths, before, after), reads:
+    functions = _Functions(model, running, seen)
+    with hooked(paths, before, after), functions:
         seen.output = model(*args, **kwargs)
-    seen.reads = {owner: reader for owner, reader in reads.readers.items() if owner not in seen.calls}
-    seen.uses = reads.uses
+    seen.reads = {owner: reader for owner, reader in functions.readers.items() if owner not in seen.calls}
+    seen.uses = functions.uses
     return seen
 
 

@@ -137,7 +137,7 @@ def _coordinates(stage: Stage, seen: Trace, tokens: Tensor) -> tuple[Tap, Tensor
                 if value.ndim == 3 and value.shape[2] == 3 and _as_many(value[:, :-1], tokens):
                     tap = Tap(module=module, side="output" if side == "output" else "input", steps=steps)
                     candidates.append((tap, value, live[steps]))
-    larger = [points for when, points in seen.given if when < call.when]
+    larger = [points for when, points in seen.given if when < call.when] + seen.moved
     candidates = [
         entry
         for entry in candidates
@@ -178,7 +178,8 @@ def _as_many(coordinates: Tensor, tokens: Tensor) -> bool:
 def _consists_of(chosen: Tensor, cloud: Tensor) -> bool:
     """Tell whether every row of `chosen` (b, g, 3) is bit for bit a row of `cloud` (n, 3)."""
     rows = rearrange(chosen, "b g xyz -> (b g) xyz")
-    if rows.dtype != cloud.dtype:
+    # The first row tells most of what is none, and quickly.
+    if rows.dtype != cloud.dtype or not len(rows) or not bool((cloud == rows[0]).all(dim=1).any()):
         return False
     unique = torch.unique(cloud, dim=0)
     return len(torch.unique(torch.cat([unique, rows]), dim=0)) == len(unique)

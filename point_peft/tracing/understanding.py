@@ -1,10 +1,10 @@
 """The one door to the anatomy of a backbone: what a preset says of it, and what a traced forward shows.
 
 In a trace names play no part, and what is not verified is refused. Coordinates of dense tokens are a tensor (b, g, 3)
-whose points are all points of the input cloud. That they are in the order of the tokens is verified: they are what the
-positional embedding is made from, whose sum with the patch embedding is what the first block gets, or else the gradient
-of each token to the coordinates lies on its own. What is added to prefix tokens is told by its gradient too. Then
-prompts are tried.
+whose points are all points of the input cloud, or of one that the model has moved, scaled or turned as a whole. That
+they are in the order of the tokens is verified: they are what the positional embedding is made from, whose sum with the
+patch embedding is what the first block gets, or else the gradient of each token to the coordinates lies on its own.
+What is added to prefix tokens is told by its gradient too. Then prompts are tried.
 """
 
 from collections.abc import Callable, Sequence
