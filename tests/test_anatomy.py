@@ -25,6 +25,7 @@ from point_peft import (
     PointPEFTConfig,
     PointPeftError,
     PointPeftModel,
+    VPTConfig,
     describe,
     get_peft_model,
 )
@@ -773,6 +774,27 @@ def test_what_else_a_model_makes_of_clouds_is_not_taken_for_coordinates(move: An
     given = torch.cat([points, torch.rand(points.shape)], dim=2)  # normals behind the coordinates, for whoever asks
     (stage,) = trace(ByItself(move, chosen), (given if move(given).shape[2] == 3 else points,), {}).stages
     assert stage.coordinates is None and "were not found" in stage.unknown
+
+
+def test_what_was_not_found_is_not_told_as_if_it_were_not_there() -> None:
+    model, example = ByItself(torch.tanh).eval(), clouds(3, 0)
+    anatomy = describe(model, *example)
+    text = str(anatomy)
+    for said in ("prefix tokens: not found", "positions:   not found", "masks:       not found", "prefix:        not"):
+        assert said in text
+    assert "prompts:     not tried" in text
+    stage = replace(anatomy.stages[0], coordinates=Tap(module="positions", side="input"), prefix_tokens=1)
+    known = replace(anatomy, stages=(stage,))
+    adapted = get_peft_model(model, PointPEFTConfig(memory_bank=False, anatomy=known))
+    hint = "nothing was put there; if it is attended there, state prompts=True in config.anatomy"
+    assert hint in adapted.trainable_parameters_report()
+    for how in (PointPEFTConfig(num_prompts=4, anatomy=known), VPTConfig(anatomy=known)):
+        with pytest.raises(AnatomyError, match=hint):
+            get_peft_model(adapted.unload(), how)
+    stated = PointPEFTConfig(memory_bank=False, anatomy=replace(known, stages=(replace(stage, prompts=True),)))
+    assert hint not in get_peft_model(adapted.unload(), stated).trainable_parameters_report()
+    found = str(describe(BACKBONES["point_mae"].build(), *BACKBONES["point_mae"].inputs(3, 1)))
+    assert "not found" not in found and "masks:       none" in found
 
 
 @pytest.mark.parametrize("name", ["padded_patches", "transformer_batch_first"])

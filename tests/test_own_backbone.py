@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from point_peft import Anatomy, AnatomyError, LoraConfig, PointPEFTConfig, PPTConfig, describe, get_peft_model
+from point_peft import (
+    Anatomy,
+    AnatomyError,
+    LoraConfig,
+    PointPEFTConfig,
+    PPTConfig,
+    VPTConfig,
+    describe,
+    get_peft_model,
+)
 
 TEXT = (Path(__file__).parents[1] / "docs" / "own_backbone.md").read_text("utf-8")
 CLOUDS = torch.rand(4, 512, 3)
@@ -64,6 +73,10 @@ class Mistakes:
         stage = dataclasses.replace(self.anatomy.stages[0], prefix_tokens=0)
         self.state(dataclasses.replace(self.anatomy, stages=(stage,)))
 
+    def prompts_left_out(self) -> None:
+        stage = dataclasses.replace(self.anatomy.stages[0], prompts=False)
+        get_peft_model(self.kind(), VPTConfig(anatomy=dataclasses.replace(self.anatomy, stages=(stage,))))
+
     def grouping(self) -> None:
         get_peft_model(self.kind(), PPTConfig(anatomy=self.anatomy))
 
@@ -86,6 +99,7 @@ IN_THE_ORDER_OF_THE_TABLE: list[Callable[[Mistakes], None]] = [
     Mistakes.no_example,
     Mistakes.not_corrected,
     Mistakes.misspelt,
+    Mistakes.prompts_left_out,
     Mistakes.other_prefix,
     Mistakes.grouping,
     Mistakes.part_by_part,

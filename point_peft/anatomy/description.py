@@ -125,6 +125,18 @@ class Stage:
         """True if prompts can be put among the tokens: not where these are packed, and attended in patches."""
         return self.prompts and self.layout != "packed"
 
+    @property
+    def why_no_prompts(self) -> str:
+        """The reason why it takes none, for an error."""
+        if self.layout == "packed":
+            return "its tokens are packed, and attended in patches of a serial order or of neighbours"
+        if self.unknown:
+            return (
+                "none that is known, as the traced forward did not show where tokens lie and nothing was put there; if "
+                "it is attended there, state prompts=True in config.anatomy"
+            )
+        return "what was put there was not attended, or the block did not accept it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixParameter:
@@ -203,7 +215,10 @@ class Anatomy:
         lines = [f"backbone known by: {self.source}"]
         for index, stage in enumerate(self.stages):
             first = stage.blocks[0]
-            prefix = "as many as exceed the coordinates" if stage.prefix_tokens is None else stage.prefix_tokens
+            # What was looked for by the coordinates, or with prompts, is not known without them.
+            nothing = "not found" if stage.unknown else "none"
+            counted = nothing if stage.coordinates is None else "as many as exceed the coordinates"
+            prefix = counted if stage.prefix_tokens is None else stage.prefix_tokens
             shape = "n, c" if stage.layout == "packed" else ", ".join(stage.layout)
             lines += [
                 f"stage {index}: {len(stage.blocks)} blocks '{first.path}' … '{stage.blocks[-1].path}'",
@@ -215,9 +230,9 @@ class Anatomy:
                 *([f"  samples:     {stage.samples or 'unknown'}"] if stage.layout == "packed" else []),
                 f"  points:      {stage.points or 'unknown'}; made into tokens by {_list(stage.tokenizer)}",
                 f"  patches:     {stage.patch_tokens or 'unknown'}",
-                f"  positions:   added {stage.position.replace('_', ' ')}, made by {_list([stage.position_embedding])}",
-                f"  masks:       {_masks(stage)}",
-                f"  prompts:     {'yes' if stage.takes_prompts else 'no'}",
+                f"  positions:   {_positions(stage) or nothing}",
+                f"  masks:       {_masks(stage) or nothing}",
+                f"  prompts:     {'yes' if stage.takes_prompts else 'not tried' if stage.unknown else 'no'}",
                 f"  attention:   {_attention(first)}",
                 f"  projection:  {_list([first.projection])}",
                 f"  MLP:         {_list([first.mlp])}; linears outside the attention: {_list(first.linears)}",
@@ -226,7 +241,7 @@ class Anatomy:
         parameters = [f"{parameter.name} ({parameter.role})" for parameter in self.prefix_parameters]
         lines += [
             f"stem:          {_list(self.stem)}",
-            f"prefix:        {', '.join(parameters) or 'none'}",
+            f"prefix:        {', '.join(parameters) or ('not found' if self.stages[0].unknown else 'none')}",
             f"final norms:   {_list(self.final_norms)}",
             f"heads:         {_list(self.heads)}" + ("" if self.patches_read else ", from the prefix tokens alone"),
             f"read, not called: {', '.join(f'{read.module!r} by {read.reader!r}' for read in self.reads) or 'none'}",
@@ -237,11 +252,17 @@ class Anatomy:
         return "\n".join(lines)
 
 
+def _positions(stage: Stage) -> str:
+    if stage.unknown and stage.position_embedding is None:
+        return ""
+    return f"added {stage.position.replace('_', ' ')}, made by {_list([stage.position_embedding])}"
+
+
 def _masks(stage: Stage) -> str:
     square = [f"input{spell_steps(steps)} (…, l, l)" for steps in stage.masks]
     padding = [f"input{spell_steps(steps)} (b, l)" for steps in stage.padding_masks]
     lets = ", which let attend where True" if stage.mask_visible else ""
-    return (", ".join([*square, *padding]) or "none") + lets
+    return ", ".join([*square, *padding]) + (lets if square or padding else "")
 
 
 def _attention(block: Block) -> str:

@@ -52,7 +52,7 @@ def stage_to_group(backbone: Backbone, method: str) -> Stage:
     if not stage.takes_prompts:
         raise AnatomyError(
             f"{method} puts tokens of its own among those of '{stage.blocks[0].path}', which has no place for them: "
-            "use LORA or BITFIT"
+            f"{stage.why_no_prompts}. Use LORA or BITFIT"
         )
     return stage
 

@@ -243,9 +243,7 @@ def check_takes_prompts(stage: Stage, method: str, advice: str) -> None:
             f"their coordinates: {stage.unknown or 'config.anatomy states none'}. {advice}"
         )
     if not stage.takes_prompts:
-        why = "what was put there was not attended, or the block did not accept it"
-        if stage.layout == "packed":
-            why = "its tokens are packed, and attended in patches of a serial order or of neighbours"
         raise AnatomyError(
-            f"{method} puts prompts among the tokens of '{path}', which has no place for them: {why}. {advice}"
+            f"{method} puts prompts among the tokens of '{path}', which has no place for them: {stage.why_no_prompts}. "
+            f"{advice}"
         )

@@ -172,7 +172,9 @@ class PointPEFTConfig(TunerConfig):
         plan = Blueprint()
         if without:
             where = f"{len(without)} of its {len(chosen)} blocks, which have no place for them ('{without[0].path}' …)"
-            plan.choices.append(f"{self.method} has no prompts in {where}: the geometry-aware adapter acts alone")
+            why = anatomy.stages[anatomy.stage_of(without[0])].why_no_prompts
+            alone = "the geometry-aware adapter acts alone"
+            plan.choices.append(f"{self.method} has no prompts in {where}: {alone}. Why: {why}")
         for number, stage in enumerate(anatomy.stages):
             blocks = [block for block in chosen if block in stage.blocks]
             if not blocks:
@@ -322,15 +324,10 @@ class PointPEFTConfig(TunerConfig):
                 f"{choice}"
             )
         if with_prompts and not stage.takes_prompts:
-            why = (
-                "its tokens are packed, and attended in patches of a serial order or of neighbours"
-                if stage.layout == "packed"
-                else "what was put there was not attended, or the block did not accept it"
-            )
             raise AnatomyError(
                 f"{self.method} puts prompts among the tokens of '{path}', which has no place for them "
-                f"({why}): leave num_prompts out, or set it to 0, to keep its geometry-aware adapter, or use LORA or "
-                "BITFIT"
+                f"({stage.why_no_prompts}): leave num_prompts out, or set it to 0, to keep its geometry-aware adapter, "
+                "or use LORA or BITFIT"
             )
 
     def _build_tuned(self, plan: Blueprint, backbone: Backbone, anatomy: Anatomy, blocks: Sequence[Block]) -> None:
