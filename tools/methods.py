@@ -280,7 +280,7 @@ def gmac(model: nn.Module, bench: Bench) -> float:
 
 
 def _mergeable(row: Row) -> bool:
-    """Tell whether all but the head, which no method merges, can be folded into the backbone."""
+    """Tell whether all but the head can be folded into the backbone."""
     try:
         get_peft_model(QUICK.make(), PeftConfig(tuners=(row.config,), modules_to_save=())).merge()
     except AdapterError:
