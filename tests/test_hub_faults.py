@@ -929,7 +929,7 @@ def no_point_model() -> nn.Module:
 
 
 BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "another backbone": (another_size, "does not fit|another backbone|has not|needs|otherwise"),
+    "another backbone": (another_size, "does not fit|another backbone|has not|needs|made for other modules"),
     "other weights of the backbone": (other_values, "belongs to other weights of the backbone: .* load the checkpoint"),
     "no backbone at all": (no_point_model, "the adapter has its own 'cls_head_finetune', this model has not"),
 }

@@ -50,7 +50,7 @@ def test_every_method_without_torchvision_peft_and_transformers() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_the_readme_says_what_to_do() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_troubleshooting_says_what_to_do() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     for words in ("torchvision::nms does not exist", "Could not import module", "download.pytorch.org/whl/cpu"):
         assert words in text
