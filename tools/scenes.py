@@ -16,6 +16,11 @@ SIDE = 64.0
 
 def scene(seed: int) -> Floats:
     """Points (n, 3) in metres of scene number `seed`, z up."""
+    return labelled_scene(seed)[0]
+
+
+def labelled_scene(seed: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Points (n, 3) in metres of scene number `seed`, z up, and which of them (n,) the bare ground reflected."""
     random = np.random.default_rng(seed)
     n = int(SIDE**2 * random.uniform(1.0, 3.5))
     places = random.uniform(-SIDE / 2, SIDE / 2, (n, 2))
@@ -33,7 +38,7 @@ def scene(seed: int) -> Floats:
         height = tree(random, ground, places, height)
     points = np.concatenate([places, height[:, None]], axis=1)
     noise: Floats = random.normal(0, random.uniform(0.02, 0.12), points.shape)
-    return points + noise
+    return points + noise, height <= ground(places)
 
 
 class Terrain:

@@ -3,8 +3,8 @@
     python -m tools.shipped                    # reads ../shared/data, trains in build/shipped, writes point_peft/demo
 
 Each is trained by `point-peft train` with the choices below, the last epoch counts, and its card has its figures. The
-samples are the first test clouds of some classes, and the columns of the tested part of the scan with as much ground as
-anything else: nobody looked at the answers before they were chosen.
+samples are the first test clouds of some classes; for ground, which is trained on procedural scenes, the columns of a
+real scan with as much labelled ground as anything else: nobody looked at the answers before they were chosen.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from point_peft.files.format import CARD_FILE, CONFIG_FILE, RUN_FILE, TENSOR_FIL
 from point_peft.quickstart.data import load_digits_clouds
 from point_peft.training.folder import RECIPE_FILE, read_record, write_file
 from point_peft.training.opening import OpenedRun, clouds_of, open_run
+from tools.scenes import labelled_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "point_peft" / "demo"
 DRAWN_POINTS = 128
 """Points of a training cloud that stands for a row of a memory bank."""
-WHOLE_COLUMN = 1000
-"""Points of a column that is no rest at the edge of the scan."""
+SCENES, FIRST_SCENE = 45, 1_000_000
+"""Procedural scenes for ground, and the number of the first: the encoder of tools.pretrain_scenes has seen others."""
+FOOT, COLUMN, WHOLE_COLUMN = 0.3048, 48.0, 2000
+"""Metres; the side of a column of the real scan, and points of one that is no rest at its edge."""
 SHOWN_SAMPLES = {"digits": 4, "radar": 5, "ground": 3}
 
 OBJECTS = "--set memory_bank=true --set bank_size=400 --augment rotate_small,stretch --label-smoothing 0.1"
@@ -47,10 +50,9 @@ CHOICES = {
         f"{OBJECTS} --keep last --epochs 20 --group recording --val-share 0.2 --centre median --reach 2 --scale 2",
     ),
     "ground": (
-        "autzen_trim.laz",
-        "--classes '{other: [1], ground: [2]}' --split-along x --val-share 0.2 --test-share 0.3 --gap 10 "
-        "--num-points 2048 --centre ground --scale 50 --batch-size 8 --augment rotate_z,stretch "
-        "--keep last --epochs 25",
+        "scenes",
+        "--kind scene --classes '{other: [1], ground: [2]}' --val-share 0.1 --test-share 0.2 --tile 32 "
+        "--num-points 1024 --centre ground --scale 16 --batch-size 4 --augment rotate_z --keep last --epochs 10",
     ),
 }
 """Adapter -> its data, and how it is trained."""
@@ -67,6 +69,14 @@ def write_digits(path: Path) -> None:
         split=np.repeat(list(parts), [len(labels) for _, labels in parts.values()]),
         class_names=np.array(clouds.class_names),
     )
+
+
+def write_scenes(folder: Path) -> None:
+    """Some procedural scenes, each a file, whose labels are the codes of LAS: 2 is ground, 1 is anything else."""
+    folder.mkdir(exist_ok=True)
+    for number in range(SCENES):
+        points, is_ground = labelled_scene(FIRST_SCENE + number)
+        np.savez_compressed(folder / f"scene_{number}.npz", points=points, labels=1 + is_ground.astype(np.uint8))
 
 
 def ship(name: str, run: Path) -> None:
@@ -105,16 +115,16 @@ def write_bank_clouds(name: str, run: OpenedRun, train: CloudSet) -> None:
     )
 
 
-def write_samples(name: str, run: OpenedRun, clouds: CloudSet, data: Path) -> None:
+def write_samples(name: str, run: OpenedRun, clouds: CloudSet, scan: Path) -> None:
     """Write the first test cloud of each of some classes as a user's file: raw, with its label in the name."""
     folder = DEMO / "samples"
     folder.mkdir(exist_ok=True)
     for old in folder.glob(f"{name}_*"):
         old.unlink()
-    test = clouds.part("test")
     if run.inference.segmentation:
-        write_columns(folder, name, test, data)
+        write_columns(folder, name, scan)
         return
+    test = clouds.part("test")
     labels = [entry.label for entry in test.entries]
     for label in np.linspace(0, len(run.classes) - 1, SHOWN_SAMPLES[name]).round().astype(int).tolist():
         cloud = test.entries[labels.index(label)].read()
@@ -122,17 +132,28 @@ def write_samples(name: str, run: OpenedRun, clouds: CloudSet, data: Path) -> No
         np.savez_compressed(folder / f"{name}_{run.classes[label].replace(' ', '_')}.npz", points=points)
 
 
-def write_columns(folder: Path, name: str, test: CloudSet, data: Path) -> None:
-    """Write the whole columns of a scene whose labels are the most even, with all that its file has of their points."""
-    source = laspy.read(data)
-    places = {tuple(row): index for index, row in enumerate(np.stack([source.x, source.y, source.z], axis=1).tolist())}
-    clouds = [cloud for cloud in (entry.read() for entry in test.entries) if len(cloud.coordinates) >= WHOLE_COLUMN]
-    shares = [np.mean([label == 1 for label in cloud.labels]) for cloud in clouds if cloud.labels is not None]
-    even = np.argsort(np.abs(np.array(shares) - 0.5), kind="stable")
+def write_columns(folder: Path, name: str, scan: Path) -> None:
+    """Write columns of a real scan whose labels are the most even, in metres, with the labels of the file."""
+    source = laspy.read(scan)
+    points = FOOT * np.stack([source.x, source.y, source.z], axis=1)
+    codes = np.asarray(source.classification)
+    _, column = np.unique(np.floor((points[:, :2] - points[:, :2].min(axis=0)) / COLUMN), axis=0, return_inverse=True)
+    rows = [np.flatnonzero(column == number) for number in range(column.max() + 1)]
+    whole = [own for own in rows if len(own) >= WHOLE_COLUMN]
+    even = np.argsort([abs(float(np.mean(codes[own] == 2)) - 0.5) for own in whole], kind="stable")
     for number, chosen in enumerate(even[: SHOWN_SAMPLES[name]].tolist(), start=1):
-        column = laspy.LasData(source.header)
-        column.points = source.points[[places[tuple(row)] for row in clouds[chosen].coordinates.tolist()]]
-        column.write(folder / f"{name}_{number}.laz")
+        own = whole[chosen]
+        header = laspy.LasHeader(point_format=3, version="1.2")
+        header.scales, header.offsets = np.full(3, 0.01), np.floor(points[own].min(axis=0))
+        las = laspy.LasData(header)
+        las.x, las.y, las.z = points[own].T
+        las.classification = codes[own]
+        las.write(folder / f"{name}_{number}.laz")
+
+
+MADE = {"digits": write_digits, "ground": write_scenes}
+"""Adapter -> what writes its data."""
+SCAN = "autzen_trim.laz"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         file, choices = CHOICES[name]
-        data = options.data / file if name != "digits" else options.runs / file
-        if name == "digits" and not data.exists():
-            write_digits(data)
+        data = options.runs / file if name in MADE else options.data / file
+        if name in MADE and not data.exists():
+            MADE[name](data)
         code = cli.main(["train", str(data), "--out", str(options.runs / name), "--resume", *shlex.split(choices)])
         if code:
             return code
@@ -156,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ship(name, run.folder)
         if not run.inference.segmentation:
             write_bank_clouds(name, run, clouds.part("train"))
-        write_samples(name, run, clouds, data)
+        write_samples(name, run, clouds, options.data / SCAN)
     return 0
 
 
