@@ -4,7 +4,7 @@
 
 Each is trained by `point-peft train` with the choices below, the last epoch counts, and its card has its figures. The
 samples are the first test clouds of some classes; for ground, which is trained on procedural scenes, the columns of a
-real scan with as much labelled ground as anything else: nobody looked at the answers before they were chosen.
+real scan with the greatest heights in them: nobody looked at the answers before they were chosen.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DRAWN_POINTS = 128
 """Points of a training cloud that stands for a row of a memory bank."""
 SCENES, FIRST_SCENE = 45, 1_000_000
 """Procedural scenes for ground, and the number of the first: the encoder of tools.pretrain_scenes has seen others."""
-FOOT, COLUMN, WHOLE_COLUMN = 0.3048, 48.0, 2000
-"""Metres; the side of a column of the real scan, and points of one that is no rest at its edge."""
+FOOT, COLUMN, WHOLE_COLUMN, SHOWN_POINTS = 0.3048, 36.0, 2000, 4000
+"""Metres; the side of a column of the real scan; points of one that is no rest at its edge, and of one shown whole."""
 SHOWN_SAMPLES = {"digits": 4, "radar": 5, "ground": 3}
 
 OBJECTS = "--set memory_bank=true --set bank_size=400 --augment rotate_small,stretch --label-smoothing 0.1"
@@ -133,21 +133,22 @@ def write_samples(name: str, run: OpenedRun, clouds: CloudSet, scan: Path) -> No
 
 
 def write_columns(folder: Path, name: str, scan: Path) -> None:
-    """Write columns of a real scan whose labels are the most even, in metres, with the labels of the file."""
+    """Write columns of a real scan with the greatest heights in them, in metres.
+
+    Without labels: the file has code 1, unassigned, for what is not ground and for much that is.
+    """
     source = laspy.read(scan)
     points = FOOT * np.stack([source.x, source.y, source.z], axis=1)
-    codes = np.asarray(source.classification)
     _, column = np.unique(np.floor((points[:, :2] - points[:, :2].min(axis=0)) / COLUMN), axis=0, return_inverse=True)
     rows = [np.flatnonzero(column == number) for number in range(column.max() + 1)]
-    whole = [own for own in rows if len(own) >= WHOLE_COLUMN]
-    even = np.argsort([abs(float(np.mean(codes[own] == 2)) - 0.5) for own in whole], kind="stable")
-    for number, chosen in enumerate(even[: SHOWN_SAMPLES[name]].tolist(), start=1):
+    whole = [points[own] for own in rows if WHOLE_COLUMN <= len(own) <= SHOWN_POINTS]
+    relief = [float(np.ptp(np.quantile(own[:, 2], [0.02, 0.98]))) for own in whole]
+    for number, chosen in enumerate(np.argsort(relief)[: -SHOWN_SAMPLES[name] - 1 : -1].tolist(), start=1):
         own = whole[chosen]
         header = laspy.LasHeader(point_format=3, version="1.2")
-        header.scales, header.offsets = np.full(3, 0.01), np.floor(points[own].min(axis=0))
+        header.scales, header.offsets = np.full(3, 0.01), np.floor(own.min(axis=0))
         las = laspy.LasData(header)
-        las.x, las.y, las.z = points[own].T
-        las.classification = codes[own]
+        las.x, las.y, las.z = own.T
         las.write(folder / f"{name}_{number}.laz")
 
 
