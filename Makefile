@@ -12,14 +12,15 @@ OR_LOG := > $(LOG) 2>&1 || { cat $(LOG); exit 1; }
 SOURCES := point_peft tests tools benchmarks examples setup.py
 SETUP := setup.py pyproject.toml constraints.txt point_peft/version.py
 
-.PHONY: help quickstart demo check test docs gpu lint types smoke clean
+.PHONY: help quickstart demo check test pages docs gpu lint types smoke clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart  make .venv, install, and run the main job; ARGS="--help" says what it takes'
 	@echo 'make demo        install, and open the page to try adapters; ARGS="--port 8000" and the like go to it'
 	@echo 'make check       a minute: lint, types and a few quick tests; before every commit'
-	@echo 'make test        everything: lint, types and the whole suite; PYTEST_ARGS goes to pytest'
+	@echo 'make test        lint, types and the suite, but for make pages; PYTEST_ARGS goes to pytest'
+	@echo 'make pages       the tests of the site, the page to try, the tour and the notebook, in a browser'
 	@echo 'make docs        the site, into build/site; a warning is an error'
 	@echo 'make gpu         on a machine with a GPU: what can only be known there, into one folder; at most six minutes'
 	@echo 'make lint, make types, make smoke    a part of make check'
@@ -36,7 +37,10 @@ demo: $(VENV)/.demo
 check: lint types smoke
 
 test: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not pages' $(PYTEST_ARGS)
+
+pages: $(VENV)/.test
+	$(BIN)/python -m pytest -m pages $(PYTEST_ARGS)
 
 # The variable: what the theme says of its future is no warning of ours.
 docs: $(VENV)/.test

@@ -19,7 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from tests.browser import chromium, needs_chromium
 from tests.hanging import LONG
 
-pytestmark = needs_chromium
+pytestmark = [pytest.mark.pages, needs_chromium]
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"

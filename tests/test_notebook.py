@@ -11,6 +11,8 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+pytestmark = pytest.mark.pages
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 MOST_BYTES = 600_000

@@ -25,6 +25,8 @@ from tools.site_api import PAGES, identifiers
 from tools.site_docstrings import as_markdown
 from tools.site_links import outside, rewritten
 
+pytestmark = pytest.mark.pages
+
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 LOADED = {("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("object", "data")}

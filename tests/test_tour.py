@@ -16,6 +16,8 @@ import pytest
 from point_peft import cli
 from tests.hub_server import HubServer
 
+pytestmark = pytest.mark.pages
+
 pytest_plugins = ["tests.hub_fixture"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "tour.md"
