@@ -25,6 +25,7 @@ from point_peft import PointPeftModel, cli, geometry
 from point_peft.adapting.adapter import get_adapter
 from point_peft.bank import banks_of, frozen_tokens
 from point_peft.data.cloud_set import CloudSet
+from point_peft.demo.board import SAMPLES, SHIPPED
 from point_peft.demo.nearest import BANK_CLOUDS_FILE
 from point_peft.files.format import CARD_FILE, CONFIG_FILE, RUN_FILE, TENSOR_FILE
 from point_peft.quickstart.data import load_digits_clouds
@@ -33,7 +34,6 @@ from point_peft.training.opening import OpenedRun, clouds_of, open_run
 from tools.scenes import labelled_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "point_peft" / "demo"
 DRAWN_POINTS = 128
 """Points of a training cloud that stands for a row of a memory bank."""
 SCENES, FIRST_SCENE = 45, 1_000_000
@@ -81,7 +81,7 @@ def write_scenes(folder: Path) -> None:
 
 def ship(name: str, run: Path) -> None:
     """Copy what the page opens of a run: no pictures, no paths of this machine."""
-    folder = DEMO / "shipped" / name
+    folder = SHIPPED / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in (CONFIG_FILE, TENSOR_FILE, RECIPE_FILE):
@@ -109,7 +109,7 @@ def write_bank_clouds(name: str, run: OpenedRun, train: CloudSet) -> None:
         labels.append(batch[1])
     most = torch.cat(likeness).argmax(dim=0)
     np.savez_compressed(
-        DEMO / "shipped" / name / BANK_CLOUDS_FILE,
+        SHIPPED / name / BANK_CLOUDS_FILE,
         points=torch.cat(points)[most].half().numpy(),
         labels=torch.cat(labels)[most].numpy(),
     )
@@ -117,19 +117,18 @@ def write_bank_clouds(name: str, run: OpenedRun, train: CloudSet) -> None:
 
 def write_samples(name: str, run: OpenedRun, clouds: CloudSet, scan: Path) -> None:
     """Write the first test cloud of each of some classes as a user's file: raw, with its label in the name."""
-    folder = DEMO / "samples"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob(f"{name}_*"):
+    SAMPLES.mkdir(exist_ok=True)
+    for old in SAMPLES.glob(f"{name}_*"):
         old.unlink()
     if run.inference.segmentation:
-        write_columns(folder, name, scan)
+        write_columns(SAMPLES, name, scan)
         return
     test = clouds.part("test")
     labels = [entry.label for entry in test.entries]
     for label in np.linspace(0, len(run.classes) - 1, SHOWN_SAMPLES[name]).round().astype(int).tolist():
         cloud = test.entries[labels.index(label)].read()
         points = cloud.coordinates.astype(np.float16 if name == "digits" else np.float32)
-        np.savez_compressed(folder / f"{name}_{run.classes[label].replace(' ', '_')}.npz", points=points)
+        np.savez_compressed(SAMPLES / f"{name}_{run.classes[label].replace(' ', '_')}.npz", points=points)
 
 
 def write_columns(folder: Path, name: str, scan: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,15 @@ class Cloud:
     """(n,), one for each point, or None."""
     source: str = ""
     """The file, and the place in it, for errors."""
+
+    def part(self, rows: npt.NDArray[np.integer[Any]], source: str) -> "Cloud":
+        """The cloud of some of its points, with all that is known of them."""
+        return Cloud(
+            coordinates=self.coordinates[rows],
+            channels={name: values[rows] for name, values in self.channels.items()},
+            labels=None if self.labels is None else self.labels[rows],
+            source=source,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

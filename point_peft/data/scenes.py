@@ -58,12 +58,7 @@ class Scene:
                 f"{self.source} has {len(cloud.coordinates)} points, but had {self.size} when it was opened; open it "
                 "again"
             )
-        return Cloud(
-            coordinates=cloud.coordinates[rows],
-            channels={name: values[rows] for name, values in cloud.channels.items()},
-            labels=None if cloud.labels is None else cloud.labels[rows],
-            source=f"{self.source}, piece {number}",
-        )
+        return cloud.part(rows, f"{self.source}, piece {number}")
 
     def entries(self) -> Iterator[Entry]:
         """The pieces as entries of a set, of one group, or of one for each split."""

@@ -41,15 +41,8 @@ class ShownCloud:
         finite = np.flatnonzero(np.isfinite(places).all(axis=1))
         distance = np.linalg.norm(places[finite, :2] - np.median(places[finite, :2], axis=0), axis=1)
         rows = np.sort(finite[np.argsort(distance, kind="stable")[:MOST_OF_SCENE]])
-        labels = self.cloud.labels
-        part = Cloud(
-            coordinates=places[rows],
-            channels={name: values[rows] for name, values in self.cloud.channels.items()},
-            labels=None if labels is None else labels[rows],
-            source=self.cloud.source,
-        )
         note = f"Of {len(places):,} points, the {len(rows):,} nearest the middle have labels here."
-        return replace(self, cloud=part, part=note)
+        return replace(self, cloud=self.cloud.part(rows, self.cloud.source), part=note)
 
 
 def read_shown(path: Path) -> ShownCloud:
